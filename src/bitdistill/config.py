@@ -1,0 +1,300 @@
+"""Recipe: every choice of a run as small, strict, frozen models. No torch import, so `plan` stays fast.
+
+A recipe is YAML. Unknown keys are errors that name the nearest valid key (see recipe.py). The
+resolved recipe is embedded in every artifact.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Strict(BaseModel):
+    """Base of all recipe sections: unknown keys fail, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelSource(Strict):
+    """Where the full-precision model comes from."""
+
+    path: str
+    """Hugging Face folder, hub name (`Qwen/Qwen3-0.6B`), or a `.gguf` file."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer when it is not beside the model."""
+
+
+class Task(Strict):
+    """A declarative task: how a row becomes a prompt and an answer, and how answers are scored."""
+
+    name: str
+    kind: Literal["classification", "generation"]
+    template: str
+    """Prompt with `{field}` placeholders, for example `"{sentence}\\nSentiment:"`."""
+    label_field: str = "label"
+    """Classification: the row's field that holds the label."""
+    labels: dict[str, str] = {}
+    """Classification: label value (as a string) -> label word, leading space included (`" positive"`)."""
+    target_field: str | None = None
+    """Generation: the row's field that holds the reference answer."""
+    reference_field: str | None = None
+    """Generation: optional field with a list of further references."""
+    answer_prefix: str = " "
+    """Generation: put between prompt and answer."""
+    append_eos: bool | None = None
+    """Train the end-of-text token after the answer. Default: generation yes, classification no."""
+    metrics: tuple[str, ...] = ()
+    """Names from eval.metrics; the first is the headline metric. Default by kind: accuracy | rougeL."""
+    max_new_tokens: Count = 64
+    licence: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Task:
+        if self.kind == "classification":
+            if len(self.labels) < 2:
+                raise ValueError(f"task {self.name}: classification needs at least 2 entries in `labels`")
+            words = list(self.labels.values())
+            if len(set(words)) != len(words):
+                twice = sorted({w for w in words if words.count(w) > 1})
+                raise ValueError(f"task {self.name}: label words must differ; used more than once: {twice}")
+        elif not self.target_field:
+            raise ValueError(f"task {self.name}: generation needs `target_field`")
+        return self
+
+
+class DataConfig(Strict):
+    """Files or hub names. `hub:owner/name[:config][:split]`, or a .jsonl/.jsonl.zst/.csv/.tsv/.parquet path."""
+
+    train: str
+    validation: str | None = None
+    """Held-out rows for choosing hyper-parameters. None: `validation_fraction` of train, by seed."""
+    validation_fraction: Fraction = 0.0
+    test: str | None = None
+    """Rows of the results table. None: the validation rows."""
+    limit_train: Count | None = None
+    limit_test: Count | None = None
+    max_length: Count = 512
+    """Tokens of prompt and answer together; longer prompts are cut at the left of the row text."""
+
+
+class Optim(Strict):
+    """Optimizer and schedule of one stage."""
+
+    learning_rate: Positive
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """wsd: warm-up, stable, then linear decay over the last `decay_fraction` of steps."""
+    warmup_fraction: Fraction = 0.05
+    decay_fraction: Fraction = 0.2
+    min_lr_ratio: Fraction = 0.0
+    weight_decay: NonNegative = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Positive = 1e-8
+    grad_clip: NonNegative = 1.0
+    """Global L2 norm; 0 turns clipping off."""
+
+
+class Loop(Strict):
+    """What every training stage shares besides its optimizer."""
+
+    batch_rows: Count
+    """Rows of one optimizer step (global batch)."""
+    micro_batch_rows: Count | None = None
+    """Rows of one forward/backward; None: batch_rows. Gradients do not depend on it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision of everything but quantizers and losses. auto: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile per transformer block. auto: on a GPU only."""
+    gradient_checkpointing: bool = False
+    log_every_steps: Count = 10
+    checkpoint_every_steps: Count | None = None
+    """None: a checkpoint each `checkpoint_every_s` seconds and at the end."""
+    checkpoint_every_s: Positive = 300.0
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    """A non-finite loss or gradient: skip the update (at most 10 in a row) or stop."""
+
+
+class SftConfig(Strict):
+    """Full-precision fine-tuning (the teacher)."""
+
+    optim: Optim = Optim(learning_rate=5e-5)
+    loop: Loop = Loop(batch_rows=32)
+    epochs: Positive = 2.0
+
+
+class RefineConfig(Strict):
+    """Stage 1 (paper, sec. 3.1): ternary linears and SubLN."""
+
+    subln: Literal["paper", "every_linear", "none"] = "paper"
+    """paper: before the attention output and FFN down projections. every_linear: before each ternary linear."""
+    gains: Literal["ones", "calibrated"] = "calibrated"
+    """calibrated: each SubLN gain starts at the RMS of the signal it normalises (a scalar per layer)."""
+    calibration_rows: Count = 32
+    calibration_length: Count = 256
+    quantize_activations: bool = True
+    """Per-token int8 activations; False is an ablation (weights only)."""
+
+
+class PretrainConfig(Strict):
+    """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
+
+    corpus: str | None = None
+    """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
+    base: str | None = None
+    """An existing ternary base (folder): stage 2 is not run. `auto`-cached bases need no entry here."""
+    objective: Literal["lm", "kl", "mix"] = "kl"
+    """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
+    mix_lm: Fraction = 0.5
+    """objective mix: loss = mix_lm * LM + (1 - mix_lm) * KL."""
+    budget_tokens: Count = 50_000_000
+    sequence_length: Count = 1024
+    optim: Optim = Optim(learning_rate=1e-3, schedule="wsd", weight_decay=0.0)
+    loop: Loop = Loop(batch_rows=64)
+    ternary_warmup_fraction: Fraction = 0.0
+    """Share of steps over which weights are blended from full precision to ternary (lambda 0 -> 1)."""
+    cache_dir: str = "~/.cache/bitdistill/bases"
+    """Ternary bases are kept here under the hash of model, corpus and recipe section."""
+
+
+class RelationConfig(Strict):
+    """Attention-relation distillation L_AD (paper, Eq. 12 and 13; the sources disagree: see docs/method.md)."""
+
+    form: Literal["scaled_dot", "cosine"] = "scaled_dot"
+    """scaled_dot: softmax(A A^T / sqrt(d_r)), the paper's Eq. 12. cosine: rows L2-normalised, over temperature (Algorithm 1)."""
+    temperature: Positive = 1.0
+    """Divides the cosine relations (ignored by scaled_dot)."""
+    heads: Count | None = None
+    """Relation heads A_r: states are re-split into this many heads; None: the model's own heads of Q, K and V."""
+    layer: int | Literal["auto"] | tuple[int, ...] = "auto"
+    """Layer index (negative counts from the end), a list (losses are averaged), or auto."""
+    alpha_q: NonNegative = 1.0
+    alpha_k: NonNegative = 1.0
+    alpha_v: NonNegative = 1.0
+
+
+class DistillConfig(Strict):
+    """Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD."""
+
+    optim: Optim = Optim(learning_rate=2e-4)
+    loop: Loop = Loop(batch_rows=32)
+    epochs: Positive = 2.0
+    ce_weight: NonNegative = 1.0
+    lambda_: NonNegative = Field(default=10.0, alias="lambda")
+    temperature: Positive = 5.0
+    tau_squared: bool = False
+    """Multiply L_LD by tau^2 (PR 382 does; the paper does not)."""
+    distilled_tokens: Literal["answer", "all"] = "answer"
+    """Tokens of L_LD: the answer's (paper) or every real token of the row."""
+    gamma: NonNegative | Literal["auto"] = "auto"
+    """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
+    gamma_ratio: Positive = 1.0
+    gamma_every_steps: Count = 10
+    relation: RelationConfig = RelationConfig()
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+
+
+class BitNetSftConfig(Strict):
+    """Baseline: the full-precision model made ternary without SubLN or stage 2, then fine-tuned on the task."""
+
+    optim: Optim = Optim(learning_rate=2e-4)
+    loop: Loop = Loop(batch_rows=32)
+    epochs: Positive = 2.0
+    subln: Literal["paper", "every_linear", "none"] = "none"
+    gains: Literal["ones", "calibrated"] = "calibrated"
+
+
+class EvalConfig(Strict):
+    """Scoring of every row of the results table."""
+
+    batch_rows: Count = 64
+    split: Literal["test", "validation"] = "test"
+    bootstrap_seed: int = 0
+    benchmark_tokens: Count = 4096
+    """Tokens of the throughput measurement (prefill of task prompts), on the evaluation device."""
+
+
+class ExportConfig(Strict):
+    """The packed student."""
+
+    formats: tuple[Literal["packed"], ...] = ("packed",)
+    float_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Storage of embeddings, norms, gains, biases and head. Rounding happens once, before the student is scored."""
+
+
+class ReportConfig(Strict):
+    """The HTML report."""
+
+    samples: int = 20
+    """Rows shown where teacher and student differ."""
+
+
+class TrackConfig(Strict):
+    """Metrics always go to metrics.jsonl; these add to it."""
+
+    tensorboard: bool = False
+    trackio: bool = False
+
+
+class Recipe(Strict):
+    """A whole run: model and data in, packed student and report out."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    output_dir: str = "runs"
+    """The run's folder is output_dir/name (output_dir/name-seedN when the seed is not 0)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = None
+    """CPU threads; None: all cores. Bit-exact repeats need the same number."""
+    method: Literal["bitdistill", "paper"] = "bitdistill"
+    """paper: the paper's literal choices become the defaults (see METHODS); single keys still override them."""
+    model: ModelSource
+    task: Task
+    data: DataConfig
+    sft: SftConfig = SftConfig()
+    refine: RefineConfig = RefineConfig()
+    pretrain: PretrainConfig | None = PretrainConfig()
+    """None leaves stage 2 out (an ablation)."""
+    distill: DistillConfig = DistillConfig()
+    bitnet_sft: BitNetSftConfig | None = BitNetSftConfig()
+    """None leaves the baseline out."""
+    eval: EvalConfig = EvalConfig()
+    export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
+    track: TrackConfig = TrackConfig()
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named_task(cls, value: object) -> object:
+        if isinstance(value, str):
+            from bitdistill.data.tasks import builtin_task
+
+            return builtin_task(value)
+        return value
+
+
+# What `method:` sets, as overrides below the user's own keys. `bitdistill` is the models' defaults above.
+METHODS: dict[str, dict[str, object]] = {
+    "bitdistill": {},
+    "paper": {
+        "refine": {"subln": "paper", "gains": "ones"},
+        "pretrain": {"objective": "lm"},
+        "distill": {
+            "lambda": 10.0,
+            "temperature": 5.0,
+            "gamma": 1e5,
+            "relation": {"form": "scaled_dot", "heads": None},
+        },
+    },
+}
