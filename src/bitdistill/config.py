@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -261,6 +261,7 @@ class Recipe(Strict):
     """paper: the paper's literal choices become the defaults (see METHODS); single keys still override them."""
     model: ModelSource
     task: Task
+    """A section, or the name of a built-in task (resolved by recipe.py)."""
     data: DataConfig
     sft: SftConfig = SftConfig()
     refine: RefineConfig = RefineConfig()
@@ -273,15 +274,6 @@ class Recipe(Strict):
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
     track: TrackConfig = TrackConfig()
-
-    @field_validator("task", mode="before")
-    @classmethod
-    def _named_task(cls, value: object) -> object:
-        if isinstance(value, str):
-            from bitdistill.data.tasks import builtin_task
-
-            return builtin_task(value)
-        return value
 
 
 # What `method:` sets, as overrides below the user's own keys. `bitdistill` is the models' defaults above.

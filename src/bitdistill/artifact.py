@@ -1,0 +1,167 @@
+"""Artifact folders: written beside their final name, fsynced, then renamed; a manifest holds each SHA-256.
+
+A reader therefore sees a whole artifact or none, at any moment a process or machine may die. No pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bitdistill.errors import ArtifactError, StorageError
+
+MANIFEST = "bitdistill.json"
+FORMAT_VERSION = 1
+_PARTIAL = ".partial-"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON value in canonical form (sorted keys, no white space)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
+    """Write an artifact folder atomically.
+
+    Yields a temporary sibling folder to fill. On a clean exit every file is hashed into `bitdistill.json`
+    (with `manifest`'s entries), fsynced, and the folder is renamed to `folder`, replacing an older one.
+    On an error the temporary folder is removed and the older artifact stays.
+
+    Raises:
+        StorageError: the file system refused a write (disk full, no permission).
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep_partials(folder)
+        partial.mkdir()
+        yield partial
+        files: dict[str, dict[str, Any]] = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            name = path.relative_to(partial).as_posix()
+            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            fsync_path(path)
+        whole = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+        target = partial / MANIFEST
+        target.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        fsync_path(target)
+        fsync_path(partial)
+        _replace_folder(partial, folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise StorageError(_storage_message(folder, error)) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace_folder(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; an older `folder` is moved aside first and removed last."""
+    old = folder.with_name(f"{folder.name}{_PARTIAL}old-{uuid.uuid4().hex[:8]}")
+    if folder.exists():
+        folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+    else:
+        partial.rename(folder)
+    fsync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Clear what a killed writer of this artifact left; an interrupted replacement is finished or undone."""
+    for path in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
+        if f"{_PARTIAL}old-" in path.name and not folder.exists() and (path / MANIFEST).exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _storage_message(folder: Path, error: OSError) -> str:
+    place = error.filename or folder
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path.cwd()).free
+        return f"{place}: no space left on the device ({free / 1e6:.0f} MB free); free some or set output_dir elsewhere"
+    return f"{place}: {error.strerror or error}; earlier artifacts are untouched"
+
+
+def exists(folder: Path) -> bool:
+    """Whether a finished artifact is at `folder` (contents are not verified)."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artifact.
+
+    Raises:
+        ArtifactError: there is no artifact, or its manifest is unreadable or of a newer format.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder}: no artifact here ({MANIFEST} is missing); check the path") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: unreadable manifest ({error}); make the artifact again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ArtifactError(f"{path}: not a bitdistill manifest; make the artifact again")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format_version {version!r}, this bitdistill reads {FORMAT_VERSION}; install a matching version"
+        )
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of an artifact against the manifest and return the manifest.
+
+    Raises:
+        ArtifactError: a file is missing, has another size, or another SHA-256.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ArtifactError(f"{folder / MANIFEST}: file name {name!r} leaves the artifact; do not use this folder")
+        if not path.is_file():
+            raise ArtifactError(f"{path}: missing; the artifact is incomplete, make it again")
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            raise ArtifactError(f"{path}: {size} bytes, manifest says {entry['bytes']}; make the artifact again")
+        if sha256_file(path) != entry["sha256"]:
+            raise ArtifactError(f"{path}: SHA-256 differs from the manifest; the file is corrupt, make it again")
+    return manifest
