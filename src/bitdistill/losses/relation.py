@@ -1,0 +1,115 @@
+"""Attention-relation distillation (paper, Eq. 12 and 13; after MiniLM).
+
+    L_AD = sum over j in {Q, K, V} of alpha_j * 1 / (A_r |x|) * sum over heads a, tokens t of
+           KL( R^T_{j,a,t} || R^S_{j,a,t} )
+
+R is the row-softmax of the states' self-similarity. Two definitions are in circulation and are not
+equivalent, so the choice is a named option:
+
+    scaled_dot:  softmax(A A^T / sqrt(d_r))                       the paper's Eq. 12
+    cosine:      softmax(A_hat A_hat^T / temperature), rows of A_hat L2-normalised   Algorithm 1, PR 382
+
+Relations run over all positions (no causal mask: states are compared, not attended to), but never over
+padding. States are those after q/k-norm and RoPE and before the repetition of grouped heads.
+
+Shape legend: B batch, H heads, T tokens, D head size, A relation heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def split_relation_heads(states_BHTD: Tensor, heads: int | None) -> Tensor:
+    """Re-split [B, H, T, D] into `heads` relation heads [B, A, T, H*D/A]; None keeps H.
+
+    Raises:
+        ValueError: `heads` does not divide H * D.
+    """
+    if heads is None or heads == states_BHTD.shape[1]:
+        return states_BHTD
+    batch, own_heads, tokens, head_size = states_BHTD.shape
+    width = own_heads * head_size
+    if width % heads:
+        raise ValueError(f"relation heads {heads} do not divide the states' width {width} ({own_heads} x {head_size})")
+    merged = states_BHTD.transpose(1, 2).reshape(batch, tokens, heads, width // heads)
+    return merged.transpose(1, 2)
+
+
+def relation_log_probs(
+    states_BATD: Tensor, mask_BT: Tensor, *, form: str = "scaled_dot", temperature: float = 1.0
+) -> Tensor:
+    """Log of the relation matrices, float32 [B, A, T, T]; padded columns hold -inf.
+
+    Args:
+        states_BATD: Q, K or V states by relation head.
+        mask_BT: True at real tokens.
+        form: "scaled_dot" or "cosine".
+        temperature: divides the cosine similarities.
+    """
+    states = states_BATD.float()
+    if form == "scaled_dot":
+        scores = states @ states.transpose(-1, -2) / math.sqrt(states.shape[-1])
+    elif form == "cosine":
+        unit = torch.nn.functional.normalize(states, dim=-1)
+        scores = unit @ unit.transpose(-1, -2) / temperature
+    else:
+        raise ValueError(f"relation form {form!r}: expected 'scaled_dot' or 'cosine'")
+    scores = scores.masked_fill(~mask_BT[:, None, None, :], -torch.inf)
+    return torch.log_softmax(scores, dim=-1)
+
+
+def relation_loss_sum(
+    student_BHTD: Tensor,
+    teacher_BHTD: Tensor,
+    mask_BT: Tensor,
+    *,
+    form: str = "scaled_dot",
+    temperature: float = 1.0,
+    heads: int | None = None,
+) -> Tensor:
+    """Sum over batch rows of 1 / (A_r |x|) * sum_{a,t} KL(R^T || R^S), float32 scalar (paper, Eq. 12).
+
+    Divide by the number of rows for the batch mean. Teacher and student may differ in width when `heads`
+    is given; they must agree in relation heads.
+
+    Raises:
+        ValueError: head counts differ.
+    """
+    student = split_relation_heads(student_BHTD, heads)
+    teacher = split_relation_heads(teacher_BHTD.detach(), heads)
+    if student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student has {student.shape[1]} relation heads, teacher {teacher.shape[1]}; set distill.relation.heads"
+        )
+    log_student = relation_log_probs(student, mask_BT, form=form, temperature=temperature)
+    log_teacher = relation_log_probs(teacher, mask_BT, form=form, temperature=temperature)
+    pair_mask = mask_BT[:, None, :, None] & mask_BT[:, None, None, :]
+    # exp(-inf) * (-inf - -inf) is NaN in padding: blank it before the product, so gradients stay finite too
+    difference = (log_teacher - log_student).masked_fill(~pair_mask, 0.0)
+    kl_BAT = (log_teacher.exp() * difference).sum(dim=-1)
+    tokens_B = mask_BT.sum(dim=-1).clamp_min(1)
+    per_row = kl_BAT.sum(dim=(1, 2)) / (student.shape[1] * tokens_B)
+    return per_row.sum()
+
+
+def attention_distillation_sum(
+    student_states: tuple[Tensor, Tensor, Tensor],
+    teacher_states: tuple[Tensor, Tensor, Tensor],
+    mask_BT: Tensor,
+    *,
+    alphas: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    form: str = "scaled_dot",
+    temperature: float = 1.0,
+    heads: int | None = None,
+) -> Tensor:
+    """Alpha-weighted sum of `relation_loss_sum` over Q, K and V of one layer (paper, Eq. 13)."""
+    total = torch.zeros((), dtype=torch.float32, device=mask_BT.device)
+    for alpha, student, teacher in zip(alphas, student_states, teacher_states, strict=True):
+        if alpha:
+            loss = relation_loss_sum(student, teacher, mask_BT, form=form, temperature=temperature, heads=heads)
+            total = total + alpha * loss
+    return total
