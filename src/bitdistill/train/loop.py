@@ -1,0 +1,273 @@
+"""The one training loop. A stage gives batches and a step function; the maths lives in the step.
+
+Data order is a pure function of (seed, step), the learning rate of (step, total), so a checkpoint is
+weights, optimizer moments, RNG and a step count, and resuming is bit-identical at equal threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitdistill.config import Loop, Optim
+from bitdistill.data.batches import Batch
+from bitdistill.errors import DivergenceError, Interrupted
+from bitdistill.train import checkpoint
+from bitdistill.train.optim import build_optimizer, learning_rate_at
+from bitdistill.train.tracking import Tracker, truncate_log
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of one whole optimizer step; a step function divides its sums by them."""
+
+    rows: int
+    tokens: int
+    answers: int
+
+
+@dataclass
+class StepOutput:
+    """Loss of one micro-batch, already divided by the step's totals, and scalars for the log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class Batches(Protocol):
+    """Micro-batches as a pure function of the step number."""
+
+    def micro_batches(self, step: int) -> list[Batch]: ...
+
+
+class Stateful(Protocol):
+    """Extra state of a step function (such as the gamma balance) that must survive a resume."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+StepFunction = Callable[[Batch, Totals], StepOutput]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a stage did: optimizer steps, tokens seen (over all resumes), seconds of training."""
+
+    steps: int
+    tokens: int
+    elapsed_s: float
+    skipped_steps: int
+    final_loss: float
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of a stage: auto means bfloat16 on a GPU and float32 on a CPU."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for the stage's precision; does nothing in float32."""
+    dtype = resolve_precision(precision, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class _Signals:
+    """SIGINT and SIGTERM ask the loop to save and stop; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[_Signals]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    step_function: StepFunction,
+    *,
+    optim: Optim,
+    loop: Loop,
+    total_steps: int,
+    device: torch.device,
+    tracker: Tracker,
+    checkpoint_root: Path,
+    key: str,
+    state: Stateful | None = None,
+    before_step: Callable[[int], None] | None = None,
+) -> FitResult:
+    """Train `model` in place for `total_steps` optimizer steps, resuming from `checkpoint_root` if it can.
+
+    Args:
+        step_function: forward and loss of one micro-batch; its loss is summed over the step.
+        key: hash of everything that determines the result; a checkpoint with another key is refused.
+        state: extra state saved in checkpoints.
+        before_step: called with the step number before each step (for schedules such as the ternary warm-up).
+
+    Raises:
+        DivergenceError: non-finite loss or gradient and `loop.on_nonfinite` is "stop", or 10 in a row.
+        Interrupted: a signal came; a checkpoint was saved first.
+    """
+    optimizer = build_optimizer(model, optim)
+    checkpoint.require_space(checkpoint_root, model)
+    done = checkpoint.restore(checkpoint_root, model, optimizer, key) or {}
+    progress = _Progress(**{k: done[k] for k in _Progress.__dataclass_fields__ if k in done})
+    if state is not None and "extra" in done:
+        state.load_state_dict(done["extra"])
+    truncate_log(tracker.path, progress.step)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    saved_at = time.monotonic()
+
+    def save() -> None:
+        extra = {} if state is None else {"extra": state.state_dict()}
+        checkpoint.save(checkpoint_root, progress.step, model, optimizer, {**vars(progress), **extra}, key)
+
+    model.train()
+    with _Signals().installed() as signals, tracker:
+        tracker.advance(progress.step)
+        while progress.step < total_steps:
+            started = time.perf_counter()
+            if before_step is not None:
+                before_step(progress.step)
+            micro_batches = batches.micro_batches(progress.step)
+            rate = learning_rate_at(progress.step, total_steps, optim)
+            metrics = _update(
+                model, parameters, optimizer, micro_batches, step_function, rate, optim.grad_clip, device, loop.precision
+            )
+            _note_nonfinite(metrics, progress, loop, micro_batches)
+            progress.step += 1
+            progress.tokens += sum(b.tokens for b in micro_batches)
+            progress.elapsed_s += time.perf_counter() - started
+            if progress.step % loop.log_every_steps == 0 or progress.step == total_steps:
+                _log(tracker, progress, metrics, rate)
+            else:
+                tracker.advance(progress.step)
+            if signals.received is not None and progress.step < total_steps:
+                save()
+                raise Interrupted(
+                    f"{tracker.stage}: stopped by signal {signals.received} at step {progress.step} of "
+                    f"{total_steps}; a checkpoint is saved, the same command goes on from there",
+                    signals.received,
+                )
+            if progress.step < total_steps and _due(loop, progress.step, saved_at):
+                save()
+                saved_at = time.monotonic()
+    model.eval()
+    return FitResult(
+        progress.step, progress.tokens, progress.elapsed_s, progress.skipped_steps, progress.last_loss
+    )
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    last_loss: float = math.nan
+    logged_tokens: int = 0
+    logged_elapsed_s: float = 0.0
+
+
+def _due(loop: Loop, step: int, saved_at: float) -> bool:
+    if loop.checkpoint_every_steps is not None:
+        return step % loop.checkpoint_every_steps == 0
+    return time.monotonic() - saved_at >= loop.checkpoint_every_s
+
+
+def _update(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    step_function: StepFunction,
+    learning_rate: float,
+    grad_clip: float,
+    device: torch.device,
+    precision: str,
+) -> dict[str, float]:
+    """One optimizer step; the update is left out when loss or gradient is not finite."""
+    totals = Totals(
+        rows=sum(b.input_ids_BT.shape[0] for b in micro_batches),
+        tokens=sum(b.tokens for b in micro_batches),
+        answers=sum(int(b.answer_mask_BT.sum()) for b in micro_batches),
+    )
+    sums: dict[str, Tensor | float] = {}
+    for batch in micro_batches:
+        with autocast(device, precision):
+            output = step_function(batch.to(device), totals)
+        output.loss.backward()
+        for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    limit = grad_clip if grad_clip > 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    metrics = {name: float(value) for name, value in sums.items()}
+    metrics["grad_norm"] = float(norm)
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def _note_nonfinite(metrics: dict[str, float], progress: _Progress, loop: Loop, batches: list[Batch]) -> None:
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        progress.skipped_in_a_row = 0
+        progress.last_loss = metrics["loss"]
+        return
+    progress.skipped_steps += 1
+    progress.skipped_in_a_row += 1
+    rows = [i for b in batches for i in b.indices][:8]
+    place = (
+        f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
+        f"(rows {rows} and following); the update was not applied"
+    )
+    if loop.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise DivergenceError(f"{place}; lower the learning rate or look at these rows")
+    checkpoint.log.warning("%s", place)
+
+
+def _log(tracker: Tracker, progress: _Progress, metrics: dict[str, float], rate: float) -> None:
+    seconds = max(progress.elapsed_s - progress.logged_elapsed_s, 1e-9)
+    tokens_per_s = (progress.tokens - progress.logged_tokens) / seconds
+    progress.logged_tokens, progress.logged_elapsed_s = progress.tokens, progress.elapsed_s
+    entry = {
+        **metrics,
+        "learning_rate": rate,
+        "tokens": progress.tokens,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "elapsed_s": round(progress.elapsed_s, 3),
+    }
+    tracker.log(progress.step, entry)
