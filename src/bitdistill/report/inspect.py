@@ -312,9 +312,10 @@ def stats_table(stats: Sequence[LayerStats], title: str | None = None) -> Table:
         cells += [_percent(share) for share in (layer.negative, layer.zero, layer.positive)]
         cells.append(f"{layer.scale:.3g}")
         if latent:
-            cells.append(_number(layer.latent and layer.latent.distance_mean))
-            cells.append(_percent(layer.latent and layer.latent.near_share))
-            cells.append(_number(layer.latent and layer.latent.kurtosis, 1))
+            known = layer.latent
+            cells.append(_number(known.distance_mean if known else None))
+            cells.append(_percent(known.near_share if known else None))
+            cells.append(_number(known.kurtosis if known else None, 1))
         cells.append(_gain_text(layer.gain))
         table.add_row(*cells)
     if latent:
