@@ -79,9 +79,27 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(_storage_message(folder, error)) from error
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if _is_storage_failure(error):
+            raise StorageError(f"{folder}: {error}; earlier artifacts are untouched") from error
         raise
+
+
+def _is_storage_failure(error: BaseException) -> bool:
+    """safetensors wraps operating system errors in its own type and keeps only their text."""
+    return type(error).__name__ == "SafetensorError" and any(
+        text in str(error) for text in ("No space left", "Input/output error", "os error", "I/O error")
+    )
+
+
+@contextlib.contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Turn operating system errors while writing at `place` into StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(_storage_message(place, error)) from error
 
 
 def _replace_folder(partial: Path, folder: Path) -> None:

@@ -1,0 +1,231 @@
+"""What stages share: the run's folder and device, task data, stage keys, and skipping finished work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdistill import artifact
+from bitdistill.config import Loop, Recipe
+from bitdistill.data import readers, tasks
+from bitdistill.data.batches import TaskBatches
+from bitdistill.data.tasks import Example
+from bitdistill.errors import ArtifactError, DataError, RecipeError
+from bitdistill.eval.results import hardware, versions
+from bitdistill.recipe import dump_recipe
+from bitdistill.train.compile import wants_compile
+from bitdistill.train.loop import FitResult
+from bitdistill.train.tracking import Sink, Tracker, open_sinks
+
+log = logging.getLogger("bitdistill")
+
+
+def choose_device(name: str) -> torch.device:
+    """The recipe's device; auto takes a GPU when there is one.
+
+    Raises:
+        RecipeError: cuda is asked for and absent.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device: cuda is asked for, but no CUDA device is visible; use device: auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def git_commit() -> str | None:
+    """Commit of the source checkout that runs, or None for an installed package."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return os.environ.get("BITDISTILL_COMMIT")
+    return done.stdout.strip() if done.returncode == 0 else os.environ.get("BITDISTILL_COMMIT")
+
+
+@dataclass
+class Run:
+    """One recipe being run: where its artifacts go and what it runs on."""
+
+    recipe: Recipe
+    run_dir: Path
+    device: torch.device
+    command: str
+    redo: frozenset[str] = frozenset()
+    quiet: bool = False
+    sinks: list[Sink] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, recipe: Recipe, *, command: str, redo: frozenset[str] = frozenset(), quiet: bool = False) -> Run:
+        """Create or reopen the run's folder and record recipe, command, versions and hardware in it."""
+        name = recipe.name if recipe.seed == 0 else f"{recipe.name}-seed{recipe.seed}"
+        run_dir = Path(recipe.output_dir).expanduser() / name
+        device = choose_device(recipe.device)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        with artifact.storage_errors(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
+            about = {
+                "name": recipe.name,
+                "seed": recipe.seed,
+                "command": command,
+                "commit": git_commit(),
+                "versions": versions(),
+                "hardware": hardware(device),
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "recipe_hash": artifact.hash_json(recipe.model_dump(mode="json")),
+            }
+            (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        sinks = open_sinks(recipe.track, run_dir, name)
+        return cls(recipe, run_dir, device, command, redo, quiet, sinks)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A recipe section as JSON without the keys that cannot change a result."""
+        value = getattr(self.recipe, name)
+        dumped: dict[str, Any] = value.model_dump(mode="json")
+        dumped.pop("cache_dir", None)
+        for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
+            dumped.get("loop", {}).pop(noise, None)
+        return dumped
+
+    def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:
+        """Whether `stage` need not run: its artifact is there and was made from the same inputs.
+
+        Records the stage's key for the stages after it.
+
+        Raises:
+            ArtifactError: an artifact made from other inputs is there; it is never overwritten unasked.
+        """
+        key = self.keys[stage] = artifact.hash_json(dict(inputs))
+        if stage in self.redo or not artifact.exists(folder):
+            return False
+        manifest = artifact.read_manifest(folder)
+        if manifest.get("key") == key:
+            log.info("%s: finished before, kept (%s)", stage, folder)
+            return True
+        old = manifest.get("inputs", {})
+        changed = ", ".join(_differences(old, json.loads(json.dumps(dict(inputs))))[:3]) or "inputs"
+        raise ArtifactError(
+            f"{folder}: made with other settings ({changed}); use --redo {stage}, or another name in the recipe"
+        )
+
+    def meta(self, stage: str, inputs: Mapping[str, Any], fit: FitResult | None = None) -> dict[str, Any]:
+        """Manifest entries of a stage's artifact: its key, its inputs and what it cost."""
+        entries: dict[str, Any] = {"stage": stage, "key": self.keys[stage], "inputs": dict(inputs)}
+        if fit is not None:
+            entries["training"] = vars(fit)
+        return entries
+
+    def tracker(self, stage: str, total_steps: int) -> Tracker:
+        return Tracker(stage, self.run_dir, total_steps, sinks=self.sinks, quiet=self.quiet)
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.run_dir / "checkpoints" / stage
+
+    @cached_property
+    def data_fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each data source of the recipe."""
+        data = self.recipe.data
+        names = {"train": data.train, "validation": data.validation, "test": data.test}
+        return {k: readers.source_fingerprint(v) for k, v in names.items() if v is not None}
+
+    def train_inputs(self) -> dict[str, Any]:
+        """What determines the training rows: part of every task stage's key."""
+        data = self.recipe.data
+        return {
+            "task": self.recipe.task.model_dump(mode="json"),
+            "train": self.data_fingerprints["train"],
+            "limit_train": data.limit_train,
+            "validation_fraction": data.validation_fraction if data.validation is None else 0.0,
+            "max_length": data.max_length,
+        }
+
+    def _split_train(self) -> tuple[list[readers.Row], list[readers.Row]]:
+        """Training rows and, when no validation file is named, the fraction of them that is held out."""
+        data = self.recipe.data
+        rows = readers.read_rows(data.train, limit=data.limit_train)
+        held_out = 0 if data.validation is not None else int(len(rows) * data.validation_fraction)
+        if not held_out:
+            return rows, []
+        # A fixed seed: the split must not move between the seeds of one experiment.
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
+
+    def train_examples(self, tokenizer: Any) -> list[Example]:
+        """Encoded training rows."""
+        rows, _ = self._split_train()
+        return tasks.encode(self.recipe.task, rows, tokenizer, self.recipe.data.max_length)
+
+    def eval_rows(self) -> list[readers.Row]:
+        """Rows that are scored: eval.split of the recipe.
+
+        Raises:
+            DataError: the recipe names no rows for that split.
+        """
+        data, split = self.recipe.data, self.recipe.eval.split
+        if split == "test" and data.test is not None:
+            return readers.read_rows(data.test, limit=data.limit_test)
+        if data.validation is not None:
+            return readers.read_rows(data.validation, limit=data.limit_test)
+        _, held_out = self._split_train()
+        if not held_out:
+            raise DataError(
+                f"eval.split {split}: the recipe has no data.test, data.validation or data.validation_fraction; "
+                "name one of them"
+            )
+        return held_out[: data.limit_test]
+
+    def task_batches(self, examples: list[Example], loop: Loop, pad_id: int, compiling: bool) -> TaskBatches:
+        """Batches of encoded rows; compiled runs pad to few lengths so that few graphs are built."""
+        lengths = sorted(len(e.prompt_ids) + len(e.answer_ids) for e in examples)
+        buckets = None
+        if compiling:
+            marks = (0.5, 0.8, 0.95, 1.0)
+            buckets = sorted({-(-lengths[min(len(lengths) - 1, int(m * len(lengths)))] // 16) * 16 for m in marks})
+        return TaskBatches(
+            examples,
+            batch_rows=loop.batch_rows,
+            micro_batch_rows=loop.micro_batch_rows or loop.batch_rows,
+            seed=self.recipe.seed,
+            pad_id=pad_id,
+            buckets=buckets,
+        )
+
+    def compiling(self, loop: Loop) -> bool:
+        return wants_compile(loop.compile, self.device)
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Paths at which two JSON values differ, with both values when they are short."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+        return found
+    if old == new:
+        return []
+    shown = f"{old!r} -> {new!r}"
+    return [f"{place} {shown}" if len(shown) < 60 else place]
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """An id for padding; padded positions never count, so end-of-text serves where there is no pad token."""
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name)
+        if value is not None:
+            return int(value)
+    return 0

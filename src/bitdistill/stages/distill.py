@@ -1,0 +1,257 @@
+"""Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD, from the fine-tuned teacher."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitdistill import artifact
+from bitdistill.config import DistillConfig, RelationConfig
+from bitdistill.data.batches import Batch
+from bitdistill.data.corpus import tokenizer_fingerprint
+from bitdistill.errors import ModelError, RecipeError
+from bitdistill.losses.balance import GammaBalancer, gradient_norm
+from bitdistill.losses.logits import cross_entropy_sum, logits_distillation_sum
+from bitdistill.losses.relation import attention_distillation_sum
+from bitdistill.models.capture import capture_states
+from bitdistill.models.forward import answer_positions, final_hidden, logits_at
+from bitdistill.models.load import load_source
+from bitdistill.models.student import load_student, save_student
+from bitdistill.stages.common import Run, pad_token_id
+from bitdistill.stages.sft import train_on_task
+from bitdistill.train.compile import compile_blocks
+from bitdistill.train.loop import StepOutput, Totals, autocast
+
+
+class DistillStep:
+    """Step function of stage 3; keeps the gamma balance, which is part of the checkpoint."""
+
+    def __init__(self, student: Any, teacher: Any, config: DistillConfig, layers: Sequence[int]) -> None:
+        self.student, self.teacher, self.config = student, teacher, config
+        self.layers = list(layers)
+        fixed = None if config.gamma == "auto" else float(config.gamma)
+        self.balancer = GammaBalancer(target_ratio=config.gamma_ratio, fixed=fixed)
+        self.measure = False
+        attention = [student.get_submodule(f"model.layers.{i}.self_attn") for i in self.layers]
+        self.probes = [getattr(a, name).weight for a in attention for name in ("q_proj", "k_proj", "v_proj")]
+
+    def before_step(self, step: int) -> None:
+        """Gradient norms are measured every `gamma_every_steps` steps, on the step's first micro-batch."""
+        self.measure = bool(self.layers) and step % self.config.gamma_every_steps == 0
+
+    def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
+        config = self.config
+        with torch.no_grad():
+            teacher_hidden, teacher_states = _forward(self.teacher, batch.input_ids_BT, self.layers)
+        hidden, states = _forward(self.student, batch.input_ids_BT, self.layers)
+
+        answers = answer_positions(batch.answer_mask_BT)
+        logits_NV = logits_at(self.student, hidden[answers])
+        ce = cross_entropy_sum(logits_NV, batch.input_ids_BT[batch.answer_mask_BT]) / totals.answers
+        metrics: dict[str, Any] = {"ce": ce.detach()}
+        loss = config.ce_weight * ce
+        if config.lambda_:
+            ld = self._logits_loss(batch, totals, hidden, teacher_hidden, logits_NV, answers)
+            loss = loss + config.lambda_ * ld
+            metrics["ld"] = ld.detach()
+        if self.layers:
+            ad = self._relation_loss(batch.attention_mask_BT, totals, states, teacher_states)
+            if self.measure:
+                self.balancer.update(gradient_norm(ce, self.probes), gradient_norm(ad, self.probes))
+                self.measure = False
+            loss = loss + self.balancer.gamma * ad
+            # gamma and ratio are per step, not per micro-batch: spread so that the loop's sum gives them once
+            share = batch.input_ids_BT.shape[0] / totals.rows
+            metrics |= {"ad": ad.detach(), "gamma": self.balancer.gamma * share}
+            metrics["ad_ce_ratio"] = self.balancer.ratio * share
+        return StepOutput(loss, metrics)
+
+    def _logits_loss(
+        self,
+        batch: Batch,
+        totals: Totals,
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        logits_NV: Tensor,
+        answers: Tensor,
+    ) -> Tensor:
+        config = self.config
+        options = {"temperature": config.temperature, "tau_squared": config.tau_squared}
+        with torch.no_grad():
+            chosen = answers if config.distilled_tokens == "answer" else batch.attention_mask_BT
+            teacher_NV = logits_at(self.teacher, teacher_hidden[chosen])
+        if config.distilled_tokens == "answer":
+            return logits_distillation_sum(logits_NV, teacher_NV, **options) / totals.answers
+        all_NV = logits_at(self.student, hidden[chosen])
+        return logits_distillation_sum(all_NV, teacher_NV, **options) / totals.tokens
+
+    def _relation_loss(self, mask_BT: Tensor, totals: Totals, states: Any, teacher_states: Any) -> Tensor:
+        relation = self.config.relation
+        total = torch.zeros((), device=mask_BT.device)
+        for layer in self.layers:
+            total = total + attention_distillation_sum(
+                states[layer], teacher_states[layer], mask_BT, **relation_options(relation)
+            )
+        return total / (totals.rows * len(self.layers))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.balancer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.balancer.load_state_dict(state)
+
+
+def relation_options(relation: RelationConfig) -> dict[str, Any]:
+    """Keyword arguments of the relation loss from the recipe section."""
+    return {
+        "alphas": (relation.alpha_q, relation.alpha_k, relation.alpha_v),
+        "form": relation.form,
+        "temperature": relation.temperature,
+        "heads": relation.heads,
+    }
+
+
+def _forward(model: Any, input_ids_BT: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
+    """Final hidden states, and Q, K, V states of `layers`."""
+    capture = capture_states(model, layers) if layers else contextlib.nullcontext({})
+    with capture as states:
+        hidden = final_hidden(model, input_ids_BT)
+    return hidden, dict(states)
+
+
+def wants_relations(config: DistillConfig) -> bool:
+    """Whether L_AD takes part at all."""
+    relation = config.relation
+    return config.gamma != 0 and any((relation.alpha_q, relation.alpha_k, relation.alpha_v))
+
+
+@torch.no_grad()
+def layer_divergences(student: Any, teacher: Any, batch: Batch, relation: RelationConfig) -> list[float]:
+    """L_AD of every layer on one batch, before training: how far each layer's relations are from the teacher's."""
+    layers = list(range(student.config.num_hidden_layers))
+    _, states = _forward(student, batch.input_ids_BT, layers)
+    _, teacher_states = _forward(teacher, batch.input_ids_BT, layers)
+    rows = batch.input_ids_BT.shape[0]
+    options = relation_options(relation)
+    return [
+        float(attention_distillation_sum(states[i], teacher_states[i], batch.attention_mask_BT, **options)) / rows
+        for i in layers
+    ]
+
+
+def resolve_layers(config: DistillConfig, divergences: Sequence[float]) -> list[int]:
+    """Layer indices of L_AD.
+
+    auto takes, in the later half of the network, the layer whose relations diverge most from the teacher's
+    (the paper distils one late layer and gives no rule for which).
+
+    Raises:
+        RecipeError: an index is outside the model.
+    """
+    count = len(divergences)
+    wanted = config.relation.layer
+    if wanted == "auto":
+        return [max(range(count // 2, count), key=lambda i: divergences[i])]
+    chosen = [wanted] if isinstance(wanted, int) else list(wanted)
+    for index in chosen:
+        if not -count <= index < count:
+            raise RecipeError(f"distill.relation.layer: {index} is outside the model's {count} layers")
+    return sorted({index % count for index in chosen})
+
+
+def _check_pair(student: Any, teacher: Any, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Teacher and student must speak the same tokens.
+
+    Raises:
+        ModelError: vocabularies differ.
+    """
+    own, other = tokenizer_fingerprint(student_tokenizer), tokenizer_fingerprint(teacher_tokenizer)
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (student, teacher)]
+    if own != other or sizes[0] != sizes[1]:
+        raise ModelError(
+            f"distill: teacher and student differ in tokenizer or vocabulary ({sizes[1]} and {sizes[0]} entries); "
+            "use a teacher of the same family"
+        )
+
+
+def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path:
+    """Stage 3; writes `student/`, the trained latent student.
+
+    Args:
+        start: the ternary base, or the refined model when stage 2 is left out.
+        start_key: its key.
+        teacher_folder: the fine-tuned full-precision model.
+    """
+    config = run.recipe.distill
+    folder = run.run_dir / "student"
+    inputs = {
+        "start": start_key,
+        "teacher": run.keys["sft"],
+        **run.train_inputs(),
+        "distill": run.section("distill"),
+        "seed": run.recipe.seed,
+    }
+    if run.finished("distill", folder, inputs):
+        return folder
+    student, tokenizer, manifest = load_student(start, device=run.device)
+    teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
+    _check_pair(student, teacher, tokenizer, teacher_tokenizer)
+    layers, divergences = _layers(run, student, teacher, tokenizer)
+    if run.compiling(config.loop):
+        compile_blocks(student, skip=layers)
+        compile_blocks(teacher, skip=layers)
+    step = DistillStep(student, teacher, config, layers)
+    result = train_on_task(
+        run,
+        "distill",
+        student,
+        tokenizer,
+        optim=config.optim,
+        loop=config.loop,
+        epochs=config.epochs,
+        make_step=lambda _: step,
+        state=step,
+        before_step=step.before_step,
+    )
+    save_student(
+        student,
+        tokenizer,
+        folder,
+        kind="student",
+        plan=manifest["plan"],
+        recipe=run.recipe.model_dump(mode="json"),
+        extra={
+            **run.meta("distill", inputs, result),
+            "distilled_layers": layers,
+            "layer_divergences": divergences,
+            "final_gamma": step.balancer.gamma,
+        },
+    )
+    return folder
+
+
+def load_teacher(run: Run, folder: Path) -> tuple[Any, Any]:
+    """The frozen teacher in the dtype it runs in: bfloat16 on a GPU, float32 on a CPU."""
+    artifact.verify(folder)
+    source = run.recipe.model.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
+    dtype = "bfloat16" if run.device.type == "cuda" else "float32"
+    model, tokenizer = load_source(source, dtype=dtype, device=run.device)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _layers(run: Run, student: Any, teacher: Any, tokenizer: Any) -> tuple[list[int], list[float]]:
+    """Layers of L_AD and every layer's divergence on the first training batch."""
+    config = run.recipe.distill
+    if not wants_relations(config):
+        return [], []
+    examples = run.train_examples(tokenizer)
+    batches = run.task_batches(examples, config.loop, pad_token_id(tokenizer), compiling=False)
+    batch = batches.micro_batches(0)[0].to(run.device)
+    with autocast(run.device, config.loop.precision):
+        divergences = layer_divergences(student.eval(), teacher, batch, config.relation)
+    return resolve_layers(config, divergences), divergences

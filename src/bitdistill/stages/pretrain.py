@@ -1,0 +1,196 @@
+"""Stage 2 (paper, sec. 3.2): continued pre-training of the ternary model on a general corpus.
+
+Knows nothing of the task. The result, a ternary base, is cached under the hash of everything that
+determines it and serves every later task.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdistill import artifact
+from bitdistill.config import PretrainConfig
+from bitdistill.data.batches import Batch, PackedBatches
+from bitdistill.errors import ArtifactError
+from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
+from bitdistill.models.forward import final_hidden, head_weight
+from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.models.student import load_student, save_student
+from bitdistill.quant.linear import BitLinear
+from bitdistill.stages.common import Run, log
+from bitdistill.stages.refine import open_corpus
+from bitdistill.train.compile import compile_blocks, compiled
+from bitdistill.train.loop import StepFunction, StepOutput, Totals, autocast, fit
+
+
+def language_model_step(student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool) -> StepFunction:
+    """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens."""
+    lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
+    kl_weight = 1.0 - lm_weight
+    chunk = compiled(language_model_chunk, compiling)
+
+    def step(batch: Batch, totals: Totals) -> StepOutput:
+        hidden = final_hidden(student, batch.input_ids_BT)[:, :-1]
+        teacher_hidden = teacher_head = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = final_hidden(teacher, batch.input_ids_BT)[:, :-1].flatten(0, 1)
+            teacher_head = head_weight(teacher)
+        loss, lm_sum, kl_sum = chunked_language_model_loss(
+            hidden.flatten(0, 1),
+            head_weight(student),
+            batch.input_ids_BT[:, 1:].flatten(),
+            teacher_hidden_NH=teacher_hidden,
+            teacher_head_VH=teacher_head,
+            lm_weight=lm_weight,
+            kl_weight=kl_weight,
+            chunk_function=chunk,
+        )
+        metrics: dict[str, Any] = {"lm": lm_sum / totals.answers}
+        if teacher is not None:
+            metrics["kl"] = kl_sum / totals.answers
+        return StepOutput(loss / totals.answers, metrics)
+
+    return step
+
+
+def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
+    """Callback that blends weights from full precision (lambda 0) to ternary (1) over a share of the steps."""
+    layers = [m for m in model.modules() if isinstance(m, BitLinear)]
+    warmup_steps = round(fraction * total_steps)
+
+    def before_step(step: int) -> None:
+        blend = 1.0 if step >= warmup_steps else step / warmup_steps
+        for layer in layers:
+            layer.ternary_blend = blend
+
+    return before_step
+
+
+def pretrain(run: Run, refined: Path) -> Path:
+    """Stage 2; returns the folder of the ternary base (shared cache), and notes it in `base.json`."""
+    config = run.recipe.pretrain
+    assert config is not None
+    if config.base is not None:
+        folder = _given_base(run, Path(config.base).expanduser())
+        _point_to(run, folder)
+        return folder
+    if config.corpus is None:
+        raise ArtifactError(
+            "pretrain: neither `corpus` nor `base` is set; name a corpus, or set `pretrain: null` to leave stage 2 out"
+        )
+    source, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
+    shards = open_corpus(run, tokenizer)
+    section = run.section("pretrain")
+    section["corpus"] = shards.fingerprint
+    inputs = {
+        "model": source_fingerprint(run.recipe.model),
+        "refined": run.keys["refine"],
+        "pretrain": section,
+        "seed": run.recipe.seed,
+    }
+    key = artifact.hash_json(inputs)
+    folder = Path(config.cache_dir).expanduser() / key[:16]
+    if run.finished("pretrain", folder, inputs):
+        _point_to(run, folder)
+        return folder
+    student, _, manifest = load_student(refined, device=run.device)
+    teacher = None
+    if config.objective != "lm":
+        teacher = source.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32).requires_grad_(False).eval()
+    del source
+    result = _train(run, student, teacher, shards)
+    save_student(
+        student,
+        tokenizer,
+        folder,
+        kind="base",
+        plan=manifest["plan"],
+        recipe=run.recipe.model_dump(mode="json"),
+        extra=run.meta("pretrain", inputs, result),
+    )
+    _point_to(run, folder)
+    return folder
+
+
+def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
+    config = run.recipe.pretrain
+    assert config is not None
+    loop = config.loop
+    batches = PackedBatches(
+        shards,
+        sequence_length=config.sequence_length,
+        batch_rows=loop.batch_rows,
+        micro_batch_rows=loop.micro_batch_rows or loop.batch_rows,
+        seed=run.recipe.seed,
+    )
+    total_steps = max(1, round(config.budget_tokens / (loop.batch_rows * config.sequence_length)))
+    compiling = run.compiling(loop)
+    if loop.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    if compiling:
+        compile_blocks(student)
+        if teacher is not None:
+            compile_blocks(teacher)
+    before_step = None
+    if config.ternary_warmup_fraction > 0:
+        before_step = ternary_warmup(student, total_steps, config.ternary_warmup_fraction)
+    return fit(
+        student,
+        batches,
+        language_model_step(student, teacher, config, compiling),
+        optim=config.optim,
+        loop=loop,
+        total_steps=total_steps,
+        device=run.device,
+        tracker=run.tracker("pretrain", total_steps),
+        checkpoint_root=run.checkpoints("pretrain"),
+        key=run.keys["pretrain"],
+        before_step=before_step,
+    )
+
+
+def _given_base(run: Run, folder: Path) -> Path:
+    """Check a base named by the recipe against the model.
+
+    Raises:
+        ArtifactError: it is no ternary base, or of another model.
+    """
+    manifest = artifact.verify(folder)
+    if manifest.get("kind") != "base":
+        raise ArtifactError(f"{folder}: kind {manifest.get('kind')!r}, a ternary base is needed; run `bitdistill pretrain`")
+    made_from, own = manifest.get("inputs", {}).get("model"), source_fingerprint(run.recipe.model)
+    if made_from != own:
+        raise ArtifactError(
+            f"{folder}: this ternary base was made from another model than {run.recipe.model.path} "
+            f"(fingerprint {str(made_from)[:12]}, not {own[:12]}); make one with `bitdistill pretrain`"
+        )
+    run.keys["pretrain"] = str(manifest["key"])
+    log.info("pretrain: using the ternary base %s", folder)
+    return folder
+
+
+def _point_to(run: Run, folder: Path) -> None:
+    with artifact.storage_errors(run.run_dir):
+        text = json.dumps({"path": str(folder.resolve()), "key": run.keys["pretrain"]}, indent=2)
+        (run.run_dir / "base.json").write_text(text + "\n", "utf-8")
+
+
+def validation_loss(run: Run, model: Any, shards: Any, *, rows: int = 64, length: int = 512) -> float:
+    """Mean next-token cross-entropy (nats) on the first rows of a token set."""
+    from bitdistill.losses.logits import cross_entropy_sum
+    from bitdistill.models.forward import logits_at
+
+    total, count = 0.0, 0
+    with torch.no_grad(), autocast(run.device, "auto"):
+        for row in range(min(rows, shards.n_tokens // length)):
+            ids = torch.from_numpy(shards.read(row * length, length).astype("int64"))[None].to(run.device)
+            logits = logits_at(model, final_hidden(model, ids)[0, :-1])
+            total += float(cross_entropy_sum(logits, ids[0, 1:]))
+            count += length - 1
+    return total / max(count, 1)

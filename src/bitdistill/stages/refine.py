@@ -1,0 +1,99 @@
+"""Stage 1 (paper, sec. 3.1): ternary linears and SubLN, gains calibrated on general text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitdistill import artifact
+from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_fingerprint
+from bitdistill.errors import ArtifactError
+from bitdistill.models import surgery
+from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.models.student import save_student
+from bitdistill.stages.common import Run, log, pad_token_id
+
+
+def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
+    """The stage-2 corpus as token shards; text is tokenized once and kept beside the ternary bases.
+
+    Raises:
+        ArtifactError: the shards were made with another tokenizer.
+    """
+    config = run.recipe.pretrain
+    assert config is not None
+    assert config.corpus is not None
+    path = Path(config.corpus).expanduser()
+    own = tokenizer_fingerprint(tokenizer)
+    if not (path.is_dir() and artifact.exists(path)):
+        source = run.recipe.model.tokenizer or run.recipe.model.path
+        out = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json([config.corpus, own])[:16]
+        if not artifact.exists(out):
+            log.info("tokenizing %s into %s", config.corpus, out)
+            tokenize_corpus([config.corpus], source, out, workers=torch.get_num_threads())
+        path = out
+    shards = TokenShards(path)
+    if shards.tokenizer_sha256 != own:
+        raise ArtifactError(
+            f"{path}: tokenized with another tokenizer than {run.recipe.model.path}'s; "
+            "run `bitdistill tokenize` with this model"
+        )
+    return shards
+
+
+def calibration_from_task(run: Run, tokenizer: Any) -> Tensor:
+    """Calibration tokens [B, T] from training prompts, where there is no corpus; rows are cut to one length."""
+    examples = run.train_examples(tokenizer)[: run.recipe.refine.calibration_rows]
+    length = min(run.recipe.refine.calibration_length, max(len(e.prompt_ids) for e in examples))
+    rows = [list(e.prompt_ids[:length]) for e in examples]
+    pad = pad_token_id(tokenizer)
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+
+
+def calibration_from_corpus(run: Run, shards: TokenShards) -> Tensor:
+    """Calibration tokens [rows, length], evenly spread over the corpus."""
+    config = run.recipe.refine
+    length = min(config.calibration_length, shards.n_tokens)
+    rows = max(1, min(config.calibration_rows, shards.n_tokens // length))
+    stride = (shards.n_tokens - length) // max(rows - 1, 1)
+    return torch.stack([torch.from_numpy(shards.read(i * stride, length).astype("int64")) for i in range(rows)])
+
+
+def refine(run: Run) -> Path:
+    """Stage 1; writes `refined/`, a latent student that was not trained yet."""
+    config, pretrain = run.recipe.refine, run.recipe.pretrain
+    folder = run.run_dir / "refined"
+    calibrated = config.gains == "calibrated" and config.subln != "none"
+    on_corpus = pretrain is not None and pretrain.corpus is not None
+    inputs: dict[str, Any] = {
+        "model": source_fingerprint(run.recipe.model),
+        "refine": run.section("refine"),
+        # With a task calibration the result depends on the task's rows, otherwise it must not.
+        "calibration": pretrain.corpus if on_corpus and pretrain else run.train_inputs() if calibrated else None,
+    }
+    if run.finished("refine", folder, inputs):
+        return folder
+    source, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
+    plan = surgery.plan(source.config, config)
+    student = surgery.apply(plan, source)
+    gains = {}
+    if calibrated:
+        tokens = (
+            calibration_from_corpus(run, open_corpus(run, tokenizer))
+            if on_corpus
+            else calibration_from_task(run, tokenizer)
+        )
+        gains = surgery.calibrate_gains(student, source, tokens.to(run.device))
+    save_student(
+        student,
+        tokenizer,
+        folder,
+        kind="refined",
+        plan=plan,
+        recipe=run.recipe.model_dump(mode="json"),
+        extra={**run.meta("refine", inputs), "gains": gains},
+    )
+    return folder

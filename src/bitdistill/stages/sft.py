@@ -1,0 +1,140 @@
+"""Task fine-tuning with cross-entropy: the full-precision teacher, and the BitNet-SFT baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
+from bitdistill.data.batches import Batch
+from bitdistill.data.tasks import check_tokenizer
+from bitdistill.losses.logits import cross_entropy_sum
+from bitdistill.models import surgery
+from bitdistill.models.forward import answer_positions, final_hidden, logits_at
+from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.models.student import save_student
+from bitdistill.stages.common import Run, pad_token_id
+from bitdistill.stages.refine import calibration_from_task
+from bitdistill.train.compile import compile_blocks
+from bitdistill.train.loop import FitResult, StepFunction, StepOutput, Totals, fit
+
+
+def cross_entropy_step(model: Any) -> StepFunction:
+    """Step function: mean cross-entropy over the answer tokens (paper, Eq. 9)."""
+
+    def step(batch: Batch, totals: Totals) -> StepOutput:
+        hidden = final_hidden(model, batch.input_ids_BT)
+        logits_NV = logits_at(model, hidden[answer_positions(batch.answer_mask_BT)])
+        targets_N = batch.input_ids_BT[batch.answer_mask_BT]
+        return StepOutput(cross_entropy_sum(logits_NV, targets_N) / totals.answers)
+
+    return step
+
+
+def train_on_task(
+    run: Run,
+    stage: str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    optim: Optim,
+    loop: Loop,
+    epochs: float,
+    make_step: Callable[[Any], StepFunction] = cross_entropy_step,
+    **fit_options: Any,
+) -> FitResult:
+    """Run `fit` over the task's training rows for `epochs`."""
+    check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+    batches = run.task_batches(run.train_examples(tokenizer), loop, pad_token_id(tokenizer), run.compiling(loop))
+    total_steps = max(1, round(epochs * batches.steps_per_epoch))
+    if loop.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return fit(
+        model,
+        batches,
+        make_step(model),
+        optim=optim,
+        loop=loop,
+        total_steps=total_steps,
+        device=run.device,
+        tracker=run.tracker(stage, total_steps),
+        checkpoint_root=run.checkpoints(stage),
+        key=run.keys[stage],
+        **fit_options,
+    )
+
+
+def sft(run: Run) -> Path:
+    """Fine-tune the full-precision model on the task; writes `teacher/`, a plain Hugging Face folder in bfloat16.
+
+    Raises:
+        DataError, ModelError: rows, tokenizer or model are not usable.
+    """
+    config: SftConfig = run.recipe.sft
+    folder = run.run_dir / "teacher"
+    inputs = {
+        "model": source_fingerprint(run.recipe.model),
+        **run.train_inputs(),
+        "sft": run.section("sft"),
+        "seed": run.recipe.seed,
+    }
+    if run.finished("sft", folder, inputs):
+        return folder
+    model, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
+    if run.compiling(config.loop):
+        compile_blocks(model)
+    result = train_on_task(
+        run, "sft", model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
+    )
+    save_student(
+        model,
+        tokenizer,
+        folder,
+        kind="teacher",
+        plan=None,
+        recipe=run.recipe.model_dump(mode="json"),
+        extra=run.meta("sft", inputs, result),
+        float_dtype="bfloat16",
+    )
+    return folder
+
+
+def bitnet_sft(run: Run) -> Path:
+    """Baseline: the full-precision model made ternary at once, then fine-tuned; writes `bitnet_sft/`."""
+    config = run.recipe.bitnet_sft
+    assert config is not None
+    folder = run.run_dir / "bitnet_sft"
+    inputs = {
+        "model": source_fingerprint(run.recipe.model),
+        **run.train_inputs(),
+        "bitnet_sft": run.section("bitnet_sft"),
+        "seed": run.recipe.seed,
+    }
+    if run.finished("bitnet_sft", folder, inputs):
+        return folder
+    source, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
+    plan = surgery.plan(source.config, _baseline_refine(config))
+    student = surgery.apply(plan, source)
+    if config.subln != "none" and config.gains == "calibrated":
+        surgery.calibrate_gains(student, source, calibration_from_task(run, tokenizer))
+    del source
+    if run.compiling(config.loop):
+        compile_blocks(student)
+    result = train_on_task(
+        run, "bitnet_sft", student, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
+    )
+    save_student(
+        student,
+        tokenizer,
+        folder,
+        kind="bitnet_sft",
+        plan=plan,
+        recipe=run.recipe.model_dump(mode="json"),
+        extra=run.meta("bitnet_sft", inputs, result),
+    )
+    return folder
+
+
+def _baseline_refine(config: BitNetSftConfig) -> RefineConfig:
+    return RefineConfig(subln=config.subln, gains=config.gains)
