@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitdistill import artifact
+from bitdistill.data import readers
 from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_fingerprint
 from bitdistill.errors import ArtifactError
 from bitdistill.models import surgery
@@ -62,6 +63,17 @@ def calibration_from_corpus(run: Run, shards: TokenShards) -> Tensor:
     return torch.stack([torch.from_numpy(shards.read(i * stride, length).astype("int64")) for i in range(rows)])
 
 
+def _calibration_identity(run: Run, calibrated: bool) -> Any:
+    """What the calibration text is, for the stage's key: the corpus by content, else the task's rows."""
+    if not calibrated:
+        return None
+    pretrain = run.recipe.pretrain
+    if pretrain is None or pretrain.corpus is None:
+        return run.train_inputs()
+    path = Path(pretrain.corpus).expanduser()
+    return TokenShards(path).fingerprint if artifact.exists(path) else readers.source_fingerprint(pretrain.corpus)
+
+
 def refine(run: Run) -> Path:
     """Stage 1; writes `refined/`, a latent student that was not trained yet."""
     config, pretrain = run.recipe.refine, run.recipe.pretrain
@@ -72,7 +84,7 @@ def refine(run: Run) -> Path:
         "model": source_fingerprint(run.recipe.model),
         "refine": run.section("refine"),
         # With a task calibration the result depends on the task's rows, otherwise it must not.
-        "calibration": pretrain.corpus if on_corpus and pretrain else run.train_inputs() if calibrated else None,
+        "calibration": _calibration_identity(run, calibrated),
     }
     if run.finished("refine", folder, inputs):
         return folder

@@ -1,0 +1,91 @@
+"""The whole of BitDistill on one screen: full-precision model and task rows in, packed student and report out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bitdistill.config import Recipe
+from bitdistill.errors import RecipeError
+from bitdistill.eval.results import ResultRow
+from bitdistill.report.html import write_report
+from bitdistill.report.inspect import write_stats
+from bitdistill.stages.common import Run
+from bitdistill.stages.distill import distill
+from bitdistill.stages.evaluate import Entry, evaluate
+from bitdistill.stages.export import export
+from bitdistill.stages.pretrain import pretrain
+from bitdistill.stages.refine import refine
+from bitdistill.stages.sft import bitnet_sft, sft
+
+STAGES = ("sft", "refine", "pretrain", "distill", "bitnet_sft", "export", "eval", "report")
+
+
+@dataclass
+class RunResult:
+    """What a run left behind; fields of stages that did not run are None or empty."""
+
+    run_dir: Path
+    rows: list[ResultRow] = field(default_factory=list)
+    packed: Path | None = None
+    report: Path | None = None
+
+
+def run(
+    recipe: Recipe,
+    *,
+    until: str | None = None,
+    redo: frozenset[str] = frozenset(),
+    command: str = "",
+    quiet: bool = False,
+) -> RunResult:
+    """Run every stage in order, skipping what is finished.
+
+    Args:
+        until: last stage to run (one of STAGES); None runs all.
+        redo: stages to run again although a finished artifact is there.
+        command: recorded in results and reports.
+        quiet: no progress on stderr.
+
+    Raises:
+        BitDistillError: bad recipe, data or model; finished artifacts are kept.
+    """
+    _check_stages(until, redo)
+    last = STAGES.index(until) if until else len(STAGES) - 1
+    this = Run.open(recipe, command=command, redo=redo, quiet=quiet)
+    result = RunResult(this.run_dir)
+
+    def wanted(stage: str) -> bool:
+        return STAGES.index(stage) <= last
+
+    teacher = sft(this)
+    if wanted("refine"):
+        start, start_key = refine(this), this.keys["refine"]
+        write_stats(start, this.run_dir, "refined")
+    if wanted("pretrain") and recipe.pretrain is not None:
+        start, start_key = pretrain(this, start), this.keys["pretrain"]
+        write_stats(start, this.run_dir, "base")
+    if wanted("distill"):
+        student = distill(this, start, start_key, teacher)
+        write_stats(student, this.run_dir, "student")
+    if wanted("bitnet_sft") and recipe.bitnet_sft is not None:
+        baseline = bitnet_sft(this)
+        write_stats(baseline, this.run_dir, "bitnet_sft")
+    if wanted("export"):
+        result.packed = export(this, student, this.keys["distill"], "packed")
+        entries = [Entry("teacher", teacher, teacher)]
+        if recipe.bitnet_sft is not None:
+            packed_baseline = export(this, baseline, this.keys["bitnet_sft"], "bitnet_sft_packed")
+            entries.append(Entry("bitnet_sft", packed_baseline, baseline))
+        entries.append(Entry("bitdistill", result.packed, student))
+    if wanted("eval"):
+        result.rows = evaluate(this, entries)
+    if wanted("report"):
+        result.report = write_report(this.run_dir)
+    return result
+
+
+def _check_stages(until: str | None, redo: frozenset[str]) -> None:
+    for name in [*redo, *([until] if until else [])]:
+        if name not in STAGES:
+            raise RecipeError(f"stage {name!r}: expected one of {', '.join(STAGES)}")

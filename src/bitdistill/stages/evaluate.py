@@ -1,0 +1,175 @@
+"""Score teacher, baseline and packed student on the same rows, in one run, from what lies on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdistill import artifact
+from bitdistill.data import tasks
+from bitdistill.data.readers import Row
+from bitdistill.data.tasks import Example
+from bitdistill.eval.classify import Prediction, classify
+from bitdistill.eval.generate import generate
+from bitdistill.eval.metrics import METRICS, Score, agreement
+from bitdistill.eval.results import (
+    ResultRow,
+    hardware,
+    predictions_hash,
+    read_results,
+    versions,
+    write_predictions,
+    write_results,
+)
+from bitdistill.models.load import load_source
+from bitdistill.models.student import load_student
+from bitdistill.stages.common import Run, git_commit, log, pad_token_id
+
+LABELS = {
+    "teacher": "Teacher (full precision)",
+    "bitnet_sft": "BitNet-SFT (direct ternary)",
+    "bitdistill": "BitDistill student",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be made: its name, the artifact that is scored, and the artifact that says what training cost."""
+
+    name: str
+    folder: Path
+    trained: Path
+
+
+def load_any(run: Run, folder: Path) -> tuple[Any, Any]:
+    """Model (float32 compute) and tokenizer of a teacher or packed folder, hashes verified."""
+    manifest = artifact.verify(folder)
+    if manifest["kind"] == "teacher":
+        source = run.recipe.model.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
+        model, tokenizer = load_source(source, dtype="float32", device=run.device)
+    else:
+        model, tokenizer, _ = load_student(folder, device=run.device)
+        model = model.float()
+    return model.eval(), tokenizer
+
+
+def predict_rows(run: Run, model: Any, tokenizer: Any, examples: Sequence[Example]) -> tuple[list[Prediction], float]:
+    """Predictions on encoded rows and the tokens a second of scoring them."""
+    options: dict[str, Any] = {
+        "batch_rows": run.recipe.eval.batch_rows,
+        "device": run.device,
+        "pad_id": pad_token_id(tokenizer),
+    }
+    score = classify if run.recipe.task.kind == "classification" else generate
+    # One untimed batch: the first call pays for unpacking codes and for warming caches.
+    score(model, tokenizer, run.recipe.task, list(examples[: run.recipe.eval.batch_rows]), **options)
+    started = time.perf_counter()
+    predictions = score(model, tokenizer, run.recipe.task, list(examples), **options)
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    elapsed_s = time.perf_counter() - started
+    made = 0
+    if run.recipe.task.kind == "generation":
+        made = sum(len(tokenizer(p.text, add_special_tokens=False).input_ids) for p in predictions)
+    tokens = made + sum(len(e.prompt_ids) for e in examples)
+    return predictions, tokens / max(elapsed_s, 1e-9)
+
+
+def score_predictions(run: Run, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, Score]:
+    """Every metric of the task, the headline metric first."""
+    task = run.recipe.task
+    names = task.metrics or (("accuracy", "f1") if task.kind == "classification" else ("rougeL", "bleu"))
+    return {
+        name: METRICS[name](list(predictions), list(examples), seed=run.recipe.eval.bootstrap_seed) for name in names
+    }
+
+
+def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
+    """Score each entry; writes predictions/<name>.jsonl and results.json.
+
+    Rows whose artifact did not change since results.json was written are scored again all the same when any
+    row changed: rates are only comparable within one run.
+    """
+    path = run.run_dir / "results.json"
+    inputs = _inputs(run, entries)
+    key = run.keys["eval"] = artifact.hash_json(inputs)
+    stamp = run.run_dir / "results.key"
+    if "eval" not in run.redo and path.exists() and stamp.exists() and stamp.read_text("utf-8") == key:
+        log.info("eval: finished before, kept (%s)", path)
+        return read_results(path)
+    rows = run.eval_rows()
+    results: list[ResultRow] = []
+    teacher_predictions: list[Prediction] | None = None
+    for entry in entries:
+        log.info("eval: %s on %d rows", LABELS.get(entry.name, entry.name), len(rows))
+        row, predictions = _evaluate_one(run, entry, rows, teacher_predictions)
+        if entry.name == "teacher":
+            teacher_predictions = predictions
+        results.append(row)
+    with artifact.storage_errors(run.run_dir):
+        write_results(path, results)
+        stamp.write_text(key, "utf-8")
+    return results
+
+
+def _inputs(run: Run, entries: Sequence[Entry]) -> dict[str, Any]:
+    return {
+        "entries": {e.name: artifact.read_manifest(e.folder)["files"] for e in entries},
+        "eval": run.section("eval"),
+        "data": run.data_fingerprints,
+        "limit_test": run.recipe.data.limit_test,
+        "task": run.recipe.task.model_dump(mode="json"),
+        "device": run.device.type,
+    }
+
+
+def _evaluate_one(
+    run: Run, entry: Entry, rows: list[Row], teacher: list[Prediction] | None
+) -> tuple[ResultRow, list[Prediction]]:
+    model, tokenizer = load_any(run, entry.folder)
+    examples = tasks.encode(run.recipe.task, rows, tokenizer, run.recipe.data.max_length)
+    predictions, tokens_per_s = predict_rows(run, model, tokenizer, examples)
+    scores = score_predictions(run, predictions, examples)
+    if teacher is not None:
+        scores["agreement_with_teacher"] = agreement(predictions, teacher)
+    write_predictions(run.run_dir / "predictions" / f"{entry.name}.jsonl", predictions, examples, run.recipe.task)
+    headline, score = next(iter(scores.items()))
+    files = artifact.read_manifest(entry.folder)["files"]
+    size_bytes = sum(f["bytes"] for n, f in files.items() if n.endswith(".safetensors"))
+    training = artifact.read_manifest(entry.trained).get("training") or {}
+    row = ResultRow(
+        name=entry.name,
+        label=LABELS.get(entry.name, entry.name),
+        task=run.recipe.task.name,
+        metric=headline,
+        value=score.value,
+        n=score.n,
+        low=score.low,
+        high=score.high,
+        metrics={name: s.value for name, s in scores.items()},
+        bits_per_weight=8.0 * size_bytes / _weights(model),
+        size_bytes=size_bytes,
+        tokens_per_s=tokens_per_s,
+        seed=run.recipe.seed,
+        command=run.command,
+        commit=git_commit(),
+        versions=versions(),
+        hardware=hardware(run.device),
+        predictions_sha256=predictions_hash(predictions),
+        train_tokens=training.get("tokens"),
+        train_s=training.get("elapsed_s"),
+    )
+    return row, predictions
+
+
+def _weights(model: Any) -> int:
+    """Weights of a model, ternary ones counted unpacked and tied ones once."""
+    from bitdistill.quant.linear import PackedBitLinear
+
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedBitLinear))
+    return packed + sum(p.numel() for p in model.parameters())
