@@ -120,7 +120,9 @@ class Family:
                 raise ModelError(f"{where}: {key} is {config[key]!r}, {why}; choose another model")
         sizes = _sizes(self, config, where)
         linears = tuple(
-            linear for layer in range(sizes["num_hidden_layers"]) for linear in _block(self, config, sizes, layer)
+            linear
+            for layer in range(sizes["num_hidden_layers"])
+            for linear in _block(self, config, sizes, layer)
         )
         return Layout(
             family=self.model_type,
@@ -143,7 +145,7 @@ class Family:
 
 _LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 _GEMMA_NORMS = (*_LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_BY_ATTENTION_BIAS: dict[Kind, bool | str] = {kind: "attention_bias" for kind in ("q", "k", "v", "o")}
+_BY_ATTENTION_BIAS: dict[Kind, bool | str] = dict.fromkeys(("q", "k", "v", "o"), "attention_bias")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -221,7 +223,9 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where}: model_type 'gemma3' is the multimodal model; save its text part (Gemma3ForCausalLM, "
             "model_type 'gemma3_text') to a folder of its own, or use Gemma 3 270M or 1B"
         )
-    raise ModelError(f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    raise ModelError(
+        f"{where}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+    )
 
 
 def layout_of(config: Mapping[str, Any], where: str) -> Layout:
@@ -290,7 +294,9 @@ def _kept(
         block = f"model.layers.{layer}"
         kept += [Kept(f"{block}.{norm}.weight", (hidden,), "norm") for norm in family.block_norms]
         if family.qk_norm:
-            kept += [Kept(f"{block}.self_attn.{n}.weight", (head_dim,), "q/k-norm") for n in ("q_norm", "k_norm")]
+            kept += [
+                Kept(f"{block}.self_attn.{n}.weight", (head_dim,), "q/k-norm") for n in ("q_norm", "k_norm")
+            ]
     kept += [Kept(f"{lin.name}.bias", (lin.out_features,), "bias") for lin in linears if lin.bias]
     kept.append(Kept("model.norm.weight", (hidden,), "norm"))
     if not tied:
@@ -319,7 +325,9 @@ def _layer_types(config: Mapping[str, Any], layers: int) -> tuple[str, ...]:
         return tuple(str(t) for t in types)
     if config.get("model_type") == "gemma3_text":
         pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-        return tuple("full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers))
+        return tuple(
+            "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)
+        )
     if config.get("use_sliding_window") and config.get("sliding_window"):
         first = config.get("max_window_layers", 28)
         return tuple("sliding_attention" if i >= first else "full_attention" for i in range(layers))

@@ -2,7 +2,7 @@
 
 A code in {-1, 0, +1} is stored as ``code + 1``; the fourth value, 3, is illegal. Four codes share a byte
 along the input dimension: element ``i`` of a row sits in byte ``i // 4`` at bits ``2 * (i % 4)``, low bits
-first. A row whose length is not a multiple of 4 is padded with value 1 (code 0), so every row starts on a byte.
+first. A row whose length is not a multiple of 4 is padded with value 1 (code 0): rows start on a byte.
 
 Shape legend: O out features, I in features.
 """
@@ -64,19 +64,21 @@ def unpack_2bit(packed_OB: Tensor, in_features: int) -> Tensor:
     """
     if packed_OB.dtype != torch.uint8 or packed_OB.dim() != 2:
         raise ValueError(
-            f"packed codes are {packed_OB.dtype} with shape {tuple(packed_OB.shape)}; unpack_2bit takes uint8 [out, bytes]"
+            f"packed codes are {packed_OB.dtype} with shape {tuple(packed_OB.shape)}; "
+            "unpack_2bit takes uint8 [out, bytes]"
         )
     rows, width = packed_OB.shape
     if width != packed_width(in_features):
         raise ValueError(
-            f"rows hold {width} bytes; {in_features} codes need {packed_width(in_features)}; re-export the student"
+            f"rows hold {width} bytes; {in_features} codes need {packed_width(in_features)}; "
+            "re-export the student"
         )
     values = torch.stack([(packed_OB >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1).view(
         rows, width * CODES_PER_BYTE
     )
     if bool((values == 3).any()):
         row, column = (values == 3).nonzero()[0].tolist()
-        raise ValueError(f"code value 3 at row {row}, column {column}; legal are 0, 1, 2; re-export the student")
+        raise ValueError(f"value 3 at row {row}, column {column} is no code (0, 1, 2 are); re-export")
     if bool((values[:, in_features:] != 1).any()):
         row = int((values[:, in_features:] != 1).nonzero()[0, 0])
         raise ValueError(f"padding of row {row} is not value 1; re-export the student")
