@@ -18,7 +18,18 @@ from bitdistill.stages.pretrain import pretrain
 from bitdistill.stages.refine import refine
 from bitdistill.stages.sft import bitnet_sft, sft
 
-STAGES = ("sft", "refine", "pretrain", "distill", "bitnet_sft", "export", "eval", "report")
+# Each stage and the stages it reads from, in the order they run.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "sft": (),
+    "refine": (),
+    "pretrain": ("refine",),
+    "distill": ("sft", "refine", "pretrain"),
+    "bitnet_sft": (),
+    "export": ("distill", "bitnet_sft"),
+    "eval": ("sft", "export"),
+    "report": ("eval",),
+}
+STAGES = tuple(NEEDS)
 
 
 @dataclass
@@ -51,38 +62,46 @@ def run(
         BitDistillError: bad recipe, data or model; finished artifacts are kept.
     """
     _check_stages(until, redo)
-    last = STAGES.index(until) if until else len(STAGES) - 1
+    wanted = STAGES if until is None else needed_stages(until)
     this = Run.open(recipe, command=command, redo=redo, quiet=quiet)
     result = RunResult(this.run_dir)
 
-    def wanted(stage: str) -> bool:
-        return STAGES.index(stage) <= last
-
-    teacher = sft(this)
-    if wanted("refine"):
+    if "sft" in wanted:
+        teacher = sft(this)
+    if "refine" in wanted:
         start, start_key = refine(this), this.keys["refine"]
         write_stats(start, this.run_dir, "refined")
-    if wanted("pretrain") and recipe.pretrain is not None:
+    if "pretrain" in wanted and recipe.pretrain is not None:
         start, start_key = pretrain(this, start), this.keys["pretrain"]
         write_stats(start, this.run_dir, "base")
-    if wanted("distill"):
+    if "distill" in wanted:
         student = distill(this, start, start_key, teacher)
         write_stats(student, this.run_dir, "student")
-    if wanted("bitnet_sft") and recipe.bitnet_sft is not None:
+    if "bitnet_sft" in wanted and recipe.bitnet_sft is not None:
         baseline = bitnet_sft(this)
         write_stats(baseline, this.run_dir, "bitnet_sft")
-    if wanted("export"):
+    if "export" in wanted:
         result.packed = export(this, student, this.keys["distill"], "packed")
-        entries = [Entry("teacher", teacher, teacher)]
         if recipe.bitnet_sft is not None:
             packed_baseline = export(this, baseline, this.keys["bitnet_sft"], "bitnet_sft_packed")
+    if "eval" in wanted:
+        entries = [Entry("teacher", teacher, teacher)]
+        if recipe.bitnet_sft is not None:
             entries.append(Entry("bitnet_sft", packed_baseline, baseline))
         entries.append(Entry("bitdistill", result.packed, student))
-    if wanted("eval"):
         result.rows = evaluate(this, entries)
-    if wanted("report"):
+    if "report" in wanted:
         result.report = write_report(this.run_dir)
     return result
+
+
+def needed_stages(until: str) -> frozenset[str]:
+    """A stage and all the stages it reads from."""
+    found = {until}
+    for name in reversed(STAGES):
+        if name in found:
+            found |= set(NEEDS[name])
+    return frozenset(found)
 
 
 def _check_stages(until: str | None, redo: frozenset[str]) -> None:

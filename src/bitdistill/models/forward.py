@@ -24,7 +24,9 @@ def head_weight(model: Any) -> nn.Parameter:
 def logits_at(model: Any, hidden_NH: Tensor) -> Tensor:
     """Logits [N, V] of chosen final hidden states, with the model's soft cap if it has one."""
     head = model.get_output_embeddings()
-    logits: Tensor = head(hidden_NH.to(head.weight.dtype) if not torch.is_autocast_enabled(hidden_NH.device.type) else hidden_NH)
+    if not torch.is_autocast_enabled(hidden_NH.device.type):
+        hidden_NH = hidden_NH.to(head.weight.dtype)
+    logits: Tensor = head(hidden_NH)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 

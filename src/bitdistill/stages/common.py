@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from bitdistill.data.batches import TaskBatches
 from bitdistill.data.tasks import Example
 from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.results import hardware, versions
+from bitdistill.models.student import save_student
 from bitdistill.recipe import dump_recipe
 from bitdistill.train.compile import wants_compile
 from bitdistill.train.loop import FitResult
@@ -135,6 +137,11 @@ class Run:
 
     def checkpoints(self, stage: str) -> Path:
         return self.run_dir / "checkpoints" / stage
+
+    def save_artifact(self, stage: str, model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
+        """Write a stage's artifact, then drop the checkpoints that led to it."""
+        save_student(model, tokenizer, folder, recipe=self.recipe.model_dump(mode="json"), **options)
+        shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     @cached_property
     def data_fingerprints(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from bitdistill.losses.relation import attention_distillation_sum
 from bitdistill.models.capture import capture_states
 from bitdistill.models.forward import answer_positions, final_hidden, logits_at
 from bitdistill.models.load import load_source
-from bitdistill.models.student import load_student, save_student
+from bitdistill.models.student import load_student
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
@@ -218,13 +218,13 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         state=step,
         before_step=step.before_step,
     )
-    save_student(
+    run.save_artifact(
+        "distill",
         student,
         tokenizer,
         folder,
         kind="student",
         plan=manifest["plan"],
-        recipe=run.recipe.model_dump(mode="json"),
         extra={
             **run.meta("distill", inputs, result),
             "distilled_layers": layers,

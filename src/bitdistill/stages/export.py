@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitdistill.models.student import load_student, pack, save_student
+from bitdistill.models.student import load_student, pack
 from bitdistill.stages.common import Run
 
 
 def write_packed(model: Any, tokenizer: Any, manifest: dict[str, Any], folder: Path, run: Run, inputs: Any) -> None:
     """The packed folder of docs/format.md."""
     float_dtype = run.recipe.export.float_dtype
-    save_student(
+    run.save_artifact(
+        "export",
         pack(model, float_dtype),
         tokenizer,
         folder,
         kind="packed",
         plan=manifest["plan"],
-        recipe=run.recipe.model_dump(mode="json"),
         extra={
             **run.meta("export", inputs),
             "training": manifest.get("training"),

@@ -20,12 +20,12 @@ from bitdistill.errors import ArtifactError
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.forward import final_hidden, head_weight
 from bitdistill.models.load import load_source, source_fingerprint
-from bitdistill.models.student import load_student, save_student
+from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
-from bitdistill.train.loop import StepFunction, StepOutput, Totals, autocast, fit
+from bitdistill.train.loop import StepFunction, StepOutput, Totals, fit
 
 
 def language_model_step(student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool) -> StepFunction:
@@ -105,13 +105,13 @@ def pretrain(run: Run, refined: Path) -> Path:
         teacher = source.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32).requires_grad_(False).eval()
     del source
     result = _train(run, student, teacher, shards)
-    save_student(
+    run.save_artifact(
+        "pretrain",
         student,
         tokenizer,
         folder,
         kind="base",
         plan=manifest["plan"],
-        recipe=run.recipe.model_dump(mode="json"),
         extra=run.meta("pretrain", inputs, result),
     )
     _point_to(run, folder)
@@ -179,18 +179,3 @@ def _point_to(run: Run, folder: Path) -> None:
     with artifact.storage_errors(run.run_dir):
         text = json.dumps({"path": str(folder.resolve()), "key": run.keys["pretrain"]}, indent=2)
         (run.run_dir / "base.json").write_text(text + "\n", "utf-8")
-
-
-def validation_loss(run: Run, model: Any, shards: Any, *, rows: int = 64, length: int = 512) -> float:
-    """Mean next-token cross-entropy (nats) on the first rows of a token set."""
-    from bitdistill.losses.logits import cross_entropy_sum
-    from bitdistill.models.forward import logits_at
-
-    total, count = 0.0, 0
-    with torch.no_grad(), autocast(run.device, "auto"):
-        for row in range(min(rows, shards.n_tokens // length)):
-            ids = torch.from_numpy(shards.read(row * length, length).astype("int64"))[None].to(run.device)
-            logits = logits_at(model, final_hidden(model, ids)[0, :-1])
-            total += float(cross_entropy_sum(logits, ids[0, 1:]))
-            count += length - 1
-    return total / max(count, 1)

@@ -14,7 +14,6 @@ from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_finge
 from bitdistill.errors import ArtifactError
 from bitdistill.models import surgery
 from bitdistill.models.load import load_source, source_fingerprint
-from bitdistill.models.student import save_student
 from bitdistill.stages.common import Run, log, pad_token_id
 
 
@@ -45,13 +44,14 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
     return shards
 
 
-def calibration_from_task(run: Run, tokenizer: Any) -> Tensor:
-    """Calibration tokens [B, T] from training prompts, where there is no corpus; rows are cut to one length."""
+def calibration_from_task(run: Run, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Calibration tokens [B, T] from training prompts, where there is no corpus, and the mask of real ones."""
     examples = run.train_examples(tokenizer)[: run.recipe.refine.calibration_rows]
     length = min(run.recipe.refine.calibration_length, max(len(e.prompt_ids) for e in examples))
     rows = [list(e.prompt_ids[:length]) for e in examples]
     pad = pad_token_id(tokenizer)
-    return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+    mask = torch.arange(length)[None, :] < torch.tensor([len(row) for row in rows])[:, None]
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows]), mask
 
 
 def calibration_from_corpus(run: Run, shards: TokenShards) -> Tensor:
@@ -93,19 +93,18 @@ def refine(run: Run) -> Path:
     student = surgery.apply(plan, source)
     gains = {}
     if calibrated:
-        tokens = (
-            calibration_from_corpus(run, open_corpus(run, tokenizer))
-            if on_corpus
-            else calibration_from_task(run, tokenizer)
-        )
-        gains = surgery.calibrate_gains(student, source, tokens.to(run.device))
-    save_student(
+        if on_corpus:
+            tokens, mask = calibration_from_corpus(run, open_corpus(run, tokenizer)).to(run.device), None
+        else:
+            tokens, mask = (t.to(run.device) for t in calibration_from_task(run, tokenizer))
+        gains = surgery.calibrate_gains(student, source, tokens, mask)
+    run.save_artifact(
+        "refine",
         student,
         tokenizer,
         folder,
         kind="refined",
         plan=plan,
-        recipe=run.recipe.model_dump(mode="json"),
         extra={**run.meta("refine", inputs), "gains": gains},
     )
     return folder

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
 from bitdistill.data.batches import Batch
 from bitdistill.data.tasks import check_tokenizer
@@ -13,7 +15,6 @@ from bitdistill.losses.logits import cross_entropy_sum
 from bitdistill.models import surgery
 from bitdistill.models.forward import answer_positions, final_hidden, logits_at
 from bitdistill.models.load import load_source, source_fingerprint
-from bitdistill.models.student import save_student
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
@@ -87,15 +88,14 @@ def sft(run: Run) -> Path:
     result = train_on_task(
         run, "sft", model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
     )
-    save_student(
-        model,
+    run.save_artifact(
+        "sft",
+        model.to(torch.bfloat16),
         tokenizer,
         folder,
         kind="teacher",
         plan=None,
-        recipe=run.recipe.model_dump(mode="json"),
         extra=run.meta("sft", inputs, result),
-        float_dtype="bfloat16",
     )
     return folder
 
@@ -117,20 +117,21 @@ def bitnet_sft(run: Run) -> Path:
     plan = surgery.plan(source.config, _baseline_refine(config))
     student = surgery.apply(plan, source)
     if config.subln != "none" and config.gains == "calibrated":
-        surgery.calibrate_gains(student, source, calibration_from_task(run, tokenizer))
+        tokens, mask = calibration_from_task(run, tokenizer)
+        surgery.calibrate_gains(student, source, tokens.to(run.device), mask.to(run.device))
     del source
     if run.compiling(config.loop):
         compile_blocks(student)
     result = train_on_task(
         run, "bitnet_sft", student, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
     )
-    save_student(
+    run.save_artifact(
+        "bitnet_sft",
         student,
         tokenizer,
         folder,
         kind="bitnet_sft",
         plan=plan,
-        recipe=run.recipe.model_dump(mode="json"),
         extra=run.meta("bitnet_sft", inputs, result),
     )
     return folder

@@ -172,7 +172,7 @@ def fit(
                 _log(tracker, progress, metrics, rate)
             else:
                 tracker.advance(progress.step)
-            if signals.received is not None and progress.step < total_steps:
+            if signals.received is not None:
                 save()
                 raise Interrupted(
                     f"{tracker.stage}: stopped by signal {signals.received} at step {progress.step} of "

@@ -1,0 +1,274 @@
+"""The training loop: resuming, interrupting, accumulation, non-finite steps, corrupt checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bitdistill.config import Loop, Optim
+from bitdistill.data.batches import Batch
+from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, StorageError
+from bitdistill.train import checkpoint
+from bitdistill.train.loop import FitResult, StepOutput, Totals, fit
+from bitdistill.train.optim import learning_rate_at
+from bitdistill.train.tracking import Tracker, truncate_log
+
+VOCABULARY, LENGTH = 17, 6
+
+
+class RandomBatches:
+    """Rows as a pure function of the step, split into micro-batches."""
+
+    def __init__(self, rows: int = 8, micro_rows: int = 8) -> None:
+        self.rows, self.micro_rows = rows, micro_rows
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        ids = torch.randint(0, VOCABULARY, (self.rows, LENGTH), generator=torch.Generator().manual_seed(step))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        answers = mask.clone()
+        answers[:, 0] = False
+        starts = range(0, self.rows, self.micro_rows)
+        return [
+            Batch(
+                input_ids_BT=ids[i : i + self.micro_rows],
+                attention_mask_BT=mask[i : i + self.micro_rows],
+                answer_mask_BT=answers[i : i + self.micro_rows],
+                labels_B=torch.full((len(ids[i : i + self.micro_rows]),), -1),
+                indices=list(range(i, i + self.micro_rows)),
+                weight=self.micro_rows / self.rows,
+                tokens=self.micro_rows * LENGTH,
+            )
+            for i in starts
+        ]
+
+
+def make_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, VOCABULARY))
+
+
+def train(model: nn.Module, folder: Path, steps: int = 12, **options: object) -> FitResult:
+    def step(batch: Batch, totals: Totals) -> StepOutput:
+        logits = model(batch.input_ids_BT[:, :-1])
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.input_ids_BT[:, 1:].flatten(), reduction="sum"
+        )
+        return StepOutput(loss / totals.answers)
+
+    settings: dict[str, object] = {
+        "optim": Optim(learning_rate=1e-2),
+        "loop": Loop(batch_rows=8, log_every_steps=1, checkpoint_every_steps=4),
+        "key": "k",
+        "batches": RandomBatches(),
+        "step_function": step,
+    }
+    settings.update(options)
+    return fit(
+        model,
+        total_steps=steps,
+        device=torch.device("cpu"),
+        tracker=Tracker("toy", folder, steps, quiet=True),
+        checkpoint_root=folder / "checkpoints",
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "logs/toy.jsonl").read_text().splitlines()]
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_gradients_do_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    results = []
+    for micro_rows in (8, 3, 1):
+        model = make_model()
+        train(model, tmp_path / str(micro_rows), steps=5, batches=RandomBatches(8, micro_rows))
+        results.append(weights(model))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_twice_is_bit_identical(tmp_path: Path) -> None:
+    first, second = make_model(), make_model()
+    train(first, tmp_path / "a")
+    train(second, tmp_path / "b")
+    assert torch.equal(weights(first), weights(second))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 6, 11])
+def test_signal_saves_and_resuming_is_bit_identical(tmp_path: Path, stop_at: int) -> None:
+    whole = make_model()
+    done = train(whole, tmp_path / "whole")
+
+    def interrupt(step: int) -> None:
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        train(make_model(), tmp_path / "cut", before_step=interrupt)
+    assert caught.value.exit_code == 143
+    resumed = make_model(seed=99)  # its weights must come from the checkpoint
+    again = train(resumed, tmp_path / "cut")
+    assert torch.equal(weights(whole), weights(resumed))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert (again.steps, again.tokens) == (done.steps, done.tokens)
+
+
+def test_sigkill_at_any_moment_resumes_bit_identically(tmp_path: Path) -> None:
+    """Kills a real process at random times, in saves too, until it finishes; compares with an unbroken run."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, torch
+            from pathlib import Path
+            sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+            torch.set_num_threads(1)
+            from tests.train.test_loop import make_model, train, weights
+            from bitdistill.config import Loop
+            model = make_model()
+            train(model, Path(sys.argv[1]), steps=400,
+                  loop=Loop(batch_rows=8, log_every_steps=1, checkpoint_every_steps=3))
+            torch.save(weights(model), Path(sys.argv[1]) / "weights.pt")
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    generator = torch.Generator().manual_seed(0)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed")], env=environment)
+        # the first second goes into imports; kill within the training that follows
+        wait_s = 2.5 + 2.0 * torch.rand((), generator=generator).item() if kills < 4 else 120.0
+        try:
+            process.wait(timeout=wait_s)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 1
+    torch.set_num_threads(1)
+    whole = make_model()
+    train(whole, tmp_path / "whole", steps=400)
+    assert torch.equal(weights(whole), torch.load(tmp_path / "killed/weights.pt", weights_only=True))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+def test_corrupt_newest_checkpoint_falls_back_to_the_older(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = make_model()
+    train(whole, tmp_path)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    resumed = make_model(seed=5)
+    train(resumed, tmp_path)
+    assert "SHA-256" in caplog.text
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_only_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    train(make_model(), tmp_path, steps=30)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000024", "step-00000028"]
+
+
+def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    train(make_model(), tmp_path)
+    with pytest.raises(ArtifactError, match="another recipe"):
+        train(make_model(), tmp_path, key="other")
+
+
+def test_failed_write_keeps_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, []
+
+    def failing(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 8:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StorageError, match="no space left"):
+        train(make_model(), tmp_path)
+    monkeypatch.undo()
+    names = [p.name for p in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["step-00000004"]
+    whole, resumed = make_model(), make_model(seed=4)
+    train(whole, tmp_path / "whole")
+    train(resumed, tmp_path)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_too_small_a_disk_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(StorageError, match="checkpoints need"):
+        train(make_model(), tmp_path)
+
+
+def nonfinite_step(model: nn.Module, bad_steps: set[int]):  # type: ignore[no-untyped-def]
+    count = iter(range(10_000))
+
+    def step(batch: Batch, totals: Totals) -> StepOutput:
+        loss = model(batch.input_ids_BT).float().square().mean()
+        return StepOutput(loss * (math.nan if next(count) in bad_steps else 1.0))
+
+    return step
+
+
+def test_nonfinite_step_is_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    result = train(model, tmp_path, step_function=nonfinite_step(model, {3}))
+    assert result.skipped_steps == 1
+    assert torch.isfinite(weights(model)).all()
+    assert "step 3" in caplog.text
+    assert "rows [0, 1" in caplog.text
+
+
+def test_nonfinite_step_stops_when_asked_or_after_ten(tmp_path: Path) -> None:
+    model = make_model()
+    loop = Loop(batch_rows=8, on_nonfinite="stop")
+    with pytest.raises(DivergenceError, match="learning rate"):
+        train(model, tmp_path / "a", step_function=nonfinite_step(model, {2}), loop=loop)
+    with pytest.raises(DivergenceError, match="step 9"):
+        train(model, tmp_path / "b", step_function=nonfinite_step(model, set(range(100))))
+
+
+def test_truncate_log_drops_later_and_broken_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    truncate_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_schedules_warm_up_and_reach_their_floor(schedule: str) -> None:
+    optim = Optim(learning_rate=2.0, schedule=schedule, warmup_fraction=0.1, min_lr_ratio=0.1)  # type: ignore[arg-type]
+    rates = [learning_rate_at(s, 100, optim) for s in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == pytest.approx(2.0)
+    assert max(rates) == pytest.approx(2.0)
+    if schedule == "constant":
+        assert rates[-1] == 2.0
+    else:
+        assert 0.2 <= rates[-1] < 0.35
+        assert all(a >= b - 1e-12 for a, b in zip(rates[10:], rates[11:], strict=False))
+    if schedule == "wsd":
+        assert rates[79] == 2.0
