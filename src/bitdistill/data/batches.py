@@ -1,0 +1,261 @@
+"""Batches as pure functions of (seed, step): there is no loader state to save or to lose (R1, R9).
+
+Shape legend: B rows of a micro-batch, T tokens (padded on the right).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bitdistill.data.tasks import Example
+from bitdistill.errors import DataError
+
+WINDOW_BATCHES = 32
+"""Rows are sorted by length among this many batches: little padding, and still nearly random batches."""
+
+
+@dataclass
+class Batch:
+    """One forward/backward: some rows of an optimizer step."""
+
+    input_ids_BT: Tensor
+    """int64; padding on the right."""
+    attention_mask_BT: Tensor
+    """bool: True at real tokens. Causal models need no mask for right padding; losses over all tokens do."""
+    answer_mask_BT: Tensor
+    """bool: True at t where input_ids[:, t] is an answer token, so it is predicted by the logits at t - 1."""
+    labels_B: Tensor
+    """int64: index of the label, -1 where there is none."""
+    indices: list[int]
+    """Which examples (or windows of the corpus) these are."""
+    weight: float
+    """This micro-batch's share of the step's answer tokens: losses are means over answer tokens, so the sum
+    of weight * loss over a step does not depend on micro_batch_rows."""
+    tokens: int
+    """Real tokens, padding left out."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device, non_blocking=non_blocking),
+            attention_mask_BT=self.attention_mask_BT.to(device, non_blocking=non_blocking),
+            answer_mask_BT=self.answer_mask_BT.to(device, non_blocking=non_blocking),
+            labels_B=self.labels_B.to(device, non_blocking=non_blocking),
+        )
+
+
+class TokenStream(Protocol):
+    """What PackedBatches reads: `corpus.TokenShards`, or anything like it."""
+
+    n_tokens: int
+
+    def read(self, start: int, count: int) -> NDArray[np.integer]: ...
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch])
+
+
+class TaskBatches:
+    """Rows of a task in padded batches.
+
+    Each epoch is a permutation of the rows by (seed, epoch). Rows of similar length meet in a batch (sorted
+    within windows of 32 batches), batches are then shuffled; each row comes exactly once an epoch, and the
+    last batch of an epoch holds what is left over.
+
+    Args:
+        examples: encoded rows.
+        batch_rows: rows of one optimizer step.
+        micro_batch_rows: rows of one forward/backward; None: batch_rows.
+        seed: of the order.
+        pad_id: token id of the padding; its value reaches no loss.
+        bucket_multiple: micro-batches are padded to a multiple of this.
+        buckets: lengths to pad to instead, for compiled runs with few shapes.
+
+    Raises:
+        DataError: no examples, or one longer than the largest bucket.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_rows: int,
+        micro_batch_rows: int | None = None,
+        seed: int,
+        pad_id: int,
+        bucket_multiple: int = 8,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        if not examples:
+            raise DataError("training rows: none; check data.train and data.limit_train")
+        self.batch_rows = batch_rows
+        self.micro_batch_rows = min(micro_batch_rows or batch_rows, batch_rows)
+        self.seed, self.pad_id, self.bucket_multiple = seed, pad_id, bucket_multiple
+        self.buckets = sorted(buckets) if buckets is not None else None
+        self._prompts = np.array([len(e.prompt_ids) for e in examples], dtype=np.int64)
+        self._answers = np.array([len(e.answer_ids) for e in examples], dtype=np.int64)
+        self._lengths = self._prompts + self._answers
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
+        self._ids = np.fromiter(
+            (i for e in examples for i in (*e.prompt_ids, *e.answer_ids)),
+            np.int64,
+            count=int(self._starts[-1]),
+        )
+        self._labels = np.array([-1 if e.label is None else e.label for e in examples], dtype=np.int64)
+        self._epoch: tuple[int, list[NDArray[np.int64]]] | None = None
+        longest = int(self._lengths.argmax())
+        if self.buckets is not None and self._lengths[longest] > self.buckets[-1]:
+            raise DataError(
+                f"{examples[longest].where}: {self._lengths[longest]} tokens, the largest bucket has "
+                f"{self.buckets[-1]}; lower data.max_length"
+            )
+        if not self._answers.all():
+            empty = int(np.flatnonzero(self._answers == 0)[0])
+            raise DataError(f"{examples[empty].where}: no answer to train on; give the row a label or target")
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every row comes once."""
+        return -(-len(self) // self.batch_rows)
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """Indices of the examples of an optimizer step, longest last."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._order(epoch))
+        return self._epoch[1][position]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of an optimizer step; their weights sum to 1."""
+        rows = self.rows(step)
+        total = int(self._answers[rows].sum())
+        size = self.micro_batch_rows
+        return [self._assemble(rows[start : start + size], total) for start in range(0, len(rows), size)]
+
+    def _order(self, epoch: int) -> list[NDArray[np.int64]]:
+        rng = _generator(self.seed, epoch)
+        rows = rng.permutation(len(self))
+        whole = len(self) // self.batch_rows * self.batch_rows
+        batches: list[NDArray[np.int64]] = []
+        for start in range(0, whole, self.batch_rows * WINDOW_BATCHES):
+            window = rows[start : min(start + self.batch_rows * WINDOW_BATCHES, whole)]
+            window = window[np.argsort(self._lengths[window], kind="stable")]
+            batches += np.split(window, len(window) // self.batch_rows)
+        order = [batches[i] for i in rng.permutation(len(batches))]
+        if whole < len(self):
+            rest = rows[whole:]
+            order.append(rest[np.argsort(self._lengths[rest], kind="stable")])
+        return order
+
+    def _padded_length(self, length: int) -> int:
+        if self.buckets is not None:
+            return next(b for b in self.buckets if b >= length)
+        return -(-length // self.bucket_multiple) * self.bucket_multiple
+
+    def _assemble(self, rows: NDArray[np.int64], step_answers: int) -> Batch:
+        lengths, prompts = self._lengths[rows], self._prompts[rows]
+        width = self._padded_length(int(lengths.max()))
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        for n, row in enumerate(rows):
+            ids[n, : lengths[n]] = self._ids[self._starts[row] : self._starts[row + 1]]
+        positions = np.arange(width)
+        real = positions < lengths[:, None]
+        return Batch(
+            input_ids_BT=torch.from_numpy(ids),
+            attention_mask_BT=torch.from_numpy(real),
+            answer_mask_BT=torch.from_numpy(real & (positions >= prompts[:, None])),
+            labels_B=torch.from_numpy(self._labels[rows]),
+            indices=rows.tolist(),
+            weight=int(self._answers[rows].sum()) / step_answers,
+            tokens=int(lengths.sum()),
+        )
+
+
+class PackedBatches:
+    """Fixed windows of a token stream; their order is a permutation by (seed, epoch).
+
+    Window w of an epoch holds tokens [offset + w * sequence_length, ...), where offset (also by seed and
+    epoch) spreads the tokens that do not fill a window. A step may reach into the next epoch, so all have
+    batch_rows rows.
+
+    Raises:
+        DataError: the corpus does not fill one window.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenStream,
+        *,
+        sequence_length: int,
+        batch_rows: int,
+        micro_batch_rows: int | None = None,
+        seed: int,
+    ) -> None:
+        self.n_windows = tokens.n_tokens // sequence_length
+        if self.n_windows == 0 or sequence_length < 2:
+            raise DataError(
+                f"corpus: {tokens.n_tokens} tokens do not fill a window of {sequence_length}; "
+                "give more text or a smaller pretrain.sequence_length (at least 2)"
+            )
+        self.tokens, self.sequence_length, self.batch_rows, self.seed = (
+            tokens,
+            sequence_length,
+            batch_rows,
+            seed,
+        )
+        self.micro_batch_rows = min(micro_batch_rows or batch_rows, batch_rows)
+        self._epochs: dict[int, tuple[int, NDArray[np.int64]]] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which each window came at least once."""
+        return -(-self.n_windows // self.batch_rows)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of an optimizer step; their weights sum to 1."""
+        size = self.micro_batch_rows
+        first, last = step * self.batch_rows, (step + 1) * self.batch_rows
+        return [self._assemble(range(start, min(start + size, last))) for start in range(first, last, size)]
+
+    def _order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
+        """(offset, permutation of windows) of an epoch."""
+        if epoch not in self._epochs:
+            rng = _generator(self.seed, epoch)
+            offset = int(rng.integers(self.tokens.n_tokens % self.sequence_length + 1))
+            # A step touches two epochs at most (more only for a corpus of less than a batch).
+            self._epochs = {e: o for e, o in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = (offset, rng.permutation(self.n_windows))
+        return self._epochs[epoch]
+
+    def _assemble(self, samples: range) -> Batch:
+        ids = np.empty((len(samples), self.sequence_length), dtype=np.int64)
+        indices: list[int] = []
+        for n, sample in enumerate(samples):
+            epoch, position = divmod(sample, self.n_windows)
+            offset, order = self._order(epoch)
+            window = int(order[position])
+            ids[n] = self.tokens.read(offset + window * self.sequence_length, self.sequence_length)
+            indices.append(window)
+        answers = torch.ones(ids.shape, dtype=torch.bool)
+        answers[:, 0] = False
+        return Batch(
+            input_ids_BT=torch.from_numpy(ids),
+            attention_mask_BT=torch.ones(ids.shape, dtype=torch.bool),
+            answer_mask_BT=answers,
+            labels_B=torch.full((len(samples),), -1, dtype=torch.int64),
+            indices=indices,
+            weight=len(samples) / self.batch_rows,
+            tokens=ids.size,
+        )

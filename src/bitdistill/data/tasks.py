@@ -1,0 +1,389 @@
+"""Rows to token ids: a declarative task's template, label words and answers. No torch import.
+
+Prompt and answer are tokenized apart and their ids joined, so a prompt has the same ids with and without
+its answer, and label words always are the same ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitdistill.config import Task
+from bitdistill.data.readers import Row
+from bitdistill.errors import DataError, ModelError, RecipeError
+
+log = logging.getLogger("bitdistill")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded row. Model input is `prompt_ids + answer_ids`; only the answer is learnt."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    label: int | None
+    """Classification: index into the task's labels; None for generation and for rows without a label."""
+    references: tuple[str, ...]
+    """Generation: every reference answer, the trained one first. Classification: the label word, stripped."""
+    prompt: str
+    """The prompt as text, after shortening."""
+    where: str
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A row on its way to an Example."""
+
+    texts: dict[str, str]
+    answer: str
+    label: int | None
+    references: tuple[str, ...]
+    where: str
+
+
+def encode(
+    task: Task,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    require_answers: bool = True,
+    vocab_size: int | None = None,
+) -> list[Example]:
+    """Fill the template for each row and tokenize.
+
+    A prompt that does not fit `max_length` beside its answer loses text at the end of the row's longest
+    field, never in the template. An answer longer than half of `max_length` is cut there and then has no
+    end-of-text token. Counts of both are logged as warnings.
+
+    Args:
+        task: template, label words, target field.
+        rows: as from `readers.read_rows`.
+        tokenizer: a Hugging Face tokenizer with a fast backend.
+        max_length: tokens of prompt and answer together.
+        require_answers: False for prediction: rows may lack label and target.
+        vocab_size: rows of the model's embedding; ids beyond it are refused.
+
+    Raises:
+        DataError: missing or non-text field, unknown label, or a template longer than max_length;
+            the message names file and line.
+        ModelError: the tokenizer cannot do it (no end-of-text token, no fast backend).
+    """
+    drafts = [_draft(task, row, require_answers) for row in rows]
+    render = renderer(task)
+    append_eos = task.append_eos if task.append_eos is not None else task.kind == "generation"
+    eos = (eos_id(tokenizer),) if append_eos else ()
+    prefix = special_prefix(tokenizer)
+    answers, answers_cut = _answer_ids(tokenizer, drafts, eos, max_length)
+
+    prompts = [render(d.texts, d.where) for d in drafts]
+    ids = [prefix + tuple(i) for i in plain_ids(tokenizer, prompts)]
+    prompts_cut = 0
+    for n, draft in enumerate(drafts):
+        room = max_length - len(answers[n])
+        if len(ids[n]) > room:
+            prompts[n], ids[n] = _shorten(tokenizer, render, draft, prefix, room)
+            prompts_cut += 1
+    if prompts_cut:
+        log.warning(
+            "%s: %d of %d prompts cut to max_length %d", task.name, prompts_cut, len(rows), max_length
+        )
+    if answers_cut:
+        log.warning("%s: %d of %d answers cut to max_length // 2", task.name, answers_cut, len(rows))
+    examples = [
+        Example(i, a, d.label, d.references, p, d.where)
+        for i, a, d, p in zip(ids, answers, drafts, prompts, strict=True)
+    ]
+    if vocab_size is not None:
+        _check_ids(examples, vocab_size)
+    return examples
+
+
+def check_rows(task: Task, rows: Sequence[Row], *, require_answers: bool = True) -> None:
+    """Check fields and labels of rows without a tokenizer (`bitdistill plan`).
+
+    Raises:
+        DataError: as `encode`, for what does not depend on the tokenizer.
+    """
+    render = renderer(task)
+    for row in rows:
+        draft = _draft(task, row, require_answers)
+        render(draft.texts, draft.where)
+
+
+def label_token_ids(task: Task, tokenizer: Any) -> list[tuple[int, ...]]:
+    """Token ids of each label word, in the order of `task.labels`.
+
+    Raises:
+        DataError: a label word without tokens, or one whose ids equal or begin another's: their
+            likelihoods could not be told apart.
+    """
+    words = list(task.labels.values())
+    append_eos = bool(task.append_eos)
+    eos = (eos_id(tokenizer),) if append_eos else ()
+    ids = [tuple(i) + eos for i in answer_encoder(tokenizer)(words)]
+    seen: dict[tuple[int, ...], str] = {}
+    for word, word_ids in zip(words, ids, strict=True):
+        if len(word_ids) == len(eos):
+            raise DataError(f"task {task.name}: label word {word!r} has no tokens; choose another word")
+        if word_ids in seen:
+            raise DataError(
+                f"task {task.name}: label words {seen[word_ids]!r} and {word!r} have the same token ids "
+                f"{list(word_ids)}; choose another word for one"
+            )
+        seen[word_ids] = word
+    for word_ids, word in seen.items():
+        for end in range(1, len(word_ids)):
+            if word_ids[:end] in seen:
+                raise DataError(
+                    f"task {task.name}: the token ids of label word {seen[word_ids[:end]]!r} begin those of "
+                    f"{word!r}; choose another word for one, or set append_eos: true"
+                )
+    return ids
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Check that a model with `vocab_size` embedding rows can take what the tokenizer gives.
+
+    Added special tokens beyond the embedding are let through when text does not need them (Gemma 3's image
+    token lies just outside the text models' vocabulary); `encode(vocab_size=...)` guards the rows.
+
+    Raises:
+        ModelError: an ordinary token, or the bos, eos or pad token, is out of range.
+    """
+    added = set(tokenizer.get_added_vocab())
+    worst = max(((i, t) for t, i in tokenizer.get_vocab().items() if t not in added), default=(0, ""))
+    used = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    out = {f"{name}_token": i for name, i in used.items() if i is not None and i >= vocab_size}
+    if worst[0] >= vocab_size:
+        out[f"token {worst[1]!r}"] = worst[0]
+    if out:
+        what, index = next(iter(out.items()))
+        raise ModelError(
+            f"tokenizer: {what} has id {index}, the model has {vocab_size} embedding rows; "
+            "use the tokenizer that belongs to the model (model.tokenizer)"
+        )
+
+
+def renderer(task: Task) -> Callable[[dict[str, str], str], str]:
+    """The template as a function (texts by field, where) -> prompt.
+
+    Raises:
+        RecipeError: a placeholder with an index, attribute, conversion or format.
+    """
+    parts = _template_parts(task)
+
+    def render(texts: dict[str, str], where: str) -> str:
+        return "".join(literal + (texts[name] if name is not None else "") for literal, name in parts)
+
+    return render
+
+
+def template_fields(task: Task) -> list[str]:
+    """The template's fields in the order of their first use."""
+    return list(dict.fromkeys(name for _, name in _template_parts(task) if name is not None))
+
+
+def _template_parts(task: Task) -> list[tuple[str, str | None]]:
+    """(literal text, field after it or None) pairs."""
+    try:
+        parsed = list(string.Formatter().parse(task.template))
+    except ValueError as error:
+        raise RecipeError(
+            f"task {task.name}: template: {error}; write {{field}}, and {{{{ for a brace"
+        ) from None
+    parts: list[tuple[str, str | None]] = []
+    for literal, name, spec, conversion in parsed:
+        plain = name is None or (name and not spec and not conversion and not set(name) & set(".[]"))
+        if not plain:
+            raise RecipeError(
+                f"task {task.name}: template: placeholder {name!r} is not a plain field; write {{field}}"
+            )
+        parts.append((literal, name))
+    if all(name is None for _, name in parts):
+        raise RecipeError(
+            f"task {task.name}: template: no placeholder; name at least one {{field}} of the rows"
+        )
+    return parts
+
+
+def _draft(task: Task, row: Row, require_answers: bool) -> _Draft:
+    texts = {name: _text_field(task, row, name) for name in template_fields(task)}
+    if task.kind == "classification":
+        if not require_answers and row.fields.get(task.label_field) is None:
+            return _Draft(texts, "", None, (), row.where)
+        label = _label_index(task, row)
+        word = list(task.labels.values())[label]
+        return _Draft(texts, word, label, (word.strip(),), row.where)
+    target_field = task.target_field or ""
+    if not require_answers and row.fields.get(target_field) is None:
+        return _Draft(texts, "", None, (), row.where)
+    target = _text_field(task, row, target_field)
+    if not target.strip():
+        raise DataError(f"{row.where}: field `{target_field}` is empty; drop the row or give the answer")
+    references = (target, *_more_references(task, row))
+    return _Draft(texts, task.answer_prefix + target, None, tuple(dict.fromkeys(references)), row.where)
+
+
+def _more_references(task: Task, row: Row) -> list[str]:
+    if task.reference_field is None or row.fields.get(task.reference_field) is None:
+        return []
+    value = row.fields[task.reference_field]
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise DataError(
+            f"{row.where}: field `{task.reference_field}` is no text or list of texts; mend the row"
+        )
+    return values
+
+
+def _text_field(task: Task, row: Row, name: str) -> str:
+    """A field as text; numbers and booleans are written out."""
+    if name not in row.fields:
+        have = ", ".join(f"`{f}`" for f in row.fields) or "none"
+        raise DataError(f"{row.where}: no field `{name}`, which task {task.name} needs; fields here: {have}")
+    value = row.fields[name]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return str(value)
+    raise DataError(
+        f"{row.where}: field `{name}` is {_kind(value)}, task {task.name} needs text; mend or drop the row"
+    )
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _label_index(task: Task, row: Row) -> int:
+    if task.label_field not in row.fields:
+        have = ", ".join(f"`{f}`" for f in row.fields) or "none"
+        raise DataError(
+            f"{row.where}: no label field `{task.label_field}` (task {task.name}); fields here: {have}"
+        )
+    value = row.fields[task.label_field]
+    keys = list(task.labels)
+    # JSON's true and Python's True are one label; so are 1 and 1.0, as tables with gaps write integers.
+    spellings = [str(value)]
+    if isinstance(value, bool):
+        spellings = [str(value), str(value).lower(), str(int(value))]
+    elif isinstance(value, float) and value.is_integer():
+        spellings = [str(int(value)), str(value)]
+    for spelling in spellings:
+        if spelling in task.labels:
+            return keys.index(spelling)
+    shown = ", ".join(map(repr, keys[:8])) + (f", ... ({len(keys)} in all)" if len(keys) > 8 else "")
+    hint = (
+        "; -1 marks hidden labels: use a labelled split"
+        if str(value) == "-1"
+        else "; mend the row or task.labels"
+    )
+    raise DataError(f"{row.where}: label {value!r} in `{task.label_field}` is not one of {shown}{hint}")
+
+
+# -- tokenizer ----------------------------------------------------------------------------------------
+
+
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text without special tokens, in one batch."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def special_prefix(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before a text by itself (the bos token, or nothing)."""
+    plain = plain_ids(tokenizer, ["a"])[0]
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    raise ModelError(
+        "tokenizer: special tokens change the ids of ordinary text; such tokenizers are not supported"
+    )
+
+
+def eos_id(tokenizer: Any) -> int:
+    """The end-of-text id.
+
+    Raises:
+        ModelError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "tokenizer: no eos token, which answers and corpora need; set eos_token in its config"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def answer_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
+    """How to tokenize texts that follow other text.
+
+    Some SentencePiece tokenizers put a blank before each text; there an answer is tokenized after a newline,
+    whose ids are taken off again, so that " yes" is the token it is within a sentence.
+    """
+    newline, text, joined = plain_ids(tokenizer, ["\n", "a", "\na"])
+    adds_blank = joined[: len(newline)] == newline and joined[len(newline) :] != text
+    if not adds_blank:
+        return lambda texts: plain_ids(tokenizer, texts)
+    return lambda texts: [ids[len(newline) :] for ids in plain_ids(tokenizer, ["\n" + t for t in texts])]
+
+
+def _answer_ids(
+    tokenizer: Any, drafts: Sequence[_Draft], eos: tuple[int, ...], max_length: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Ids of each draft's answer, and how many were cut. Equal answers (label words) are tokenized once."""
+    texts = list(dict.fromkeys(d.answer for d in drafts))
+    room, cut_texts = max_length // 2, set()
+    ids: dict[str, tuple[int, ...]] = {}
+    for text, word in zip(texts, answer_encoder(tokenizer)(texts), strict=True):
+        ids[text] = tuple(word) + eos if text else ()
+        if len(ids[text]) > room:
+            ids[text] = ids[text][:room]
+            cut_texts.add(text)
+    return [ids[d.answer] for d in drafts], sum(d.answer in cut_texts for d in drafts)
+
+
+def _shorten(
+    tokenizer: Any,
+    render: Callable[[dict[str, str], str], str],
+    draft: _Draft,
+    prefix: tuple[int, ...],
+    room: int,
+) -> tuple[str, tuple[int, ...]]:
+    """Cut the end of the longest field until the prompt fits `room` tokens."""
+    texts = dict(draft.texts)
+    while True:
+        prompt = render(texts, draft.where)
+        ids = prefix + tuple(plain_ids(tokenizer, [prompt])[0])
+        excess = len(ids) - room
+        if excess <= 0:
+            return prompt, ids
+        name = max(texts, key=lambda f: len(texts[f]))
+        if not texts[name]:
+            raise DataError(
+                f"{draft.where}: the template alone needs {len(ids)} tokens, max_length leaves {room}; "
+                "raise data.max_length"
+            )
+        offsets = tokenizer(texts[name], add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+        keep = max(0, len(offsets) - excess)
+        end = offsets[keep - 1][1] if keep else 0
+        # Joined tokens of template and field may not shrink with the field: always drop at least a character.
+        texts[name] = texts[name][: min(end, len(texts[name]) - 1)]
+
+
+def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+    for example in examples:
+        worst = max((*example.prompt_ids, *example.answer_ids), default=0)
+        if worst >= vocab_size:
+            raise DataError(
+                f"{example.where}: token id {worst}, the model has {vocab_size} embedding rows; "
+                "remove the special token from the text"
+            )

@@ -1,0 +1,139 @@
+"""Greedy generation and perplexity.
+
+Shape legend: B rows, T tokens, H hidden features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitdistill.config import Task
+from bitdistill.data.batches import TokenStream
+from bitdistill.data.tasks import Example, eos_id
+from bitdistill.errors import DataError
+from bitdistill.eval.metrics import Score, perplexity_score
+from bitdistill.eval.prediction import Prediction
+from bitdistill.models.forward import final_hidden, logits_at
+
+HEAD_ELEMENTS = 2**26
+"""Logits made at a time (256 MiB of float32), whatever the vocabulary."""
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_rows: int,
+    device: torch.device | str,
+    pad_id: int,
+) -> list[Prediction]:
+    """Continue every prompt greedily until an end-of-text token or `task.max_new_tokens`.
+
+    Rows are padded on the left with an attention mask and their own positions, so each answer is the one it
+    would be alone (up to float rounding).
+
+    Returns:
+        Predictions in the order of `examples`; text without special tokens, stripped.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=task.max_new_tokens,
+        eos_token_id=sorted(stop_ids(model, tokenizer)),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
+    texts = [""] * len(examples)
+    for start in range(0, len(order), batch_rows):
+        batch = order[start : start + batch_rows]
+        prompts = [examples[n].prompt_ids for n in batch]
+        width = max(map(len, prompts))
+        ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+        )
+        for n, new in zip(batch, output[:, width:].tolist(), strict=True):
+            texts[n] = decode_answer(tokenizer, new, config.eos_token_id)
+    return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
+
+
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """End-of-text ids: the tokenizer's and those of the model's generation config (chat models have more)."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = [] if own is None else [own] if isinstance(own, int) else list(own)
+    return {eos_id(tokenizer), *more}
+
+
+def decode_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int]) -> str:
+    """New tokens as stripped text, cut at the first end-of-text token (what follows is padding)."""
+    end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
+    text: str = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.strip()
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    tokens: TokenStream,
+    *,
+    sequence_length: int,
+    batch_rows: int,
+    device: torch.device | str,
+    limit_tokens: int | None = None,
+    seed: int = 0,
+) -> Score:
+    """Perplexity over successive windows of a token stream; each window's first token is context only.
+
+    Args:
+        tokens: for example `corpus.TokenShards`; a last incomplete window is scored too.
+        limit_tokens: read no more than this many tokens.
+        seed: of the bootstrap interval over windows.
+
+    Raises:
+        DataError: fewer than two tokens.
+    """
+    total = min(tokens.n_tokens, limit_tokens or tokens.n_tokens)
+    starts = range(0, max(total - 1, 0), sequence_length)
+    windows = [(s, min(sequence_length, total - s)) for s in starts]
+    whole = [w for w in windows if w[1] == sequence_length]
+    groups = [whole[i : i + batch_rows] for i in range(0, len(whole), batch_rows)]
+    groups += [[w] for w in windows if w[1] != sequence_length]
+    if not groups:
+        raise DataError(f"perplexity: {total} tokens; give text of at least two tokens")
+    nll: list[float] = []
+    counts: list[int] = []
+    for group in groups:
+        rows = [torch.from_numpy(tokens.read(start, count).astype("int64")) for start, count in group]
+        ids = torch.stack(rows).to(device)
+        nll += _sum_nll(model, ids).tolist()
+        counts += [ids.shape[1] - 1] * len(group)
+    return perplexity_score(nll, counts, seed=seed)
+
+
+def _sum_nll(model: Any, ids_BT: Tensor) -> Tensor:
+    """Summed negative log-likelihood [B] (float64, nats) of tokens 1..T-1 of full rows."""
+    hidden = final_hidden(model, ids_BT)[:, :-1].flatten(0, 1)
+    targets = ids_BT[:, 1:].flatten()
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    step = max(1, HEAD_ELEMENTS // vocab_size)
+    parts = [
+        torch.nn.functional.cross_entropy(
+            logits_at(model, hidden[i : i + step]).float(), targets[i : i + step], reduction="none"
+        )
+        for i in range(0, len(targets), step)
+    ]
+    return torch.cat(parts).double().view(ids_BT.shape[0], -1).sum(1)

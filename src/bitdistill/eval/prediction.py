@@ -1,0 +1,19 @@
+"""What a model answered to one row. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One answer."""
+
+    index: int
+    """Position of the row among the examples that were scored."""
+    label: int | None
+    """Classification: index of the most likely label (the first of equals). Generation: None."""
+    scores: tuple[float, ...]
+    """Classification: log-likelihood of each label word after the prompt, in nats. Generation: empty."""
+    text: str
+    """The label word or generated text, stripped."""
