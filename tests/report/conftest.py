@@ -51,7 +51,7 @@ class TinyModel(nn.Module):
                 with torch.no_grad():
                     weight = torch.randn(module.weight.shape, generator=generator) * 0.02
                     if gathered:
-                        weight = 0.02 * torch.sign(weight) * (0.55 + 0.35 * (weight / 0.02))
+                        weight = 0.02 * torch.sign(weight) * (0.3 + 0.45 * weight.abs() / 0.02)
                     module.weight.copy_(weight)
 
 
@@ -63,7 +63,9 @@ def pack_tiny(model: nn.Module) -> nn.Module:
     return model
 
 
-def write_log(run: Path, stage: str, steps: int, start: float, end: float, tokens: int, extras: bool = False) -> None:
+def write_log(
+    run: Path, stage: str, steps: int, start: float, end: float, tokens: int, extras: bool = False
+) -> None:
     noise = random.Random(stage)
     lines = []
     for step in range(10, steps + 1, 10):
@@ -89,23 +91,23 @@ def write_log(run: Path, stage: str, steps: int, start: float, end: float, token
     (run / "logs" / f"{stage}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_predictions(run: Path, name: str, rows: int, accuracy: float, prompts: list[str]) -> tuple[int, list[bool]]:
+def write_predictions(run: Path, name: str, rows: int, accuracy: float, prompts: list[str]) -> int:
     """Shared difficulty per row, so that models tend to fail on the same rows, as real ones do."""
     shared, own = random.Random(7), random.Random(name)
-    lines, right = [], []
+    lines, right = [], 0
     for index in range(rows):
         reference = LABELS[index % len(LABELS)]
         hard = 0.75 * shared.random() + 0.25 * own.random()
         correct = hard < accuracy - 0.06
         wrong = own.choice([label for label in LABELS if label != reference])
         prediction = reference if correct else wrong
-        prompt = prompts[index % len(prompts)]
-        record = {"index": index, "where": f"test.jsonl:{index + 1}", "prompt": prompt, "reference": reference}
-        lines.append(json.dumps(record | {"prediction": prediction, "correct": correct, "scores": [-0.1, -2.0]}))
-        right.append(correct)
+        record = {"index": index, "where": f"test.jsonl:{index + 1}", "prompt": prompts[index % len(prompts)]}
+        record |= {"reference": reference, "prediction": prediction, "correct": correct}
+        lines.append(json.dumps(record | {"scores": {"a": -0.1, "b": -2.0}}))
+        right += correct
     (run / "predictions").mkdir(exist_ok=True)
     (run / "predictions" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return sum(right), right
+    return right
 
 
 def result_row(name: str, label: str, right: int, n: int, **other: Any) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def result_row(name: str, label: str, right: int, n: int, **other: Any) -> dict[
         "command": "bitdistill run banking.yaml",
         "commit": "0123abc",
         "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "bitdistill": "0.1.0"},
-        "hardware": "2 x CPU core, x86_64",
+        "hardware": {"cpu": "x86_64", "cores": 2},
         "predictions_sha256": "ab" * 32,
         "train_tokens": 400_000,
         "train_s": 80.0,
@@ -165,8 +167,9 @@ def build_run(run: Path, *, rows: int = 600, prompts: list[str] = PROMPTS, steps
     """A finished run at `run` (see the layout in report/run_folder.py)."""
     run.mkdir(parents=True)
     (run / "recipe.yaml").write_text(RECIPE)
-    info = {"name": "banking", "seed": 0, "command": ["bitdistill", "run", "banking.yaml"], "commit": "0123abc"}
-    info |= {"versions": {"torch": "2.13.0", "bitdistill": "0.1.0"}, "hardware": {"cpu": "x86_64", "cores": 2}}
+    info: dict[str, Any] = {"name": "banking", "seed": 0, "command": "bitdistill run banking.yaml"}
+    info |= {"commit": "0123abc", "versions": {"torch": "2.13.0", "bitdistill": "0.1.0"}}
+    info |= {"hardware": {"cpu": "x86_64", "cores": 2}}
     info |= {"started": "2026-01-05T10:00:00Z", "recipe_hash": "cd" * 32}
     (run / "run.json").write_text(json.dumps(info))
     write_log(run, "sft", steps, 4.2, 0.5, 400_000)
@@ -177,13 +180,14 @@ def build_run(run: Path, *, rows: int = 600, prompts: list[str] = PROMPTS, steps
     write_stats(TinyModel(gathered=True), run, "base")
     write_stats(TinyModel(seed=1, gathered=True), run, "student")
     write_stats(TinyModel(seed=2), run, "bitnet_sft")
+    ternary = {"size_bytes": 1_900_000, "bits_per_weight": 2.0, "tokens_per_s": 6100.0}
     results = []
     for name, label, accuracy, extra in [
         ("teacher", "Teacher (FP-SFT)", 0.90, {}),
-        ("bitnet_sft", "BitNet-SFT", 0.78, {"size_bytes": 1_900_000, "bits_per_weight": 2.0, "tokens_per_s": 6100.0}),
-        ("bitdistill", "BitDistill", 0.88, {"size_bytes": 1_910_000, "bits_per_weight": 2.0, "tokens_per_s": 6080.0}),
+        ("bitnet_sft", "BitNet-SFT", 0.78, ternary),
+        ("bitdistill", "BitDistill", 0.88, ternary | {"size_bytes": 1_910_000}),
     ]:
-        right, _ = write_predictions(run, name, rows, accuracy, prompts)
+        right = write_predictions(run, name, rows, accuracy, prompts)
         results.append(result_row(name, label, right, rows, **extra))
     (run / "results.json").write_text(json.dumps({"rows": results}))
     with artifact.writing(run / "packed", {"kind": "packed"}) as folder:

@@ -25,8 +25,6 @@ class Gap:
     only_row: int
     """Rows that only this model answers correctly."""
     only_teacher: int
-    agreement: float
-    """Percent of rows where both give the same answer, right or wrong."""
 
     @property
     def clear(self) -> bool:
@@ -61,19 +59,23 @@ def gap(pairs: Sequence[Pair], seed: int = 0) -> Gap | None:
     interval = paired_bootstrap([100.0 * x for x in other], [100.0 * x for x in teacher], seed=seed)
     return Gap(
         n=len(pairs),
-        points=100.0 * (sum(other) - sum(teacher)) / len(pairs),
+        points=interval.value,
         low=interval.low,
         high=interval.high,
         p_value=mcnemar(other, teacher),
         only_row=sum(b and not a for a, b in zip(teacher, other, strict=True)),
         only_teacher=sum(a and not b for a, b in zip(teacher, other, strict=True)),
-        agreement=agreement(pairs),
     )
 
 
 def agreement(pairs: Sequence[Pair]) -> float:
-    """Percent (0..100) of pairs with the same prediction."""
-    return 100.0 * sum(a.prediction == b.prediction for a, b in pairs) / len(pairs)
+    """Percent (0..100) of pairs with the same answer, right or wrong."""
+    return 100.0 * sum(same(both) for both in pairs) / len(pairs)
+
+
+def same(both: Pair) -> bool:
+    """Whether two answers are equal, white space at the ends aside (as in eval.metrics.agreement)."""
+    return both[0].prediction.strip() == both[1].prediction.strip()
 
 
 def disagreements(pairs: Sequence[Pair], limit: int) -> dict[str, list[Pair]]:
@@ -84,7 +86,7 @@ def disagreements(pairs: Sequence[Pair], limit: int) -> dict[str, list[Pair]]:
     """
     groups: dict[str, list[Pair]] = {"lost": [], "won": [], "other": []}
     for teacher, student in pairs:
-        if teacher.prediction == student.prediction:
+        if same((teacher, student)):
             continue
         key = "lost" if teacher.correct and not student.correct else "won" if student.correct else "other"
         if teacher.correct and student.correct:
@@ -101,7 +103,7 @@ def _spread(group: Sequence[Pair], places: int) -> list[Pair]:
     return [group[index * len(group) // places] for index in range(places)]
 
 
-def confusions(pairs: Sequence[Pair], limit: int = 12) -> list[Confusion]:
+def confusions(pairs: Sequence[Pair], limit: int = 10) -> list[Confusion]:
     """The student's most frequent wrong (reference, prediction) pairs, with the teacher's count of each."""
     teacher = Counter((a.reference, a.prediction) for a, _ in pairs if a.correct is False)
     student = Counter((b.reference, b.prediction) for _, b in pairs if b.correct is False)

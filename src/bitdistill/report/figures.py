@@ -19,7 +19,7 @@ from typing import Any
 from bitdistill.report.inspect import HISTOGRAM_BINS, HISTOGRAM_LIMIT, LayerStats
 from bitdistill.report.run_folder import StageLog
 
-WIDTH, HEIGHT = 360, 216  # CSS pixels of a panel; also the unit of every font and line size below
+WIDTH, HEIGHT = 360, 224  # CSS pixels of a panel; also the unit of every font and line size below
 MAX_POINTS = 240
 GAUSSIAN_ZERO_SHARE = 0.3101  # P(|x| <= 0.5 mean|x|) for a Gaussian: erf(0.5 * sqrt(2 / pi) / sqrt(2))
 ATTENTION_KINDS = ("q", "k", "v", "o")
@@ -37,12 +37,12 @@ _RC: dict[str, Any] = {
     "svg.hashsalt": "bitdistill",
     "text.parse_math": False,  # labels come from data: "$" is a character, not TeX
     "font.family": "sans-serif",
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10.5,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "legend.fontsize": 10,
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
+    "legend.fontsize": 11.5,
     "text.color": INK,
     "axes.labelcolor": MUTED,
     "xtick.color": MUTED,
@@ -62,7 +62,7 @@ _RC: dict[str, Any] = {
     "ytick.major.size": 0,
     "legend.frameon": False,
     "legend.borderaxespad": 0.2,
-    "legend.handlelength": 1.6,
+    "legend.handlelength": 1.4,
     "lines.linewidth": 1.8,
     "axes.formatter.useoffset": False,
 }
@@ -236,7 +236,7 @@ def gamma_balance(log: StageLog, target: float | None) -> Figure | None:
         _curve(axes, xs, ys, 0)
         if target:
             axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate("target", (1, target), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            axes.annotate("target", (0.02, target), xycoords=("axes fraction", "data"), va="bottom")
         axes.set_yscale("log")
         _log_axis(axes.yaxis)
         axes.set_ylabel("‖γ∇AD‖ / ‖∇CE‖")
@@ -256,9 +256,7 @@ def _density(layers: Sequence[LayerStats]) -> list[float] | None:
     return [sum(latent.histogram[bin_ + 1] for latent in latents) / total for bin_ in range(HISTOGRAM_BINS)]
 
 
-def weight_histogram(
-    title: str, models: Mapping[str, Sequence[LayerStats]], *, legend: bool = True
-) -> Figure | None:
+def weight_histogram(title: str, models: Mapping[str, Sequence[LayerStats]]) -> Figure | None:
     """W / scale of several models over each other, thresholds at +-0.5 marked (paper, Figure 2)."""
     densities = {name: density for name, layers in models.items() if (density := _density(layers))}
     if not densities:
@@ -269,7 +267,8 @@ def weight_histogram(
         for slot, (name, density) in enumerate(densities.items()):
             percent = [100 * share for share in density]
             color = _SERIES[slot]
-            axes.stairs(percent, edges, fill=True, color=color, alpha=0.16)
+            if slot == 0:  # one filled shape; the others are lines over it
+                axes.stairs(percent, edges, fill=True, color=color, alpha=0.18)
             axes.stairs(percent, edges, color=color, linewidth=1.6, linestyle=_STYLES[slot], label=name)
         for threshold in (-0.5, 0.5):
             axes.axvline(threshold, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
@@ -277,8 +276,7 @@ def weight_histogram(
         axes.set_ylim(bottom=0)
         axes.set_xlabel("latent weight / scale")
         axes.set_ylabel("% of weights")
-        if legend:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.46, 1.0), ncols=3, columnspacing=0.9)
         svg = _svg(axes, f"{title}: histogram of latent weights over their scale: {', '.join(densities)}")
     near = []
     for name in densities:
@@ -315,21 +313,27 @@ def zero_shares(title: str, layers: Sequence[LayerStats]) -> Figure | None:
     return Figure(title, "Dotted: 31%, where Gaussian weights would be.", svg)
 
 
-def _bars(title: str, note: str, names: Sequence[str], label: str, draw: Any) -> Figure:
+def _two_lines(name: str) -> str:
+    """`BitNet-SFT (direct)` on two lines; each is cut where it would take half of the panel."""
+    first, bracket, rest = name.partition(" (")
+    lines = [first, bracket.strip() + rest] if bracket else [first]
+    return "\n".join(line if len(line) <= 20 else line[:19] + "…" for line in lines)
+
+
+def _bars(title: str, note: str, names: Sequence[str], draw: Any) -> Figure:
     """Horizontal panel with one named line a row of the results table, first row on top."""
-    with _axes(height=52 + 34 * len(names)) as axes:
+    with _axes(height=38 + 36 * len(names)) as axes:
         draw(axes)
-        axes.set_yticks(range(len(names)), [name if len(name) < 22 else name[:20] + "…" for name in names])
+        axes.set_yticks(range(len(names)), [_two_lines(name) for name in names])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(label)
         return Figure(title, note, _svg(axes, f"{title}: {', '.join(names)}"))
 
 
-def score_bars(rows: Sequence[tuple[str, float, float | None, float | None]], label: str) -> Figure | None:
+def score_bars(rows: Sequence[tuple[str, float, float, float]], label: str) -> Figure | None:
     """Score and 95% interval of each (name, value, low, high): dots, since the axis does not start at 0."""
     if not rows:
         return None
@@ -337,14 +341,13 @@ def score_bars(rows: Sequence[tuple[str, float, float | None, float | None]], la
     def draw(axes: Any) -> None:
         for index, (_, value, low, high) in enumerate(rows):
             color = _SERIES[index % len(_SERIES)]
-            if low is not None and high is not None:
-                axes.plot([low, high], [index, index], color=color, linewidth=2.4, solid_capstyle="butt")
+            axes.plot([low, high], [index, index], color=color, linewidth=2.4, solid_capstyle="butt")
             axes.plot([value], [index], "o", color=color, markersize=7)
             axes.annotate(f"{value:.1f}", (value, index), (0, 7), textcoords="offset points", ha="center")
         axes.margins(x=0.12)
 
     note = "Dot: score; bar: 95% interval. The axis does not start at 0."
-    return _bars(f"{label[:1].upper()}{label[1:]}", note, [row[0] for row in rows], label, draw)
+    return _bars(f"{label[:1].upper()}{label[1:]}", note, [row[0] for row in rows], draw)
 
 
 def size_bars(rows: Sequence[tuple[str, int]]) -> Figure | None:
@@ -356,10 +359,9 @@ def size_bars(rows: Sequence[tuple[str, int]]) -> Figure | None:
         for index, (_, size) in enumerate(rows):
             axes.barh([index], [size / 1e6], height=0.5, color=_SERIES[index % len(_SERIES)])
             axes.annotate(
-                f"{size / 1e6:.3g} MB", (size / 1e6, index), (5, 0), textcoords="offset points", va="center"
+                f"{size / 1e6:.3g}", (size / 1e6, index), (5, 0), textcoords="offset points", va="center"
             )
-        axes.set_xlim(0, max(size for _, size in rows) / 1e6 * 1.28)
+        axes.set_xlim(0, max(size for _, size in rows) / 1e6 * 1.16)
 
-    return _bars(
-        "Size on disk", "Weights, embeddings and head together.", [row[0] for row in rows], "MB", draw
-    )
+    note = "Weights, embeddings and head together."
+    return _bars("Size on disk (MB)", note, [row[0] for row in rows], draw)

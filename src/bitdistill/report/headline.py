@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TEACHER, BASELINE, STUDENT = "teacher", "bitnet_sft", "bitdistill"
 LOWER_IS_BETTER = frozenset({"perplexity"})
+SHARES = frozenset({"accuracy", "exact_match"})  # percent of rows answered correctly
 
 
 def sentences(rows: Mapping[str, ResultRow], gaps: Mapping[str, Gap], split: str) -> list[str]:
@@ -26,12 +27,12 @@ def sentences(rows: Mapping[str, ResultRow], gaps: Mapping[str, Gap], split: str
 
 
 def _value(row: ResultRow) -> str:
-    return f"{row.value:.1f}%" if row.metric == "accuracy" else f"{row.value:.2f}"
+    return f"{row.value:.1f}%" if row.metric in SHARES else f"{row.value:.2f}"
 
 
 def _score(student: ResultRow, teacher: ResultRow | None, gap: Gap | None, split: str) -> str:
     rows = f"{student.n:,} {split} rows"
-    if student.metric == "accuracy":
+    if student.metric in SHARES:
         start = f"The ternary student answers {_value(student)} of {rows} correctly"
     else:
         name = text.metric_name(student.metric)
@@ -39,9 +40,9 @@ def _score(student: ResultRow, teacher: ResultRow | None, gap: Gap | None, split
     if teacher is None or teacher.metric != student.metric:
         return f"{start}; its teacher was not evaluated."
     difference = student.value - teacher.value
-    unit = "points " if student.metric == "accuracy" else ""
+    unit = "points " if student.metric in SHARES else ""
     if f"{difference:.1f}" in ("0.0", "-0.0"):
-        as_much = "as many as" if student.metric == "accuracy" else "the same as"
+        as_much = "as many as" if student.metric in SHARES else "the same as"
         compared = f"{as_much} its full-precision teacher ({_value(teacher)})"
     else:
         side = "above" if difference > 0 else "below"
@@ -71,8 +72,8 @@ def _baseline(student: ResultRow, baseline: ResultRow | None) -> str | None:
     gain = student.value - baseline.value
     if student.metric in LOWER_IS_BETTER:
         gain = -gain
-    amount = f"{abs(gain):.1f} points" if student.metric == "accuracy" else f"{abs(gain):.2f}"
-    label = baseline.label or baseline.name
+    amount = f"{abs(gain):.1f} points" if student.metric in SHARES else f"{abs(gain):.2f}"
+    label = (baseline.label or baseline.name).partition(" (")[0]
     if f"{gain:.1f}" in ("0.0", "-0.0"):
         return f"{label}, made ternary without distillation, does as well ({_value(baseline)})."
     if gain > 0:

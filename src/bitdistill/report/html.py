@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bitdistill.errors import StorageError
 from bitdistill.report import compare, figures, headline, text
 from bitdistill.report.inspect import KindStats, LayerStats, by_kind
-from bitdistill.report.run_folder import STAGES, RunFolder, read_run
+from bitdistill.report.run_folder import STAGES, Answer, RunFolder, read_run
 
 if TYPE_CHECKING:
     from bitdistill.eval.results import ResultRow
@@ -44,7 +44,7 @@ class Sample:
     where: str
     prompt: str
     reference: str
-    answers: list[tuple[str, compare.Answer]]
+    answers: list[tuple[str, Answer]]
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -114,13 +114,14 @@ def view(run: RunFolder) -> dict[str, Any]:
         "gap": gaps.get(headline.STUDENT),
         "result_panels": _result_panels(run.rows),
         "samples": _samples(run, student_pairs),
-        "disagreeing": sum(a.prediction != b.prediction for a, b in student_pairs),
+        "disagreeing": sum(not compare.same(both) for both in student_pairs),
         "compared": len(student_pairs),
         "confusions": compare.confusions(student_pairs) if _task(run, "kind") == "classification" else [],
         "curves": _curves(run),
         "costs": run.costs,
         "stages": STAGES,
-        "base_path": run.base_path,
+        "base_path": run.base_path if run.base_reused else None,
+        "spent": [cost for cost in run.costs if not cost.reused],
         "weights": _weight_panels(run),
         "kind_tables": _kind_tables(run),
         "usage": _usage(run),
@@ -163,12 +164,15 @@ def _table_row(
     pairs: Mapping[str, Sequence[compare.Pair]],
 ) -> TableRow:
     both = pairs.get(row.name)
-    sized = teacher is not None and teacher.size_bytes and row.size_bytes and row is not teacher
+    ratio = None
+    if teacher is not None and row is not teacher and teacher.size_bytes and row.size_bytes:
+        ratio = teacher.size_bytes / row.size_bytes
+    same = row.metrics.get("agreement_with_teacher")
     return TableRow(
         row=row,
         gap=gaps.get(row.name),
-        agreement=compare.agreement(both) if both else None,
-        size_ratio=teacher.size_bytes / row.size_bytes if sized and teacher and row.size_bytes else None,
+        agreement=compare.agreement(both) if same is None and both else same,
+        size_ratio=ratio,
     )
 
 
@@ -189,7 +193,7 @@ def _samples(run: RunFolder, pairs: Sequence[compare.Pair]) -> dict[str, list[Sa
     by_index = {name: {answer.index: answer for answer in group} for name, group in run.answers.items()}
     labels = {row.name: _label(row) for row in run.rows}
 
-    def sample(teacher: compare.Answer) -> Sample:
+    def sample(teacher: Answer) -> Sample:
         answers = [
             (labels.get(name, name), group[teacher.index])
             for name, group in by_index.items()
@@ -228,26 +232,18 @@ def _curves(run: RunFolder) -> Panels:
 def _weight_panels(run: RunFolder) -> dict[str, Panels]:
     named = {"refined": "before stage 2", "base": "after stage 2", "student": "after stage 3"}
     models = {label: run.stats[name] for name, label in named.items() if name in run.stats}
-    groups: dict[str, Panels] = {
-        "before and after": _present(figures.weight_histogram("All ternary layers", models))
-    }
     kinds = list(dict.fromkeys(layer.kind for layers in models.values() for layer in layers))[:KIND_PANELS]
-    groups["by kind of layer"] = _present(
-        *(
-            figures.weight_histogram(f"{kind} projections", _of_kind(models, kind), legend=False)
-            for kind in kinds
-        )
-    )
+    histograms = [figures.weight_histogram("All ternary layers", models)]
+    histograms += [figures.weight_histogram(f"{kind} projections", _of_kind(models, kind)) for kind in kinds]
+    groups = {"before and after": _present(*histograms)}
     last = next((name for name in ("student", "base", "refined") if name in run.stats), None)
-    zeros: Panels = []
     if last:
         layers, label = run.stats[last], named[last]
         attention = [layer for layer in layers if layer.kind in figures.ATTENTION_KINDS]
         rest = [layer for layer in layers if layer.kind not in figures.ATTENTION_KINDS]
-        zeros = _present(
+        groups["share of zeros by block"] = _present(
             figures.zero_shares(f"Attention, {label}", attention), figures.zero_shares(f"FFN, {label}", rest)
         )
-    groups["share of zeros by block"] = zeros
     return {key: panels for key, panels in groups.items() if panels}
 
 
@@ -291,7 +287,7 @@ def _usage(run: RunFolder) -> dict[str, str] | None:
     }
 
 
-def _example(run: RunFolder, answer: compare.Answer | None) -> str:
+def _example(run: RunFolder, answer: Answer | None) -> str:
     """A row's own text to type, without the template's fixed ending; a placeholder when there is none."""
     if answer is None:
         return "your text"
@@ -306,6 +302,9 @@ def _provenance(run: RunFolder) -> list[tuple[str, str]]:
     entries += [
         (key.replace("_", " "), _flat(value)) for key, value in run.info.items() if value not in (None, "")
     ]
+    distilled = run.manifests.get("student", {}).get("distilled_layers")
+    if distilled is not None:
+        entries.append(("layers distilled by attention relations", _flat(distilled)))
     for row in run.rows:
         if row.predictions_sha256:
             entries.append((f"predictions of {row.label or row.name}, SHA-256", row.predictions_sha256))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bitdistill.errors import ArtifactError, ModelError
+from bitdistill import artifact
+from bitdistill.errors import ArtifactError, ModelError, StorageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,9 +111,9 @@ def layer_stats(model: nn.Module) -> list[LayerStats]:
 
 def _one_layer(name: str, module: Any) -> LayerStats:
     import torch
-    from bitdistill.quant.packing import unpack_2bit
 
     from bitdistill.quant.linear import BitLinear
+    from bitdistill.quant.packing import unpack_2bit
     from bitdistill.quant.ternary import ternarize
 
     latent = None
@@ -196,17 +197,43 @@ def stats_path(run_dir: str | Path, name: str) -> Path:
     return Path(run_dir) / "stats" / f"{name}.json"
 
 
-def write_stats(model: nn.Module, run_dir: str | Path, name: str) -> Path:
+def write_stats(model: nn.Module | str | Path, run_dir: str | Path, name: str) -> Path:
     """Measure `model` and write `run_dir/stats/<name>.json` (atomically); returns that path.
 
+    A folder is loaded, verified and measured, unless the statistics there were made from the same files.
     The report looks for the names refined, base, student and bitnet_sft.
+
+    Raises:
+        ArtifactError: `model` is a folder and no sound artifact.
+        ModelError: the model has no ternary layers.
+        StorageError: the file system refused.
     """
     path = stats_path(run_dir, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, str | Path):
+        source = artifact.hash_json(artifact.read_manifest(Path(model))["files"])
+        if _source_of(path) == source:
+            return path
+        content = as_json(inspect_model(model)) | {"source": source}
+    else:
+        content = as_json(layer_stats(model))
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(as_json(layer_stats(model))) + "\n", "utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content) + "\n", "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"{path}: {error.strerror or error}; free space or mend permissions") from error
     return path
+
+
+def _source_of(path: Path) -> str | None:
+    """Hash of the files that existing statistics were made from; None when unknown or of another version."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        return content["source"] if content["stats_version"] == STATS_VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def as_json(stats: Iterable[LayerStats]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ STAGES = {
     "distill": "Stage 3: distillation",
     "bitnet_sft": "Baseline: BitNet-SFT",
 }
+ARTIFACT_OF = {"sft": "teacher", "pretrain": "base", "distill": "student", "bitnet_sft": "bitnet_sft"}
 TRAINED = ("sft", "pretrain", "distill", "bitnet_sft")
 ARTIFACTS = ("teacher", "refined", "base", "student", "bitnet_sft", "packed", "bitnet_sft_packed")
 STATS = ("refined", "base", "student", "bitnet_sft")
@@ -54,13 +55,15 @@ class StageLog:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training stage took, from its log."""
+    """What one training stage took."""
 
     stage: str
     steps: int
     steps_planned: int
     tokens: int
     elapsed_s: float
+    reused: bool = False
+    """Spent by an earlier run whose ternary base this run reused."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -94,7 +97,7 @@ class RunFolder:
     stats: dict[str, list[LayerStats]]
     manifests: dict[str, dict[str, Any]]
     base_path: str | None
-    """Folder of a reused ternary base (base.json), when stage 2 did not run here."""
+    """Folder of the ternary base (base.json): a shared cache, or what the recipe names."""
     answers: dict[str, list[Answer]]
     missing: list[str] = field(default_factory=list)
 
@@ -104,8 +107,29 @@ class RunFolder:
 
     @property
     def costs(self) -> list[Cost]:
-        """One entry a trained stage that left a log, in pipeline order."""
-        return [cost for name in TRAINED if name in self.logs if (cost := _cost(self.logs[name]))]
+        """One entry a trained stage whose artifact or log says what it took, in pipeline order."""
+        return [cost for stage in TRAINED if (cost := self._cost(stage))]
+
+    @property
+    def base_reused(self) -> bool:
+        """Whether the ternary base was made by another run (it is cached, or named by the recipe)."""
+        return self.base_path is not None and "pretrain" not in self.logs
+
+    def _cost(self, stage: str) -> Cost | None:
+        """From the artifact's manifest when the stage is finished, else as far as its log goes."""
+        manifest = self.manifests.get(ARTIFACT_OF[stage], {})
+        done = manifest.get("training")
+        reused = stage == "pretrain" and self.base_reused
+        if isinstance(done, dict) and all(_finite(done.get(key)) for key in ("steps", "tokens", "elapsed_s")):
+            steps = int(done["steps"])
+            return Cost(stage, steps, steps, int(done["tokens"]), float(done["elapsed_s"]), reused)
+        log = self.logs.get(stage)
+        last = log.records[-1] if log else {}
+        if not (_finite(last.get("tokens")) and _finite(last.get("elapsed_s"))):
+            return None
+        planned = last.get("steps")
+        planned = planned if isinstance(planned, int) else last["step"]
+        return Cost(stage, last["step"], planned, int(last["tokens"]), float(last["elapsed_s"]), reused)
 
 
 def read_run(run_dir: str | Path) -> RunFolder:
@@ -269,23 +293,11 @@ def _read_answers(run: Path, row: str) -> list[Answer] | None:
 
 
 def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, list):
         return " | ".join(str(item) for item in value)
     return str(value)
-
-
-def _cost(log: StageLog) -> Cost | None:
-    last = log.records[-1]
-    if not (_finite(last.get("tokens")) and _finite(last.get("elapsed_s"))):
-        return None
-    planned = last.get("steps")
-    return Cost(
-        stage=log.stage,
-        steps=last["step"],
-        steps_planned=planned if isinstance(planned, int) else last["step"],
-        tokens=int(last["tokens"]),
-        elapsed_s=float(last["elapsed_s"]),
-    )
 
 
 def _finite(value: Any) -> bool:

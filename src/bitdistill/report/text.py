@@ -92,7 +92,8 @@ METRIC_NAMES = {
     "exact_match": "exact match (%)",
     "perplexity": "perplexity",
     "f1": "F1",
-    "macro_f1": "macro F1",
+    "f1_binary": "F1 (binary)",
+    "f1_macro": "F1 (macro)",
 }
 
 
