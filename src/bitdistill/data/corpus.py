@@ -10,10 +10,12 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,15 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill import artifact
-from bitdistill.data import readers
+from bitdistill.data import readers, tokenize_worker
 from bitdistill.data.tasks import eos_id, special_prefix
-from bitdistill.errors import ArtifactError, DataError, ModelError
+from bitdistill.data.tokenize_worker import DTYPES, Coder
+from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError
 
 KIND = "tokens"
 CHUNK_CHARACTERS = 2**20
 """Text sent to a worker at a time."""
-
-_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 Progress = Callable[[int, int], None]
 """Called with (documents, tokens) written so far."""
@@ -53,7 +54,7 @@ def tokenize_corpus(
         sources: files, folders or hub names, as `readers.iter_documents` reads them, in this order.
         tokenizer: a Hugging Face tokenizer with a fast backend, or the folder or hub name of one.
         out: the artifact folder to write (atomically; an older one is replaced).
-        workers: processes that tokenize; 1 works in this process.
+        workers: processes that tokenize.
         tokens_per_shard: size of a shard file.
         limit_tokens: stop after this many tokens, inside a document if need be.
         include: field -> values; only documents whose field has one of the values are kept.
@@ -76,7 +77,7 @@ def tokenize_corpus(
         )
     if isinstance(tokenizer, str | os.PathLike):
         tokenizer = load_tokenizer(str(tokenizer))
-    coder = _Coder.of(tokenizer)
+    coder = Coder(_backend(tokenizer).to_str(), special_prefix(tokenizer), eos_id(tokenizer))
     manifest: dict[str, Any] = {
         "kind": KIND,
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
@@ -139,71 +140,87 @@ def _backend(tokenizer: Any) -> Any:
     return backend
 
 
-class _Coder:
-    """Texts to ids by the `tokenizers` library alone, so a worker starts without transformers and torch."""
+class _Workers:
+    """Tokenizing processes, one a thread of the pool; a context manager that ends them."""
 
-    def __init__(self, state: str, prefix: tuple[int, ...], eos: int) -> None:
-        from tokenizers import Tokenizer
+    def __init__(self, coder: Coder, count: int) -> None:
+        settings = json.dumps({"state": coder.state, "prefix": coder.prefix, "eos": coder.eos}).encode()
+        self._dtype = DTYPES[coder.dtype]
+        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.pool = ThreadPoolExecutor(count)
+        try:
+            for _ in range(count):
+                self._start(settings)
+        except BaseException:
+            self.close()
+            raise
 
-        self.state, self.prefix, self.eos = state, prefix, eos
-        self._tokenizer = Tokenizer.from_str(state)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # Marks such as <|endoftext|> inside a document are text, not the end of it.
-        self._tokenizer.encode_special_tokens = True
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> _Coder:
-        return cls(_backend(tokenizer).to_str(), special_prefix(tokenizer), eos_id(tokenizer))
+    def _start(self, settings: bytes) -> None:
+        # -P: the script's folder must not shadow other modules. One process, one thread.
+        process = subprocess.Popen(
+            [sys.executable, "-P", tokenize_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._processes.append(process)
+        _send(process, settings)
+        self._idle.put(process)
 
     def encode(self, texts: list[str]) -> tuple[int, NDArray[np.integer]]:
-        """(documents, their ids joined)."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [np.array([*self.prefix, *e.ids, self.eos], dtype=self.dtype) for e in encoded]
-        return len(rows), np.concatenate(rows)
+        """(documents, ids) of a chunk, from an idle process; called in the pool's threads."""
+        process = self._idle.get()
+        try:
+            _send(process, json.dumps(texts).encode())
+            assert process.stdout is not None
+            answer = tokenize_worker.receive(process.stdout)
+            if answer is None:
+                raise _worker_ended(process)
+            return len(texts), np.frombuffer(answer, dtype=self._dtype)
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """Drop what is queued and end the processes; what they hold is not waited for."""
+        for process in self._processes:
+            process.kill()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            process.communicate()
 
 
-_worker_coder: _Coder | None = None
+def _send(process: subprocess.Popen[bytes], message: bytes) -> None:
+    assert process.stdin is not None
+    try:
+        tokenize_worker.send(process.stdin, message)
+    except BrokenPipeError:
+        raise _worker_ended(process) from None
 
 
-def _start_worker(state: str, prefix: tuple[int, ...], eos: int) -> None:
-    # One process, one thread: the pool is the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    global _worker_coder
-    _worker_coder = _Coder(state, prefix, eos)
-
-
-def _encode_in_worker(texts: list[str]) -> tuple[int, NDArray[np.integer]]:
-    assert _worker_coder is not None
-    return _worker_coder.encode(texts)
+def _worker_ended(process: subprocess.Popen[bytes]) -> BitDistillError:
+    return BitDistillError(
+        f"corpus: a tokenizing process ended early (exit code {process.wait()}); "
+        "out of memory? use fewer workers"
+    )
 
 
 def _encode_chunks(
-    coder: _Coder, chunks: Iterator[list[str]], workers: int
-) -> Iterator[tuple[int, NDArray[np.integer]]]:
-    """Encoded chunks in the order of `chunks`; at most 3 chunks a worker are in memory."""
-    if workers == 1:
-        yield from map(coder.encode, chunks)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(coder.state, coder.prefix, coder.eos),
-    )
+    coder: Coder, chunks: Iterator[list[str]], workers: int
+) -> Generator[tuple[int, NDArray[np.integer]], None, None]:
+    """(documents, ids) of each chunk, in the order of `chunks`; at most 3 chunks a worker are in memory."""
+    processes = _Workers(coder, workers)
     waiting: collections.deque[Future[tuple[int, NDArray[np.integer]]]] = collections.deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+            waiting.append(processes.pool.submit(processes.encode, chunk))
             if len(waiting) >= 3 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         # Also when the reader stops early (limit_tokens) or fails.
-        pool.shutdown(wait=True, cancel_futures=True)
+        processes.close()
 
 
 def _documents(
@@ -234,7 +251,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _write_shards(
     folder: Path,
-    encoded: Iterator[tuple[int, NDArray[np.integer]]],
+    encoded: Generator[tuple[int, NDArray[np.integer]], None, None],
     dtype: str,
     tokens_per_shard: int,
     limit_tokens: int | None,
@@ -257,14 +274,14 @@ def _write_shards(
                         counts.append(0)
                     handle = (folder / _shard_name(len(counts) - 1)).open("wb")
                 piece, ids = np.split(ids, [tokens_per_shard - counts[-1]])
-                handle.write(piece.astype(_DTYPES[dtype], copy=False).tobytes())
+                handle.write(piece.tobytes())
                 counts[-1] += len(piece)
             if progress is not None:
                 progress(documents, sum(counts))
             if left == 0:
                 break
     finally:
-        encoded.close()  # type: ignore[attr-defined]  # a generator: stops its pool
+        encoded.close()
         if handle is not None:
             handle.close()
     return {"documents": documents, "tokens": sum(counts), "shard_tokens": counts}
@@ -298,7 +315,7 @@ class TokenShards:
                 "run `bitdistill tokenize`"
             )
         try:
-            self.dtype = _DTYPES[manifest["dtype"]]
+            self.dtype = DTYPES[manifest["dtype"]]
             counts = [int(n) for n in manifest["shard_tokens"]]
             self.n_tokens, self.documents = int(manifest["tokens"]), int(manifest["documents"])
             self.vocab_size, self.eos_id = int(manifest["vocab_size"]), int(manifest["eos_id"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -99,7 +100,7 @@ def write_predictions(
     """Write predictions as JSON lines: index, where, prompt, reference, prediction, correct, scores.
 
     `correct` is null for generation, where no answer is simply right or wrong, unless the task's headline
-    metric is exact_match. `scores` holds log-likelihoods by label value.
+    metric is exact_match. `scores` holds log-likelihoods (nats) in the order of task.labels.
 
     Raises:
         StorageError: the file system refused.
@@ -115,7 +116,7 @@ def write_predictions(
             "reference": example.references[0] if example.references else None,
             "prediction": prediction.text,
             "correct": is_right,
-            "scores": dict(zip(task.labels, prediction.scores, strict=False)),
+            "scores": [round(score, 4) for score in prediction.scores],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
     _write_atomically(Path(path), "".join(line + "\n" for line in lines))
@@ -145,7 +146,9 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
     metrics = list(dict.fromkeys(r.metric for r in rows))
     n = sorted({r.n for r in rows})
     rows_text = f"{n[0]:,} rows" if len(n) == 1 else "rows differ"
-    table = Table(title=f"{', '.join(tasks)} ({rows_text})", title_justify="left", pad_edge=False)
+    table = Table(
+        title=f"{', '.join(tasks)} ({rows_text})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     many = len(tasks) > 1 or len(metrics) > 1
     seeds = len({r.seed for r in rows}) > 1
     table.add_column("model", overflow="fold")
