@@ -100,13 +100,13 @@ def view(run: RunFolder) -> dict[str, Any]:
         for name, answers in run.answers.items()
         if name != headline.TEACHER
     }
-    gaps = {name: found for name, both in pairs.items() if (found := compare.gap(both, _seed(run)))}
+    gaps = {name: found for name, both in pairs.items() if (found := compare.gap(both, run.bootstrap_seed))}
     student_pairs = pairs.get(headline.STUDENT, [])
     return {
         "title": f"{_task(run, 'name')} · {_model_name(run)}",
         "task": text.clean(_task(run, "name")),
         "model": text.clean(_model_name(run)),
-        "headline": headline.sentences(rows, gaps, _split(run)),
+        "headline": headline.sentences(rows, gaps, run.split),
         "missing": run.missing,
         "table": [_table_row(row, rows.get(headline.TEACHER), gaps, pairs) for row in run.rows],
         "student": rows.get(headline.STUDENT),
@@ -142,19 +142,6 @@ def _model_name(run: RunFolder) -> str:
     path = str(model.get("path", "model")) if isinstance(model, dict) else str(model or "model")
     # A local folder says more by its last part; a hub name ("owner/name") is kept whole.
     return Path(path).name if path.startswith((".", "/", "~")) or path.count("/") > 1 else path
-
-
-def _seed(run: RunFolder) -> int:
-    section = run.recipe.get("eval")
-    return int(section.get("bootstrap_seed", 0)) if isinstance(section, dict) else 0
-
-
-def _split(run: RunFolder) -> str:
-    section = run.recipe.get("eval")
-    data = run.recipe.get("data")
-    if isinstance(data, dict) and not data.get("test"):
-        return "validation"
-    return str(section.get("split", "test")) if isinstance(section, dict) else "test"
 
 
 def _table_row(

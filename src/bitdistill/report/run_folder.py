@@ -106,6 +106,21 @@ class RunFolder:
         return next((row for row in self.rows if row.name == name), None)
 
     @property
+    def bootstrap_seed(self) -> int:
+        """Seed of paired bootstrap intervals."""
+        return int(self._section("eval").get("bootstrap_seed", 0))
+
+    @property
+    def split(self) -> str:
+        """Name of the rows that were scored: test, or validation where the recipe has no test rows."""
+        asked = str(self._section("eval").get("split", "test"))
+        return asked if self._section("data").get("test") else "validation"
+
+    def _section(self, name: str) -> dict[str, Any]:
+        value = self.recipe.get(name)
+        return value if isinstance(value, dict) else {}
+
+    @property
     def costs(self) -> list[Cost]:
         """One entry a trained stage whose artifact or log says what it took, in pipeline order."""
         return [cost for stage in TRAINED if (cost := self._cost(stage))]
