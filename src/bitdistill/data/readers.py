@@ -1,7 +1,7 @@
 """Rows and documents from files and the hub, with the place of every row for error messages. No torch import.
 
 Files are streamed with caps, so that a hostile or broken file ends in one `DataError` and not in a full
-memory: a line may have 16 MiB, and a compressed file may grow 200-fold once it passed 64 MiB.
+memory: a line may have 16 MiB, and a compressed file may grow 200-fold once it passed 1 MiB.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bitdistill.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_RATIO = 200
-RATIO_FREE_BYTES = 64 * 2**20
+RATIO_FREE_BYTES = 2**20
 """A compressed file may decode to this many bytes before MAX_RATIO counts."""
 
 TABLE_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".csv", ".tsv", ".parquet")
