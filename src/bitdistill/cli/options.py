@@ -1,0 +1,91 @@
+"""Options that several commands share. Nothing heavy is imported here: `--help` stays fast."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class StageName(StrEnum):
+    """Stages in the order in which they run; equal to pipeline.STAGES (tested)."""
+
+    sft = "sft"
+    refine = "refine"
+    pretrain = "pretrain"
+    distill = "distill"
+    bitnet_sft = "bitnet_sft"
+    export = "export"
+    eval = "eval"
+    report = "report"
+
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe key, for example --set distill.gamma=auto. May be given again.",
+        show_default=False,
+    ),
+]
+Redo = Annotated[
+    list[StageName] | None,
+    typer.Option(
+        "--redo", metavar="STAGE", help="Run a finished stage again. May be given again.", show_default=False
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout, for machines; logs go to stderr.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no log lines on stderr.")]
+
+
+def stderr() -> Console:
+    """Console for people: logs, tables of `plan`, hints."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """Console for results."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout. NaN and Inf are errors, not invalid JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def command_line() -> str:
+    """The command as typed, for results and reports."""
+    return shlex.join(["bitdistill", *sys.argv[1:]])
+
+
+def set_up_logging(quiet: bool) -> None:
+    """bitdistill's log lines on stderr: INFO and above, or errors only when quiet."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    handler = RichHandler(
+        console=stderr(), show_path=False, show_level=False, log_time_format="[%X]", markup=False
+    )
+    logger = logging.getLogger("bitdistill")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,134 @@
+"""`bitdistill predict`: ask a trained model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitdistill.cli.options import set_up_logging, stdout
+from bitdistill.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from bitdistill.data.readers import Row
+    from bitdistill.stages.predict import Answer
+
+CHUNK = 512
+
+
+def predict(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A packed student's folder.", show_default=False)
+    ],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT]...", help="Texts to answer; without any, lines of stdin.", show_default=False
+        ),
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="One field of a task with several, for one row. Repeat.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="ROWS", help="A .jsonl, .csv or .parquet of rows.", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 3,
+    batch_rows: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Label a text with probabilities, or generate its answer.
+
+    Inputs: texts, --field pairs, --file, or lines of stdin (a line that starts with { is a JSON row).
+    """
+    set_up_logging(quiet=False)
+    if sum(map(bool, (texts, field, file))) > 1:
+        raise RecipeError("predict: give texts, --field or --file, only one of them")
+    inputs = _inputs(texts, field, file)
+    from bitdistill.stages.predict import Predictor
+
+    answer = Predictor(model, device=device, batch_rows=batch_rows)
+    many = bool(file) or len(texts or []) != 1
+    found = False
+    for chunk in _chunks(inputs):
+        found = True
+        for given, result in zip(chunk, answer(chunk), strict=True):
+            _print(given, result, top, json_, many)
+    if not found:
+        raise DataError("predict: no input; give a text, --field, --file or lines on stdin")
+
+
+def _inputs(
+    texts: list[str] | None, field: list[str] | None, file: str | None
+) -> Iterator[str | dict[str, Any] | Row]:
+    if texts:
+        yield from texts
+    elif field:
+        pairs = [pair.partition("=") for pair in field]
+        bad = next((name for name, equals, _ in pairs if not equals or not name), None)
+        if bad is not None:
+            raise RecipeError(f"--field {bad}: expected NAME=TEXT")
+        yield {name: text for name, _, text in pairs}
+    elif file:
+        from bitdistill.data.readers import iter_rows
+
+        yield from iter_rows(file)
+    else:
+        for number, line in enumerate(sys.stdin, start=1):
+            if line.strip():
+                yield _line(line.rstrip("\r\n"), number)
+
+
+def _line(line: str, number: int) -> str | dict[str, Any]:
+    if not line.lstrip().startswith("{"):
+        return line
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"stdin:{number}: starts like a JSON row but is none ({str(error)[:60]}); mend it"
+        ) from None
+    assert isinstance(row, dict)
+    return row
+
+
+def _chunks(inputs: Iterator[str | dict[str, Any] | Row]) -> Iterator[list[str | dict[str, Any] | Row]]:
+    """Lists of at most CHUNK inputs; stdin of a terminal is answered line by line."""
+    size = 1 if sys.stdin is not None and sys.stdin.isatty() else CHUNK
+    chunk: list[str | dict[str, Any] | Row] = []
+    for value in inputs:
+        chunk.append(value)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _print(given: str | dict[str, Any] | Row, answer: Answer, top: int, json_: bool, many: bool) -> None:
+    best = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])[:top]
+    if json_:
+        record: dict[str, Any] = {"where": answer.where, "answer": answer.text, "label": answer.label}
+        if best:
+            record["probabilities"] = {label: round(share, 6) for label, share in best}
+        typer.echo(json.dumps(record, ensure_ascii=False))
+        return
+    from rich.text import Text
+
+    console = stdout()
+    if many and isinstance(given, str):
+        console.print(Text(given, style="dim"), soft_wrap=True)
+    if not best:
+        console.print(Text(answer.text), soft_wrap=True)
+    for label, share in best:
+        console.print(Text(f"{share:7.1%}  {label}"), soft_wrap=True)

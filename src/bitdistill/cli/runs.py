@@ -1,0 +1,171 @@
+"""`run`, its single stages, and `demo`: all one pipeline, stopped at a stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitdistill.cli.options import (
+    AsJson,
+    Overrides,
+    Quiet,
+    RecipePath,
+    Redo,
+    StageName,
+    command_line,
+    print_json,
+    set_up_logging,
+    stderr,
+    stdout,
+)
+
+if TYPE_CHECKING:
+    from bitdistill.config import Recipe
+    from bitdistill.pipeline import RunResult
+
+
+def run(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    redo: Redo = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every stage in order: teacher, student, baseline, packed export, scores and report.
+
+    Finished stages are skipped, so a run that was interrupted goes on where it stopped.
+    """
+    _run(recipe, set_, redo, json_, quiet, until=None)
+
+
+def sft(
+    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Fine-tune the full-precision teacher on the task."""
+    _run(recipe, set_, redo, json_, quiet, until=StageName.sft)
+
+
+def refine(
+    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Stage 1: make the linears ternary and add SubLN."""
+    _run(recipe, set_, redo, json_, quiet, until=StageName.refine)
+
+
+def pretrain(
+    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Stage 2: continued pre-training on a corpus; gives a ternary base that later tasks reuse."""
+    _run(recipe, set_, redo, json_, quiet, until=StageName.pretrain)
+
+
+def distill(
+    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Stage 3: distil the teacher into the ternary student."""
+    _run(recipe, set_, redo, json_, quiet, until=StageName.distill)
+
+
+def export(
+    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Write the packed student: 2-bit codes, scales, tokenizer and model card."""
+    _run(recipe, set_, redo, json_, quiet, until=StageName.export)
+
+
+def evaluate(
+    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Score teacher, baseline and packed student and print the results table."""
+    _run(recipe, set_, redo, json_, quiet, until=StageName.eval)
+
+
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of the data order.")] = 0,
+    redo_stage2: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="Train the ternary base anew on this text corpus instead of starting from the shipped one.",
+            show_default=False,
+        ),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="The run's folder goes here.")] = Path("runs"),
+    redo: Redo = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole job on an embedded model and Banking77: minutes on two CPU cores, offline."""
+    set_up_logging(quiet or json_)
+    from bitdistill.stages.demo import demo_recipe
+
+    corpus = None if redo_stage2 is None else str(redo_stage2)
+    loaded = demo_recipe(seed=seed, output_dir=str(output_dir), redo_stage2=corpus)
+    _go(loaded, redo, json_, quiet, until=None)
+
+
+def _run(
+    path: Path, set_: list[str] | None, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None
+) -> None:
+    from bitdistill.recipe import load_recipe
+
+    set_up_logging(quiet)
+    _go(load_recipe(path, set_ or []), redo, json_, quiet, until=until)
+
+
+def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None) -> None:
+    from bitdistill import pipeline
+
+    result = pipeline.run(
+        recipe,
+        until=until.value if until else None,
+        redo=frozenset(stage.value for stage in redo or []),
+        command=command_line(),
+        quiet=quiet,
+    )
+    if json_:
+        print_json(
+            {
+                "run_dir": str(result.run_dir),
+                "rows": [row.model_dump(mode="json") for row in result.rows],
+                "packed": None if result.packed is None else str(result.packed),
+                "report": None if result.report is None else str(result.report),
+            }
+        )
+    else:
+        _show(recipe, result)
+
+
+def _show(recipe: Recipe, result: RunResult) -> None:
+    """The results table on stdout, paths and next commands on stderr."""
+    import shlex
+
+    from rich.markup import escape
+
+    from bitdistill.eval.results import print_table
+
+    if result.rows:
+        print_table(result.rows, stdout())
+    console = stderr()
+    places = {"run": result.run_dir, "student": result.packed, "report": result.report}
+    for name, path in places.items():
+        if path is not None:
+            console.print(f"{name:>8}  {escape(str(path))}", soft_wrap=True)
+    if result.packed is None:
+        return
+    packed = shlex.quote(str(result.packed))
+    console.print("Next:")
+    console.print(f"  bitdistill predict {packed} {escape(_example(recipe))}", soft_wrap=True)
+    console.print(f"  bitdistill inspect {packed}", soft_wrap=True)
+
+
+def _example(recipe: Recipe) -> str:
+    """Arguments of a `predict` that fits the task."""
+    from bitdistill.data.tasks import template_fields
+
+    fields = template_fields(recipe.task)
+    if len(fields) == 1:
+        return '"YOUR TEXT"'
+    return " ".join(f'--field {name}="…"' for name in fields)

@@ -1,0 +1,154 @@
+"""First look at a recipe's data: files are there, first rows fit the task, about how many rows there are."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitdistill.config import Recipe, Task
+from bitdistill.data import hub, readers, tasks
+from bitdistill.errors import DataError
+from bitdistill.planning.estimate import Work
+
+CHECKED_ROWS = 100
+COUNTED_BYTES = 16 << 20
+CHARACTERS_PER_TOKEN = 4.0
+
+# Rows of hub data sets in their released form, so that a plan needs no network.
+KNOWN_ROWS = {
+    "stanfordnlp/sst2": {"train": 67_349, "validation": 872},
+    "nyu-mll/glue:mnli": {"train": 392_702, "validation_matched": 9_815, "validation_mismatched": 9_832},
+    "nyu-mll/glue:qnli": {"train": 104_743, "validation": 5_463},
+    "nyu-mll/glue:sst2": {"train": 67_349, "validation": 872},
+    "abisee/cnn_dailymail:3.0.0": {"train": 287_113, "validation": 13_368, "test": 11_490},
+}
+# Tokens a row of well-known tasks, when the rows are on the hub and cannot be sampled offline.
+KNOWN_TOKENS = {"sst2": 20, "mnli": 45, "qnli": 60, "cnn_dailymail": 1000}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data source of the recipe: what was checked and about how large it is. None: not known offline."""
+
+    key: str
+    source: str
+    checked: int
+    rows: int | None
+    tokens_per_row: float | None
+    note: str
+
+    def work(self, max_length: int) -> Work | None:
+        """For the estimates."""
+        if self.rows is None:
+            return None
+        tokens = min(float(max_length), self.tokens_per_row or max_length / 2)
+        return Work(self.rows, tokens, max_length)
+
+
+def check_data(recipe: Recipe) -> list[Source]:
+    """Check every data source of the recipe; at most CHECKED_ROWS rows of each are read.
+
+    Raises:
+        DataError: a file is missing, a row is broken or does not fit the task (file and line are named),
+            or there are no rows to score.
+    """
+    data = recipe.data
+    if data.validation is None and data.test is None and not data.validation_fraction:
+        raise DataError(
+            "data: neither test, validation nor validation_fraction is set, so nothing could be scored; "
+            "set one, for example validation_fraction: 0.1"
+        )
+    named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
+    limits = {"data.train": data.limit_train, "data.test": data.limit_test}
+    found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    if recipe.pretrain is not None:
+        _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
+    return found
+
+
+def scored(sources: list[Source], recipe: Recipe) -> Source | None:
+    """The source whose rows are scored; a held-out share of train when none is named."""
+    by_key = {source.key: source for source in sources}
+    wanted = ["data.test", "data.validation"] if recipe.eval.split == "test" else ["data.validation"]
+    for key in wanted:
+        if key in by_key:
+            return by_key[key]
+    train, share = by_key["data.train"], recipe.data.validation_fraction
+    if train.rows is None:
+        return None
+    return Source("data.train", train.source, 0, int(train.rows * share), train.tokens_per_row, "held out")
+
+
+def _source(key: str, source: str, task: Task, limit: int | None) -> Source:
+    if hub.is_hub(source):
+        spec = hub.parse(source)
+        name = f"{spec.name}:{spec.config}" if spec.config else spec.name
+        count = KNOWN_ROWS.get(name, {}).get(spec.split)
+        rows = count if limit is None else min(limit, count or limit)
+        return Source(key, source, 0, rows, KNOWN_TOKENS.get(task.name), "hub: read at run time")
+    try:
+        sample = readers.read_rows(source, limit=CHECKED_ROWS)
+        tasks.check_rows(task, sample)
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(key) else f"{key}: {message}") from None
+    tokens = statistics.fmean(_characters(task, row.fields) for row in sample) / CHARACTERS_PER_TOKEN
+    rows, exact = count_rows(Path(source), sample)
+    rows = rows if limit is None else min(limit, rows)
+    return Source(key, source, len(sample), rows, tokens, "" if exact else "about")
+
+
+def _characters(task: Task, fields: dict[str, Any]) -> int:
+    answer = task.label_field if task.kind == "classification" else task.target_field or ""
+    names = [*tasks.template_fields(task), answer]
+    return len(task.template) + sum(len(str(fields.get(name, ""))) for name in names)
+
+
+def count_rows(path: Path, sample: list[readers.Row]) -> tuple[int, bool]:
+    """Rows of a file and whether that is exact: extrapolated from the sample when the file is large."""
+    if len(sample) < CHECKED_ROWS:
+        return len(sample), True
+    if path.name.lower().endswith(".parquet"):
+        import pyarrow.parquet as pq
+
+        return int(pq.read_metadata(path).num_rows), True
+    count, size, position = 0, path.stat().st_size, 0
+    with path.open("rb") as raw:
+        stream = _decoded(raw, path)
+        while count >= 0 and position < COUNTED_BYTES:
+            block = stream.read(1 << 20)
+            if not block:
+                return max(1, count - path.name.lower().endswith((".csv", ".tsv"))), True
+            count += block.count(b"\n")
+            position += len(block)
+        consumed = raw.tell()
+    return max(count, int(count * size / max(1, consumed))), False
+
+
+def _decoded(raw: Any, path: Path) -> Any:
+    name = path.name.lower()
+    if name.endswith(".zst"):
+        import zstandard
+
+        return zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(raw, read_across_frames=True)
+    if name.endswith(".gz"):
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw)
+    return raw
+
+
+def _check_corpus(corpus: str | None, base: str | None) -> None:
+    if base is not None:
+        if not Path(base).expanduser().is_dir():
+            raise DataError(f"pretrain.base: {base}: no such folder; give a ternary base, or remove the key")
+    elif corpus is None:
+        raise DataError(
+            "pretrain: neither corpus nor base is set; name one, or leave stage 2 out with `pretrain: null`"
+        )
+    elif hub.is_hub(corpus):
+        hub.parse(corpus)
+    elif not Path(corpus).expanduser().exists():
+        raise DataError(f"pretrain.corpus: {corpus}: no such file or folder; check the path")

@@ -1,0 +1,261 @@
+"""Parameters, sizes, peak memory and time of a run, from shapes alone. Every figure is an estimate.
+
+Memory of a training stage, in bytes, for P parameters, C compute bytes (2 bfloat16, 4 float32):
+
+    latents 4P + gradients 4P + AdamW moments 8P + bfloat16 weight copies + teacher C P
+    + activations: (bytes a token and block) x blocks x tokens of a micro-batch
+    + head: logits of the rows that count (stage 2: chunks of 8,192 tokens)
+
+Time: floating-point operations over a sustained rate. A trained token costs 6 N (forward 2 N, backward 4 N),
+a teacher's or scored token 2 N, N being the weights that multiply; attention adds 12 (4) T x width a block.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitdistill.config import Loop, Recipe
+from bitdistill.models.families import Kind, Layout
+
+SUBLN_KINDS: dict[str, frozenset[Kind]] = {
+    "paper": frozenset(("o", "down")),
+    "every_linear": frozenset(("q", "k", "v", "o", "gate", "up", "down")),
+    "none": frozenset(),
+}
+FLOAT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+HEAD_CHUNK_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Device:
+    """A class of devices: sustained FLOP/s of training (not peak), memory. CPU figures are for one core."""
+
+    name: str
+    flops: float
+    memory_bytes: int | None
+    basis: str
+
+
+# "measured": with this method's training loop; the others are 30% of the data sheet's dense bfloat16 peak.
+DEVICES: dict[str, Device] = {
+    "cpu": Device(
+        "CPU core", 60e9, None, "measured: 70 GFLOP/s float32 on one AVX-512 server core, less 15%"
+    ),
+    "h200": Device(
+        "NVIDIA H200", 270e12, 141 * 10**9, "measured: 336k tokens/s at 135M parameters, compiled"
+    ),
+    "h100": Device("NVIDIA H100", 270e12, 80 * 10**9, "taken from the H200, same cores"),
+    "a100": Device("NVIDIA A100", 94e12, 80 * 10**9, "30% of 312 TFLOP/s"),
+    "l40s": Device("NVIDIA L40S", 109e12, 48 * 10**9, "30% of 362 TFLOP/s"),
+    "rtx4090": Device("NVIDIA RTX 4090", 50e12, 24 * 10**9, "30% of 165 TFLOP/s"),
+    "rtx3090": Device("NVIDIA RTX 3090", 21e12, 24 * 10**9, "30% of 71 TFLOP/s"),
+}
+_MODEL_NAMES = {
+    "H200": "h200",
+    "H100": "h100",
+    "A100": "a100",
+    "L40S": "l40s",
+    "4090": "rtx4090",
+    "3090": "rtx3090",
+}
+TERNARY_SLOWDOWN = {"cpu": 1.3, "gpu": 1.3}
+"""Time of a ternary training token over a plain one (measured on a CPU core: 1.25 to 1.32)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows that a stage sees: count and mean tokens a row (prompt and answer)."""
+
+    rows: int
+    tokens_per_row: float
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Estimate of one stage. `memory` maps parts to bytes; they add up to `peak_bytes`."""
+
+    name: str
+    tokens: int
+    seconds: float
+    memory: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def detect_device() -> str:
+    """Key into DEVICES for this machine, from the NVIDIA driver's files: no CUDA library is loaded."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        text = path.read_text("utf-8", "replace")
+        for mark, key in _MODEL_NAMES.items():
+            if mark in text:
+                return key
+        return (
+            "rtx3090"  # an unknown GPU: the slowest known class, so that the time is not promised too short
+        )
+    return "cpu"
+
+
+def subln_gains(layout: Layout, subln: str) -> int:
+    """Elements of all SubLN gains that stage 1 adds."""
+    kinds = SUBLN_KINDS[subln]
+    return sum(linear.in_features for linear in layout.linears if linear.kind in kinds)
+
+
+def packed_bytes(layout: Layout, subln: str, float_dtype: str) -> dict[str, int]:
+    """Size of the packed student's tensors: 2-bit codes padded to a byte a row, float32 scales, the rest."""
+    width = FLOAT_BYTES[float_dtype]
+    codes = sum(linear.out_features * -(-linear.in_features // 4) for linear in layout.linears)
+    embedding = sum(kept.size for kept in layout.kept if kept.reason in ("embedding", "head"))
+    small = layout.kept_parameters - embedding + subln_gains(layout, subln)
+    return {
+        "codes": codes,
+        "scales": 4 * len(layout.linears),
+        "embedding": embedding * width,
+        "other": small * width,
+    }
+
+
+def stages(recipe: Recipe, layout: Layout, train: Work | None, test: Work | None, device: str) -> list[Stage]:
+    """One estimate a training stage and one for scoring; task stages are left out when rows are unknown."""
+    rate = DEVICES[device].flops * (_threads(recipe) if device == "cpu" else 1)
+    kind = "cpu" if device == "cpu" else "gpu"
+    context = _Context(recipe, layout, rate, kind)
+    found = []
+    if train is not None:
+        found.append(context.task("sft", recipe.sft.loop, recipe.sft.epochs, train))
+    if recipe.pretrain is not None and recipe.pretrain.base is None:
+        found.append(context.pretrain())
+    if train is not None:
+        found.append(context.task("distill", recipe.distill.loop, recipe.distill.epochs, train))
+        if recipe.bitnet_sft is not None:
+            found.append(context.task("bitnet_sft", recipe.bitnet_sft.loop, recipe.bitnet_sft.epochs, train))
+    if test is not None:
+        found.append(context.scoring(test))
+    return found
+
+
+@dataclass(frozen=True)
+class _Context:
+    recipe: Recipe
+    layout: Layout
+    rate: float
+    kind: str
+
+    def task(self, name: str, loop: Loop, epochs: float, work: Work) -> Stage:
+        """sft, distill, bitnet_sft: logits for the answer tokens only."""
+        teacher = name == "distill"
+        ternary = name != "sft"
+        tokens = int(work.rows * work.tokens_per_row * epochs)
+        rows = loop.micro_batch_rows or loop.batch_rows
+        flops = self.flops_per_token(work.tokens_per_row, train=True) * self.slowdown(ternary)
+        flops += self.flops_per_token(work.tokens_per_row, train=False) if teacher else 0.0
+        answers = rows * (8 if self.recipe.task.kind == "classification" else self.recipe.task.max_new_tokens)
+        logits = answers * self.layout.vocab * 4 * (5 if teacher else 3)
+        subln = {"sft": "none", "distill": self.recipe.refine.subln}.get(name, "none")
+        if name == "bitnet_sft" and self.recipe.bitnet_sft is not None:
+            subln = self.recipe.bitnet_sft.subln
+        memory = self.memory(loop, rows * work.max_length, ternary=ternary, teacher=teacher, subln=subln)
+        return Stage(name, tokens, tokens * flops / self.rate, {**memory, "logits": logits})
+
+    def pretrain(self) -> Stage:
+        """Stage 2: logits of every token, a chunk at a time, with the head's gradient in float32."""
+        config = self.recipe.pretrain
+        assert config is not None
+        teacher = config.objective != "lm"
+        rows = config.loop.micro_batch_rows or config.loop.batch_rows
+        tokens = rows * config.sequence_length
+        head = 6 * self.layout.hidden * self.layout.vocab
+        flops = (self.flops_per_token(config.sequence_length, train=True) + head) * self.slowdown(True)
+        flops += self.flops_per_token(config.sequence_length, train=False) + head / 3 if teacher else 0.0
+        chunk = min(tokens, HEAD_CHUNK_TOKENS)
+        logits = (
+            chunk * self.layout.vocab * 4 * (6 if teacher else 4) + self.layout.hidden * self.layout.vocab * 4
+        )
+        memory = self.memory(
+            config.loop, tokens, ternary=True, teacher=teacher, subln=self.recipe.refine.subln
+        )
+        seconds = config.budget_tokens * flops / self.rate
+        return Stage("pretrain", config.budget_tokens, seconds, {**memory, "logits": logits})
+
+    def scoring(self, work: Work) -> Stage:
+        """Teacher, student and, if wanted, the baseline, one after the other."""
+        models = 2 if self.recipe.bitnet_sft is None else 3
+        generated = self.recipe.task.max_new_tokens if self.recipe.task.kind == "generation" else 0
+        tokens = int(work.rows * (work.tokens_per_row + generated)) * models
+        flops = self.flops_per_token(work.tokens_per_row, train=False)
+        width = self.compute_bytes(self.recipe.sft.loop)
+        rows = self.recipe.eval.batch_rows
+        activations = rows * work.max_length * (4 * self.layout.hidden + 3 * self.layout.intermediate) * width
+        memory = {"weights": self.layout.parameters * width, "activations": activations}
+        return Stage("eval", tokens, tokens * flops / self.rate, memory)
+
+    def flops_per_token(self, length: float, *, train: bool) -> float:
+        """Block weights and causal attention; the head is added where every token has logits."""
+        layout = self.layout
+        attention = 2 * layout.layers * length * layout.heads * layout.head_dim
+        return (6 if train else 2) * layout.ternary_parameters + (3 if train else 1) * attention
+
+    def slowdown(self, ternary: bool) -> float:
+        return TERNARY_SLOWDOWN[self.kind] if ternary else 1.0
+
+    def compute_bytes(self, loop: Loop) -> int:
+        if loop.precision == "auto":
+            return 2 if self.kind == "gpu" else 4
+        return FLOAT_BYTES[loop.precision]
+
+    def memory(self, loop: Loop, tokens: int, *, ternary: bool, teacher: bool, subln: str) -> dict[str, int]:
+        """Weights, optimizer, teacher and activations of a training stage, in bytes."""
+        layout, width = self.layout, self.compute_bytes(loop)
+        parameters = layout.parameters + (subln_gains(layout, subln) if ternary else 0)
+        block = activation_bytes(layout, width, ternary=ternary, subln=subln)
+        # One block more: its gradients while backward is inside it. Checkpointing keeps block inputs only.
+        kept = (
+            4 * layout.hidden * layout.layers + block
+            if loop.gradient_checkpointing
+            else block * layout.layers
+        )
+        activations = tokens * (kept + block)
+        parts = {"weights": 4 * parameters, "gradients": 4 * parameters, "adamw": 8 * parameters}
+        if ternary:
+            parts["codes"] = layout.ternary_parameters
+        elif width == 2:
+            parts["weight copies"] = 2 * layout.parameters
+        if teacher:
+            parts["teacher"] = (2 if self.kind == "gpu" else 4) * layout.parameters
+        parts["activations"] = activations
+        return parts
+
+
+def activation_bytes(layout: Layout, width: int, *, ternary: bool, subln: str) -> int:
+    """Bytes that one block keeps for backward, a token; `width` is 2 (autocast) or 4.
+
+    Counted tensor by tensor (norms and SubLN compute in float32; a ternary linear keeps int8 codes in place
+    of its input); tests/planning compares it with what autograd saves.
+    """
+    hidden, inner = layout.hidden, layout.intermediate
+    queries, keys = layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
+    norms = sum(kept.reason == "norm" and ".layers.0." in kept.name for kept in layout.kept)
+    total = 8 * hidden * norms + 4 * norms
+    total += (2 * queries + 2 * keys) * width + 4 * layout.heads
+    if any(kept.reason == "q/k-norm" for kept in layout.kept):
+        total += (queries + keys) * (4 + width) + 4 * (layout.heads + layout.kv_heads)
+    if not ternary:
+        # The two pre-norms' outputs (a bfloat16 copy each under autocast), and gate, silu(gate), up, product.
+        return total + 2 * hidden * (4 if width == 4 else 5) + 4 * inner * width
+    total += 3 * inner * width + 5 * hidden + queries + inner + 4 * 7
+    # A SubLN keeps its float32 input and the normalised one; inputs that are float32 anyway are shared.
+    shared = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "o": 0 if width == 4 else 4, "down": 4}
+    for linear in layout.linears:
+        if linear.layer == 0 and linear.kind in SUBLN_KINDS[subln]:
+            total += (4 + shared[linear.kind]) * linear.in_features + 4
+    return total + (8 * hidden if subln == "every_linear" else 0)
+
+
+def _threads(recipe: Recipe) -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(recipe.threads or available, available)

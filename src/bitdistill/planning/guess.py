@@ -1,0 +1,164 @@
+"""What task do these rows hold? Guesses for `bitdistill init`; every guess is said, none is silent."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitdistill.data.readers import Row
+from bitdistill.errors import DataError
+
+LABEL_NAMES = ("label", "labels", "category", "class", "intent", "sentiment", "topic", "label_text", "target")
+TARGET_NAMES = (
+    "summary",
+    "highlights",
+    "output",
+    "response",
+    "answer",
+    "completion",
+    "target",
+    "target_text",
+    "subject_line",
+    "headline",
+    "title",
+)
+IGNORED_NAMES = ("id", "idx", "index", "guid", "uid", "source", "url", "split", "genre")
+MAX_LABELS = 300
+MAX_TEXT_FIELDS = 3
+
+
+@dataclass(frozen=True)
+class Field:
+    """What the rows hold in one field."""
+
+    name: str
+    values: int
+    distinct: int
+    is_text: bool
+    mean_characters: float
+    p95_characters: int
+    counts: Counter[str] | None
+    """Rows by value, for fields that could be a label."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A task and why. `labels` maps label values to label words; empty for generation."""
+
+    kind: str
+    text_fields: tuple[str, ...]
+    answer_field: str
+    labels: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def fields_of(rows: Sequence[Row]) -> dict[str, Field]:
+    """Every field that all rows have, in the rows' order.
+
+    Raises:
+        DataError: the rows share no field.
+    """
+    names = [name for name in rows[0].fields if all(name in row.fields for row in rows)]
+    if not names:
+        raise DataError(f"{rows[0].where}: the rows share no field; give every row the same fields")
+    return {name: _field(name, [row.fields[name] for row in rows]) for name in names}
+
+
+def _field(name: str, values: list[Any]) -> Field:
+    is_text = all(isinstance(v, str) for v in values)
+    scalar = all(isinstance(v, str | int | bool) for v in values)
+    texts = ["true" if v is True else "false" if v is False else str(v) for v in values]
+    counts = Counter(texts)
+    lengths = sorted(map(len, texts))
+    label_like = (
+        scalar and lengths[-1] <= 80 and 2 <= len(counts) <= MAX_LABELS and 2 * len(counts) <= len(values)
+    )
+    return Field(
+        name,
+        len(values),
+        len(counts),
+        is_text,
+        statistics.fmean(lengths),
+        lengths[int(0.95 * (len(lengths) - 1))],
+        counts if label_like else None,
+    )
+
+
+def guess(
+    fields: dict[str, Field], where: str, *, text: Sequence[str] = (), label: str | None, target: str | None
+) -> Guess:
+    """Kind, prompt fields and answer field; names that the user gave are not guessed.
+
+    Raises:
+        DataError: a named field is not there, or nothing looks like a label or an answer.
+    """
+    for name in (*text, label, target):
+        if name is not None and name not in fields:
+            raise DataError(f"{where}: no field `{name}`; fields here: {', '.join(fields)}")
+    notes: list[str] = []
+    if label is None and target is None:
+        label, target = _answer(fields, set(text), where)
+        kind = "label" if label else "answer"
+        notes.append(f"guessed `{label or target}` as the {kind}; wrong? --label FIELD or --target FIELD")
+    answer = label or target
+    assert answer is not None
+    prompt = tuple(text) or _prompt(fields, answer, where)
+    if not text:
+        notes.append(f"guessed {', '.join(f'`{p}`' for p in prompt)} as the prompt; wrong? --text FIELD")
+    if label is None:
+        return Guess("generation", prompt, answer, {}, tuple(notes))
+    labels, label_notes = _label_words(fields[label], where)
+    return Guess("classification", prompt, answer, labels, (*notes, *label_notes))
+
+
+def _answer(fields: dict[str, Field], text: set[str], where: str) -> tuple[str | None, str | None]:
+    """(label field, None) or (None, target field)."""
+    usable = {n: f for n, f in fields.items() if n not in text and n.lower() not in IGNORED_NAMES}
+    labels = [f for f in usable.values() if f.counts is not None]
+    named = [f for f in labels if f.name.lower() in LABEL_NAMES]
+    # A text label (`category: card_arrival`) gives words, a number does not.
+    named.sort(key=lambda f: not f.is_text)
+    if named:
+        return named[0].name, None
+    targets = [n for wanted in TARGET_NAMES for n in usable if n.lower() == wanted and usable[n].is_text]
+    if targets:
+        return None, targets[0]
+    if labels:
+        return min(labels, key=lambda f: f.distinct).name, None
+    raise DataError(
+        f"{where}: no field looks like a label or an answer (fields: {', '.join(fields)}); "
+        "name it with --label FIELD or --target FIELD"
+    )
+
+
+def _prompt(fields: dict[str, Field], answer: str, where: str) -> tuple[str, ...]:
+    texts = [
+        f
+        for f in fields.values()
+        if f.name != answer and f.is_text and f.counts is None and f.name.lower() not in IGNORED_NAMES
+    ]
+    if not texts:
+        raise DataError(
+            f"{where}: no text field besides `{answer}`; name the prompt's field with --text FIELD"
+        )
+    if len(texts) > MAX_TEXT_FIELDS:
+        texts = sorted(texts, key=lambda f: -f.mean_characters)[:1]
+    return tuple(f.name for f in texts)
+
+
+def _label_words(field: Field, where: str) -> tuple[dict[str, str], list[str]]:
+    if field.counts is None:
+        raise DataError(
+            f"{where}: field `{field.name}` has {field.distinct} values in {field.values} rows; a label "
+            f"repeats and has 2 to {MAX_LABELS} values; for free answers use --target {field.name}"
+        )
+    values = sorted(field.counts, key=lambda v: (len(v), v) if v.lstrip("-").isdigit() else (0, v))
+    if field.is_text and not all(v.lstrip("-").isdigit() for v in values):
+        words = {v: " " + " ".join(v.replace("_", " ").replace("-", " ").lower().split()) for v in values}
+        if len(set(words.values())) == len(words) and all(w.strip() for w in words.values()):
+            return words, ["label words are made from the label values; short common words score faster"]
+    note = f"labels of `{field.name}` are numbers or symbols: replace the label words by words with a meaning"
+    return {v: f" {v}" for v in values}, [note]

@@ -1,0 +1,138 @@
+"""`bitdistill plan` as one value: model, surgery, sizes, data and stage estimates of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bitdistill.config import Recipe
+from bitdistill.errors import RecipeError
+from bitdistill.models.families import Layout, layout_of
+from bitdistill.planning import check, estimate, sources
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `bitdistill plan` prints."""
+
+    recipe: Recipe
+    config_from: str
+    layout: Layout
+    packed: dict[str, int]
+    data: list[check.Source]
+    stages: list[estimate.Stage]
+    device: str
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(self.packed.values())
+
+    @property
+    def ternary(self) -> dict[str, int]:
+        """Ternary linears by kind."""
+        counts: dict[str, int] = {}
+        for linear in self.layout.linears:
+            counts[linear.kind] = counts.get(linear.kind, 0) + 1
+        return counts
+
+    @property
+    def subln(self) -> list[str]:
+        """Kinds of linears that get a SubLN, in forward order."""
+        kinds = estimate.SUBLN_KINDS[self.recipe.refine.subln]
+        return [kind for kind in self.ternary if kind in kinds]
+
+    @property
+    def kept(self) -> dict[str, tuple[int, int]]:
+        """reason -> (tensors, parameters) of what stays in high precision."""
+        found: dict[str, tuple[int, int]] = {}
+        for kept in self.layout.kept:
+            tensors, elements = found.get(kept.reason, (0, 0))
+            found[kept.reason] = (tensors + 1, elements + kept.size)
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        layout = self.layout
+        return {
+            "name": self.recipe.name,
+            "model": {
+                "path": self.recipe.model.path,
+                "config_from": self.config_from,
+                "family": layout.family,
+                "layers": layout.layers,
+                "parameters": layout.parameters,
+                "ternary_parameters": layout.ternary_parameters,
+                "kept_parameters": layout.kept_parameters,
+                "tied_head": layout.tied,
+            },
+            "surgery": {
+                "ternary_linears": self.ternary,
+                "subln_before": self.subln,
+                "subln_gains": estimate.subln_gains(layout, self.recipe.refine.subln),
+                "kept": {reason: {"tensors": t, "parameters": n} for reason, (t, n) in self.kept.items()},
+            },
+            "packed_bytes": {**self.packed, "total": self.packed_bytes},
+            "data": [asdict(source) for source in self.data],
+            "device": {"class": self.device, **asdict(estimate.DEVICES[self.device])},
+            "stages": [
+                {**asdict(stage), "peak_bytes": stage.peak_bytes, "estimate": True} for stage in self.stages
+            ],
+        }
+
+
+def make_plan(recipe: Recipe, device: str | None = None) -> Plan:
+    """Validate a recipe's model and data and estimate its cost.
+
+    Args:
+        device: a key of `estimate.DEVICES`; None: this machine's.
+
+    Raises:
+        RecipeError: unknown device class, or a key that contradicts the model (a layer it does not have).
+        ModelError: no config for the model, or an unsupported family.
+        DataError: missing files, or rows that do not fit the task.
+    """
+    if device is None:
+        device = "cpu" if recipe.device == "cpu" else estimate.detect_device()
+    if device not in estimate.DEVICES:
+        raise RecipeError(f"--on {device}: unknown; choose from {', '.join(estimate.DEVICES)}")
+    config, where = sources.find_config(recipe.model)
+    layout = layout_of(config, where)
+    _check_fit(recipe, layout)
+    data = check.check_data(recipe)
+    test = check.scored(data, recipe)
+    length = recipe.data.max_length
+    stages = estimate.stages(
+        recipe, layout, data[0].work(length), test.work(length) if test else None, device
+    )
+    packed = estimate.packed_bytes(layout, recipe.refine.subln, recipe.export.float_dtype)
+    return Plan(recipe, where, layout, packed, data, stages, device)
+
+
+def _check_fit(recipe: Recipe, layout: Layout) -> None:
+    """Keys that must fit the model's shapes."""
+    chosen = recipe.distill.relation.layer
+    for layer in (chosen,) if isinstance(chosen, int) else (() if chosen == "auto" else chosen):
+        if not -layout.layers <= layer < layout.layers:
+            raise RecipeError(
+                f"distill.relation.layer: {layer}, the model has {layout.layers} layers; "
+                f"use {-layout.layers} to {layout.layers - 1}, or auto"
+            )
+    heads = recipe.distill.relation.heads
+    if heads is not None:
+        for name, width in (("Q", layout.heads), ("K and V", layout.kv_heads)):
+            if width * layout.head_dim % heads:
+                features = width * layout.head_dim
+                raise RecipeError(
+                    f"distill.relation.heads: {heads} does not divide {name}'s {features} features"
+                )
+    limit = layout.max_positions
+    for key, length in _lengths(recipe).items():
+        if limit is not None and length > limit:
+            raise RecipeError(f"{key}: {length}, the model has {limit} positions; use at most {limit}")
+
+
+def _lengths(recipe: Recipe) -> dict[str, int]:
+    lengths = {"data.max_length": recipe.data.max_length}
+    if recipe.pretrain is not None:
+        lengths["pretrain.sequence_length"] = recipe.pretrain.sequence_length
+    return lengths
