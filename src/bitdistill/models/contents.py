@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:
-    """`folder / name`, refused if it is anything but a plain file of this folder."""
+    """`folder / name`, refused if it is anything but a file of this folder (or of its hub cache)."""
     bad = (
         not name
         or "\0" in name
@@ -114,7 +114,10 @@ def _inside(folder: Path, name: str, where: Path) -> Path:
         or not name.endswith(".safetensors")
     )
     path = folder / name if not bad else folder
-    if bad or path.is_symlink() or not path.is_file():
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # a hub cache: snapshot files are links to ../../blobs
+        roots.append((folder.parent.parent / "blobs").resolve())
+    if bad or not path.is_file() or path.resolve().parent not in roots:
         raise ArtifactError(
             f"{where}: names the weight file {name!r}, which is not a plain file in this folder"
         )

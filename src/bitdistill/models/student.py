@@ -127,7 +127,7 @@ def save_student(
     if clash := manifest.keys() & extra.keys():
         raise ValueError(f"extra manifest entries {sorted(clash)} are written by save_student itself")
     with artifact.writing(Path(folder), {**manifest, **extra}) as partial:
-        with _quiet():
+        with quiet():
             model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_bytes)
         tokenizer.save_pretrained(partial)
 
@@ -184,7 +184,7 @@ def load_student(
     contents.check_headers(contents.weight_files(folder), expected)
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
@@ -231,7 +231,7 @@ def _plan_in(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars of transformers for the second that a load or save takes."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
