@@ -63,7 +63,8 @@ def _print(plan: Plan, console: Console) -> None:
         + (" (head tied to the embedding)" if layout.tied else ""),
         "",
         f"Packed    about {_bytes(plan.packed_bytes)} (whole model in bfloat16: "
-        f"{_bytes(2 * layout.parameters)}): codes {_bytes(plan.packed['codes'])}, embedding {_bytes(plan.packed['embedding'])}, "
+        f"{_bytes(2 * layout.parameters)}): codes {_bytes(plan.packed['codes'])}, "
+        f"embedding {_bytes(plan.packed['embedding'])}, "
         f"other {_bytes(plan.packed['scales'] + plan.packed['other'])}",
         "",
         *(_data_line(source) for source in plan.data),

@@ -62,6 +62,9 @@ _MODEL_NAMES = {
 }
 TERNARY_SLOWDOWN = {"cpu": 1.3, "gpu": 1.3}
 """Time of a ternary training token over a plain one (measured on a CPU core: 1.25 to 1.32)."""
+STEP_S_PER_BLOCK = {"plain": 0.8e-3, "ternary": 2.3e-3, "teacher": 0.3e-3}
+"""Least seconds of a GPU step a block, however few tokens: kernels are launched one by one (measured: 70 ms a
+step of stage 3 at 30 blocks). Short rows are bound by this, not by FLOP/s."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,16 @@ class _Context:
         if name == "bitnet_sft" and self.recipe.bitnet_sft is not None:
             subln = self.recipe.bitnet_sft.subln
         memory = self.memory(loop, rows * work.max_length, ternary=ternary, teacher=teacher, subln=subln)
-        return Stage(name, tokens, tokens * flops / self.rate, {**memory, "logits": logits})
+        micro_steps = work.rows * epochs / rows
+        seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
+        return Stage(name, tokens, seconds, {**memory, "logits": logits})
+
+    def step_seconds(self, ternary: bool, teacher: bool) -> float:
+        """Launch-bound floor of one micro-batch; none on a CPU."""
+        if self.kind == "cpu":
+            return 0.0
+        block = STEP_S_PER_BLOCK["ternary" if ternary else "plain"]
+        return self.layout.layers * (block + (STEP_S_PER_BLOCK["teacher"] if teacher else 0.0))
 
     def pretrain(self) -> Stage:
         """Stage 2: logits of every token, a chunk at a time, with the head's gradient in float32."""
