@@ -94,7 +94,10 @@ MALFORMED = {
     "cut.jsonl.gz": (gzip.compress(GOOD * 50)[:-12], r"cut\.jsonl\.gz:\d+: cannot be read"),
     "plain.jsonl.gz": (GOOD, r"plain\.jsonl\.gz:1: cannot be read"),
     "zeros.jsonl.zst": (zstandard.compress(bytes(1 << 26)), r"zeros\.jsonl\.zst: grows more than 200-fold"),
-    "rows.jsonl.gz": (gzip.compress(b"{}\n" * (1 << 23)), r"rows\.jsonl\.gz: grows more than 200-fold"),
+    "rows.jsonl.gz": (
+        gzip.compress((b"{}" + b" " * 200 + b"\n") * (1 << 14)),
+        r"rows\.jsonl\.gz: grows more than 200-fold",
+    ),
     "wide.csv": (b"a,b\n1,2\n1,2,3\n", r"wide\.csv:3: 3 values, the header names 2"),
     "short.csv": (b"a,b\n1\n", r"short\.csv:2: 1 values, the header names 2"),
     "quote.csv": (b'a,b\n1,"2\n3,4\n', r"quote\.csv:2: not a well-formed row"),
@@ -136,10 +139,11 @@ def test_any_bytes_give_rows_or_a_typed_error(
     path.write_bytes(data)
     try:
         rows = readers.read_rows(str(path))
+        message = str(path)
     except BitDistillError as error:
-        assert str(path) in str(error)
-    else:
-        assert all(isinstance(row.fields, dict) for row in rows)
+        rows, message = [], str(error)
+    assert str(path) in message
+    assert all(isinstance(row.fields, dict) for row in rows)
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
@@ -247,7 +251,8 @@ def test_hub_errors_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_planning_imports_no_torch() -> None:
     code = (
-        "import sys, bitdistill.data.readers, bitdistill.data.tasks, bitdistill.data.corpus, bitdistill.eval.results;"
+        "import sys, bitdistill.data.readers, bitdistill.data.tasks, bitdistill.data.corpus;"
+        "import bitdistill.eval.results;"
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pyarrow', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -331,7 +331,18 @@ def answer_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]
     adds_blank = joined[: len(newline)] == newline and joined[len(newline) :] != text
     if not adds_blank:
         return lambda texts: plain_ids(tokenizer, texts)
-    return lambda texts: [ids[len(newline) :] for ids in plain_ids(tokenizer, ["\n" + t for t in texts])]
+
+    def encode_after_newline(texts: Sequence[str]) -> list[list[int]]:
+        every = plain_ids(tokenizer, ["\n" + t for t in texts])
+        for text, ids in zip(texts, every, strict=True):
+            if ids[: len(newline)] != newline:
+                raise ModelError(
+                    f"tokenizer: joins a newline with {text[:20]!r}, so the answer has no ids of its own; "
+                    "begin answers with a blank"
+                )
+        return [ids[len(newline) :] for ids in every]
+
+    return encode_after_newline
 
 
 def _answer_ids(

@@ -1,0 +1,238 @@
+"""Batches: pure functions of (seed, step), every row once an epoch, weights and masks against slow twins."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from bitdistill.data.batches import Batch, PackedBatches, TaskBatches
+from bitdistill.data.tasks import Example
+from bitdistill.errors import DataError
+
+
+def examples(count: int, seed: int = 0, longest: int = 60) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in range(count):
+        prompt = tuple(rng.integers(2, 99, size=rng.integers(1, longest)).tolist())
+        answer = tuple(rng.integers(2, 99, size=rng.integers(1, 6)).tolist())
+        made.append(Example(prompt, answer, int(rng.integers(3)), ("x",), "p", f"t.jsonl:{n + 1}"))
+    return made
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    tensors = ("input_ids_BT", "attention_mask_BT", "answer_mask_BT", "labels_B")
+    same = all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+    return same and (a.indices, a.weight, a.tokens) == (b.indices, b.weight, b.tokens)
+
+
+def test_batch_against_slow_twin() -> None:
+    rows = examples(23)
+    batches = TaskBatches(rows, batch_rows=8, micro_batch_rows=3, seed=1, pad_id=1, bucket_multiple=8)
+    for step in range(2 * batches.steps_per_epoch):
+        step_batches = batches.micro_batches(step)
+        step_answers = sum(len(rows[i].answer_ids) for b in step_batches for i in b.indices)
+        for batch in step_batches:
+            width = batch.input_ids_BT.shape[1]
+            longest = max(len(rows[i].prompt_ids + rows[i].answer_ids) for i in batch.indices)
+            assert width % 8 == 0
+            assert longest <= width < longest + 8
+            for n, index in enumerate(batch.indices):
+                row = rows[index]
+                tokens = list(row.prompt_ids + row.answer_ids)
+                pad = width - len(tokens)
+                assert batch.input_ids_BT[n].tolist() == tokens + [1] * pad
+                assert batch.attention_mask_BT[n].tolist() == [True] * len(tokens) + [False] * pad
+                answer = [False] * len(row.prompt_ids) + [True] * len(row.answer_ids) + [False] * pad
+                assert batch.answer_mask_BT[n].tolist() == answer
+                assert batch.labels_B[n] == row.label
+            answers = sum(len(rows[i].answer_ids) for i in batch.indices)
+            assert batch.weight == answers / step_answers
+            assert batch.tokens == int(batch.attention_mask_BT.sum())
+        assert sum(b.weight for b in step_batches) == pytest.approx(1.0, abs=1e-12)
+        assert batch.input_ids_BT.dtype == batch.labels_B.dtype == torch.int64
+        assert batch.attention_mask_BT.dtype == batch.answer_mask_BT.dtype == torch.bool
+
+
+@pytest.mark.parametrize(("count", "batch_rows"), [(1, 4), (7, 7), (100, 8), (1000, 16), (65, 64)])
+def test_each_row_once_an_epoch(count: int, batch_rows: int) -> None:
+    batches = TaskBatches(examples(count), batch_rows=batch_rows, seed=3, pad_id=0)
+    steps = batches.steps_per_epoch
+    assert steps == -(-count // batch_rows)
+    for epoch in range(3):
+        sizes = [len(batches.rows(step)) for step in range(epoch * steps, (epoch + 1) * steps)]
+        seen = Counter(
+            i for step in range(epoch * steps, (epoch + 1) * steps) for i in batches.rows(step).tolist()
+        )
+        assert seen == Counter(range(count))
+        assert sizes[:-1] == [batch_rows] * (steps - 1)
+        assert sizes[-1] == count - batch_rows * (steps - 1)
+
+
+def test_order_is_a_function_of_seed_and_step() -> None:
+    rows = examples(300)
+
+    def make(seed: int = 5) -> TaskBatches:
+        return TaskBatches(rows, batch_rows=16, micro_batch_rows=4, seed=seed, pad_id=0)
+
+    forward = make()
+    steps = list(range(3 * forward.steps_per_epoch))
+    straight = {step: forward.micro_batches(step) for step in steps}
+    for step in reversed(steps):  # another object, another order of asking
+        assert all(equal(a, b) for a, b in zip(make().micro_batches(step), straight[step], strict=True))
+    first = [make().rows(s).tolist() for s in steps[:19]]
+    assert first != [make().rows(s + 19).tolist() for s in steps[:19]]  # epochs differ
+    assert first != [make(seed=6).rows(s).tolist() for s in steps[:19]]
+
+
+def test_rows_of_a_step_do_not_depend_on_the_micro_batch() -> None:
+    rows = examples(50)
+    sizes = (None, 1, 3, 16, 99)
+    every = [TaskBatches(rows, batch_rows=16, micro_batch_rows=m, seed=0, pad_id=0) for m in sizes]
+    for step in range(4):
+        taken = [[i for b in batches.micro_batches(step) for i in b.indices] for batches in every]
+        assert all(t == taken[0] for t in taken)
+
+
+def test_mean_loss_does_not_depend_on_the_micro_batch() -> None:
+    """The weighted sum of per-micro-batch means over answer tokens is the step's mean."""
+    rows = examples(40)
+    loss = torch.rand(100, dtype=torch.float64)
+    means = []
+    for size in (16, 5, 1):
+        batches = TaskBatches(rows, batch_rows=16, micro_batch_rows=size, seed=0, pad_id=0)
+        total = 0.0
+        for batch in batches.micro_batches(1):
+            total += batch.weight * float(loss[batch.input_ids_BT][batch.answer_mask_BT].mean())
+        means.append(total)
+    assert means == pytest.approx([means[0]] * 3, rel=1e-12)
+
+
+def test_similar_lengths_meet() -> None:
+    rows = examples(4096, longest=200)
+    batches = TaskBatches(rows, batch_rows=32, seed=0, pad_id=0)
+    real = padded = 0
+    for step in range(batches.steps_per_epoch):
+        for batch in batches.micro_batches(step):
+            real, padded = real + batch.tokens, padded + batch.input_ids_BT.numel()
+    assert real / padded > 0.9  # random batches: about 0.52
+    # and batches are shuffled: lengths do not rise over the epoch
+    widths = [batches.micro_batches(s)[0].input_ids_BT.shape[1] for s in range(batches.steps_per_epoch)]
+    assert abs(np.corrcoef(np.arange(len(widths)), widths)[0, 1]) < 0.3
+
+
+def test_buckets() -> None:
+    rows = examples(64, longest=40)
+    batches = TaskBatches(rows, batch_rows=8, seed=0, pad_id=0, buckets=[64, 16, 32])
+    widths = {
+        b.input_ids_BT.shape[1] for s in range(batches.steps_per_epoch) for b in batches.micro_batches(s)
+    }
+    assert widths <= {16, 32, 64}
+    assert len(widths) > 1
+    with pytest.raises(DataError, match=r"t\.jsonl:\d+: \d+ tokens, the largest bucket has 16; lower"):
+        TaskBatches(rows, batch_rows=8, seed=0, pad_id=0, buckets=[16])
+
+
+def test_unusable_examples() -> None:
+    with pytest.raises(DataError, match="training rows: none"):
+        TaskBatches([], batch_rows=8, seed=0, pad_id=0)
+    bare = Example((1, 2), (), None, (), "p", "t.jsonl:4")
+    with pytest.raises(DataError, match=r"t\.jsonl:4: no answer to train on"):
+        TaskBatches([*examples(2), bare], batch_rows=8, seed=0, pad_id=0)
+
+
+def test_rows_without_label_and_move() -> None:
+    batches = TaskBatches([Example((1,), (2,), None, ("y",), "p", "t:1")], batch_rows=1, seed=0, pad_id=0)
+    (batch,) = batches.micro_batches(0)
+    assert batch.labels_B.tolist() == [-1]
+    moved = batch.to("meta")
+    assert moved.input_ids_BT.device.type == moved.labels_B.device.type == "meta"
+    assert (moved.indices, moved.weight) == (batch.indices, batch.weight)
+    assert batch.input_ids_BT.device.type == "cpu"
+
+
+class Stream:
+    """0, 1, 2, ... as a token stream."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert 0 <= start <= start + count <= self.n_tokens
+        return np.arange(start, start + count)
+
+
+def packed(n_tokens: int, seed: int = 0, batch_rows: int = 4, micro: int | None = None) -> PackedBatches:
+    return PackedBatches(
+        Stream(n_tokens), sequence_length=16, batch_rows=batch_rows, micro_batch_rows=micro, seed=seed
+    )
+
+
+def test_packed_windows_cover_the_stream_once_an_epoch() -> None:
+    batches = packed(16 * 10 + 7)
+    assert batches.n_windows == 10
+    assert batches.steps_per_epoch == 3
+    rows = [r for step in range(5) for b in batches.micro_batches(step) for r in b.input_ids_BT.tolist()]
+    epochs = [sorted(rows[:10]), sorted(rows[10:])]
+    for epoch in epochs:
+        offset = epoch[0][0]
+        assert 0 <= offset <= 7
+        assert epoch == [list(range(offset + 16 * w, offset + 16 * w + 16)) for w in range(10)]
+    assert rows[:10] != rows[10:]
+
+
+def test_packed_batch_fields() -> None:
+    batches = packed(16 * 9, micro=3)
+    step = batches.micro_batches(2)
+    assert [b.input_ids_BT.shape for b in step] == [(3, 16), (1, 16)]
+    assert [b.weight for b in step] == [0.75, 0.25]
+    for batch in step:
+        assert batch.attention_mask_BT.all()
+        assert not batch.answer_mask_BT[:, 0].any()
+        assert batch.answer_mask_BT[:, 1:].all()
+        assert batch.labels_B.tolist() == [-1] * len(batch.indices)
+        assert batch.tokens == batch.input_ids_BT.numel()
+        assert batch.input_ids_BT.dtype == torch.int64
+
+
+def test_packed_order_is_a_function_of_seed_and_step() -> None:
+    straight = packed(16 * 31 + 5, micro=2)
+    kept = [straight.micro_batches(step) for step in range(20)]
+    for step in reversed(range(20)):
+        assert all(
+            equal(a, b)
+            for a, b in zip(packed(16 * 31 + 5, micro=2).micro_batches(step), kept[step], strict=True)
+        )
+        assert all(equal(a, b) for a, b in zip(straight.micro_batches(step), kept[step], strict=True))
+    other = packed(16 * 31 + 5, micro=2, seed=1).micro_batches(0)
+    assert not all(equal(a, b) for a, b in zip(other, kept[0], strict=True))
+
+
+def test_packed_batches_larger_than_the_corpus() -> None:
+    batches = packed(16 * 3, batch_rows=8)
+    counts = Counter(i for step in range(3) for b in batches.micro_batches(step) for i in b.indices)
+    assert counts == {0: 8, 1: 8, 2: 8}
+
+
+def test_corpus_smaller_than_a_window() -> None:
+    with pytest.raises(DataError, match="15 tokens do not fill a window of 16"):
+        packed(15)
+
+
+def test_assembly_is_fast() -> None:
+    """64 rows of 1,024 tokens in well under 10 ms, so a GPU never waits."""
+    rows = [Example(tuple(range(1000)), tuple(range(20)), 0, ("x",), "p", f"t:{n}") for n in range(256)]
+    task = TaskBatches(rows, batch_rows=64, micro_batch_rows=16, seed=0, pad_id=0)
+    stream = PackedBatches(Stream(2**20), sequence_length=1024, batch_rows=64, micro_batch_rows=16, seed=0)
+    for batches in (task, stream):
+        batches.micro_batches(0)
+        times = []
+        for step in range(1, 12):
+            started = time.perf_counter()
+            batches.micro_batches(step)
+            times.append(time.perf_counter() - started)
+        assert min(times) < 0.010
