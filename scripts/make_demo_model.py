@@ -5,8 +5,10 @@
     python scripts/make_demo_model.py model --tokenizer DIR --tokens SHARDS --out DIR [--max-steps 3]
 
 CORPUS_DIR holds *.jsonl.zst files with `text` and `source`; only sources under a free licence are used
-(FREE_SOURCES). The ternary base beside it is made from the result by the ordinary stage 2:
-`bitdistill pretrain recipes/demo-base.yaml`.
+(FREE_SOURCES). The ternary base beside it is made from the result by the ordinary stage 2,
+`bitdistill pretrain recipes/demo-base.yaml`, and rounded to bfloat16 by
+
+    python scripts/make_demo_model.py base --base BASE --out DIR
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from bitdistill.config import Loop, Optim, PretrainConfig
 from bitdistill.data.batches import PackedBatches
 from bitdistill.data.corpus import TokenShards
 from bitdistill.data.readers import iter_documents
+from bitdistill.models.student import load_student, save_student
 from bitdistill.stages.pretrain import language_model_step
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.loop import fit
@@ -92,7 +95,7 @@ def make_model(args: argparse.Namespace) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
-        intermediate_size=512,
+        intermediate_size=448,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
@@ -136,6 +139,25 @@ def make_model(args: argparse.Namespace) -> None:
     print(json.dumps({**vars(result), "parameters": sum(p.numel() for p in model.parameters())}))
 
 
+def ship_base(args: argparse.Namespace) -> None:
+    """Round a ternary base to bfloat16 and save it as the embedded one, half the size."""
+    student, tokenizer, manifest = load_student(args.base)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.copy_(parameter.bfloat16())
+    kept = {k: manifest[k] for k in ("stage", "key", "inputs", "training")}
+    save_student(
+        student,
+        tokenizer,
+        args.out,
+        kind="base",
+        plan=manifest["plan"],
+        recipe=manifest["recipe"],
+        extra=kept,
+        float_dtype="bfloat16",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -153,11 +175,16 @@ def main() -> None:
     two.add_argument("--learning-rate", type=float, default=3e-3)
     two.add_argument("--max-steps", type=int)
     two.add_argument("--seed", type=int, default=0)
+    three = commands.add_parser("base")
+    three.add_argument("--base", type=Path, required=True)
+    three.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "tokenizer":
         make_tokenizer(args.corpus, args.out, args.limit_characters)
-    else:
+    elif args.command == "model":
         make_model(args)
+    else:
+        ship_base(args)
 
 
 if __name__ == "__main__":

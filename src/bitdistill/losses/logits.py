@@ -114,7 +114,7 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VH.dtype
         ctx.mark_non_differentiable(lm_total, kl_total)
-        return lm_weight * lm_total + kl_weight * kl_total, lm_total.clone(), kl_total.clone()
+        return lm_weight * lm_total + kl_weight * kl_total, lm_total, kl_total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -7,6 +7,8 @@ weights are loaded, so SubLN gains and latents are found by name and nothing is 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ class BitDistillQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts `BitLinear` or `PackedBitLinear` in place while transformers builds a student."""
 
     requires_calibration = True  # from_pretrained cannot make a student of a plain model
+    state_to_save: dict[str, Any] | None = None
 
     @property
     def plan(self) -> SurgeryPlan:
@@ -99,6 +102,10 @@ class BitDistillQuantizer(HfQuantizer):  # type: ignore[misc]
         contents.check_values(model)
         return model
 
+    def get_state_dict_and_metadata(self, model: Any, *_: Any, **__: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """What `save_pretrained` writes: the state given by `saving`, else the model's own."""
+        return self.state_to_save, {}
+
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """`save_pretrained` writes a folder that loads again."""
         return True
@@ -112,6 +119,20 @@ class BitDistillQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_qat_trainable(self) -> bool:
         """Latents are trained through the quantizers."""
         return self.is_trainable
+
+
+@contextlib.contextmanager
+def saving(model: Any, state: dict[str, Any]) -> Iterator[None]:
+    """Make `save_pretrained` write `state`: with a quantizer attached it ignores the state it is given."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    quantizer.state_to_save = state
+    try:
+        yield
+    finally:
+        quantizer.state_to_save = None
 
 
 def attach(model: Any, plan: SurgeryPlan, *, packed: bool) -> None:

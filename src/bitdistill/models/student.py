@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
@@ -249,19 +247,3 @@ def _one_line(error: BaseException) -> str:
 def load(path: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The model of any bitdistill folder, ready to run; `load_student` also gives the tokenizer."""
     return load_student(path, device=device, dtype=dtype)[0]
-
-
-def bits_per_weight(model: nn.Module) -> float:
-    """Stored bits of the packed layers' weights per weight, scale included (2.0 plus padding and scale).
-
-    Raises:
-        ModelError: the model has no packed layer.
-    """
-    bits = weights = 0
-    for module in model.modules():
-        if isinstance(module, PackedBitLinear):
-            bits += module.codes.numel() * 8 + 32
-            weights += module.in_features * module.out_features
-    if not weights:
-        raise ModelError("the model has no packed layer; pack it first")
-    return bits / weights if math.isfinite(bits) else 0.0

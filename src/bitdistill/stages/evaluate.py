@@ -54,7 +54,6 @@ def load_any(run: Run, folder: Path) -> tuple[Any, Any]:
         model, tokenizer = load_source(source, dtype="float32", device=run.device)
     else:
         model, tokenizer, _ = load_student(folder, device=run.device)
-        model = model.float()
     return model.eval(), tokenizer
 
 
