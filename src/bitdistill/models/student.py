@@ -125,7 +125,7 @@ def save_student(
     if clash := manifest.keys() & extra.keys():
         raise ValueError(f"extra manifest entries {sorted(clash)} are written by save_student itself")
     with artifact.writing(Path(folder), {**manifest, **extra}) as partial:
-        with quiet():
+        with quiet(), hf.saving(model, state):
             model.save_pretrained(partial, state_dict=state, max_shard_size=max_shard_bytes)
         tokenizer.save_pretrained(partial)
 
