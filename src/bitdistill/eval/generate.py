@@ -5,7 +5,8 @@ Shape legend: B rows, T tokens, H hidden features, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,12 +64,26 @@ def generate(
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-        )
+        with only_config(model, config):
+            output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         for n, new in zip(batch, output[:, width:].tolist(), strict=True):
             texts[n] = decode_answer(tokenizer, new, config.eos_token_id)
     return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
+
+
+@contextlib.contextmanager
+def only_config(model: Any, config: Any) -> Iterator[None]:
+    """Generate with `config` alone.
+
+    transformers fills what a config leaves open (penalties, sampling) from the model's own one, and published
+    chat models set such things.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def stop_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -1,0 +1,119 @@
+"""Greedy generation and perplexity against slow twins without padding, batches or caches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bitdistill.config import Task
+from bitdistill.data import tasks
+from bitdistill.data.readers import Row
+from bitdistill.data.tasks import Example
+from bitdistill.errors import DataError
+from bitdistill.eval import generate as module
+from bitdistill.eval.generate import decode_answer, generate, perplexity, stop_ids
+
+TASK = Task(name="t", kind="generation", template="{text}\nTL;DR:", target_field="summary", max_new_tokens=9)
+TEXTS = ["a film", "the card is lost .", "x", "a charming film , and the card is not lost yet", "yes no yes"]
+
+
+def encode(tokenizer: Any) -> list[Example]:
+    rows = [Row({"text": t, "summary": "y"}, f"t:{n}") for n, t in enumerate(TEXTS)]
+    return tasks.encode(TASK, rows, tokenizer, 128)
+
+
+@torch.no_grad()
+def slow_greedy(model: Any, prompt: tuple[int, ...], stops: set[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        token = int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3])
+def test_generation_equals_the_slow_twin(model: Any, tokenizer: Any, batch_rows: int) -> None:
+    examples = encode(tokenizer)
+    predictions = generate(model, tokenizer, TASK, examples, batch_rows=batch_rows, device="cpu", pad_id=1)
+    stops = stop_ids(model, tokenizer)
+    for n, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
+        expected = slow_greedy(model, example.prompt_ids, stops, 9)
+        assert prediction.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+        assert (prediction.index, prediction.label, prediction.scores) == (n, None, ())
+
+
+def test_generation_stops_at_eos(llama: Any, tokenizer: Any) -> None:
+    """With an eos that the model is known to write after a few tokens, answers end there."""
+    import copy
+
+    examples = encode(tokenizer)
+    free = [slow_greedy(llama, e.prompt_ids, set(), 9) for e in examples]
+    stop = free[0][3]
+    stopping = copy.deepcopy(llama)
+    stopping.generation_config.eos_token_id = [stop]
+    predictions = generate(stopping, tokenizer, TASK, examples, batch_rows=5, device="cpu", pad_id=1)
+    for prediction, ids in zip(predictions, free, strict=True):
+        kept = ids[: ids.index(stop)] if stop in ids else ids
+        assert prediction.text == decode_answer(tokenizer, kept, [tokenizer.eos_token_id])
+    assert stop_ids(stopping, tokenizer) == {stop, tokenizer.eos_token_id}
+
+
+def test_sampling_settings_of_the_model_are_not_used(llama: Any, tokenizer: Any) -> None:
+    import copy
+
+    examples = encode(tokenizer)
+    hot = copy.deepcopy(llama)
+    hot.generation_config.do_sample = True
+    hot.generation_config.temperature = 50.0
+    hot.generation_config.repetition_penalty = 3.0
+    options = {"batch_rows": 5, "device": "cpu", "pad_id": 1}
+    assert generate(hot, tokenizer, TASK, examples, **options) == generate(
+        llama, tokenizer, TASK, examples, **options
+    )
+
+
+class Stream:
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids, self.n_tokens = ids, len(ids)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert start + count <= self.n_tokens
+        return self.ids[start : start + count]
+
+
+@torch.no_grad()
+def slow_nll(model: Any, ids: np.ndarray) -> float:
+    logits = model(input_ids=torch.tensor(ids[None].astype("int64"))).logits[0].double().log_softmax(-1)
+    return -sum(float(logits[t - 1, int(ids[t])]) for t in range(1, len(ids)))
+
+
+@pytest.mark.parametrize(
+    ("total", "limit"), [(16 * 5, None), (16 * 5 + 1, None), (16 * 5 + 7, None), (99, 50)]
+)
+def test_perplexity_equals_the_slow_twin(
+    model: Any, monkeypatch: pytest.MonkeyPatch, total: int, limit: int | None
+) -> None:
+    monkeypatch.setattr(module, "HEAD_ELEMENTS", 340 * 10)  # the head in several pieces
+    ids = np.random.default_rng(0).integers(0, 340, total).astype(np.uint16)
+    score = perplexity(model, Stream(ids), sequence_length=16, batch_rows=2, device="cpu", limit_tokens=limit)
+    used = ids[:limit]
+    windows = [w for w in (used[s : s + 16] for s in range(0, len(used), 16)) if len(w) > 1]
+    count = sum(len(w) - 1 for w in windows)
+    expected = math.exp(sum(slow_nll(model, w) for w in windows) / count)
+    assert score.value == pytest.approx(expected, rel=1e-5)
+    assert score.n == count
+    assert score.low < score.value < score.high
+
+
+def test_perplexity_of_nothing(llama: Any) -> None:
+    for count in (0, 1):
+        with pytest.raises(DataError, match="at least two tokens"):
+            perplexity(
+                llama, Stream(np.zeros(count, np.uint16)), sequence_length=8, batch_rows=1, device="cpu"
+            )
