@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from bitdistill.errors import ArtifactError, ModelError
 from bitdistill.models.families import Layout, layout_of
-from bitdistill.quant.packing import packed_width
 
 if TYPE_CHECKING:
     from bitdistill.models.surgery import SurgeryPlan
@@ -33,6 +32,8 @@ def expected_tensors(
         ModelError: the family is not supported.
         ArtifactError: the plan names a linear that the config does not have, or one of another shape.
     """
+    from bitdistill.quant.packing import packed_width  # torch: not for callers that only plan
+
     layout = layout_of(config, where)
     expected: Expected = {kept.name: (kept.shape, FLOAT) for kept in layout.kept}
     _check_plan(layout, plan, where)

@@ -80,6 +80,12 @@ _PRE_TOKENIZERS = {
     "llama-bpe": _LLAMA3_SPLIT,
     "llama3": _LLAMA3_SPLIT,
 }
+_SPECIAL_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _SINGLE_DIGITS = ("smollm",)  # split every digit off before the byte-level regex
 
 
@@ -111,10 +117,11 @@ def load_tokenizer(header: GgufHeader) -> Any:
             steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    # By id from the metadata: some transformers releases guess the special tokens by name, and wrong.
     special = {
-        key: getattr(loaded, key)
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if getattr(loaded, key) is not None
+        name: backend.id_to_token(header.metadata[f"tokenizer.ggml.{key}"])
+        for name, key in _SPECIAL_TOKENS.items()
+        if f"tokenizer.ggml.{key}" in header.metadata
     }
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

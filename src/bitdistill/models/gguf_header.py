@@ -222,7 +222,7 @@ def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
         "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv", heads),
         "head_dim": _head_dim(metadata, str(architecture), hidden, heads),
         "max_position_embeddings": key("context_length"),
-        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": _short(key("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(family, metadata, str(architecture)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -236,6 +236,11 @@ def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
     return config
 
 
+def _short(value: float) -> float:
+    """The shortest decimal of a float32 (1e-05, not 9.999999747378752e-06): what the original config said."""
+    return float(f"{value:.7g}")
+
+
 def _head_dim(metadata: dict[str, Any], architecture: str, hidden: Any, heads: Any) -> Any:
     for name in ("attention.key_length", "rope.dimension_count"):
         if f"{architecture}.{name}" in metadata:
@@ -244,10 +249,10 @@ def _head_dim(metadata: dict[str, Any], architecture: str, hidden: Any, heads: A
 
 
 def _rope(family: Family, metadata: dict[str, Any], architecture: str) -> dict[str, Any]:
-    theta = metadata.get(f"{architecture}.rope.freq_base", family.defaults["rope_theta"])
+    theta = _short(metadata.get(f"{architecture}.rope.freq_base", family.defaults["rope_theta"]))
     if family.model_type != "gemma3_text":
         return {"rope_type": "default", "rope_theta": theta}
-    local = metadata.get(f"{architecture}.rope.freq_base_swa", 10_000.0)
+    local = _short(metadata.get(f"{architecture}.rope.freq_base_swa", 10_000.0))
     return {
         "full_attention": {"rope_type": "default", "rope_theta": theta},
         "sliding_attention": {"rope_type": "default", "rope_theta": local},

@@ -80,8 +80,8 @@ class SurgeryPlan:
 
 def _spec(value: Mapping[str, Any]) -> LinearSpec:
     spec = LinearSpec(**value)
-    numbers = (spec.in_features, spec.out_features)
-    if not all(type(n) is int and n > 0 for n in numbers) or not isinstance(spec.bias and spec.subln, bool):
+    sizes_fit = all(type(n) is int and n > 0 for n in (spec.in_features, spec.out_features))
+    if not sizes_fit or type(spec.bias) is not bool or type(spec.subln) is not bool:
         raise TypeError(f"bad linear {dict(value)}")
     return spec
 
