@@ -13,12 +13,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bitdistill import artifact
 from bitdistill.config import Task
 from bitdistill.data.tasks import Example
-from bitdistill.errors import ArtifactError, StorageError
+from bitdistill.errors import ArtifactError
 from bitdistill.eval.metrics import correct
 from bitdistill.eval.prediction import Prediction
 
@@ -124,17 +125,15 @@ def write_predictions(
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with artifact.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, "utf-8")
-        artifact.fsync_path(partial)
-        partial.replace(path)
+        try:
+            partial.write_text(text, "utf-8")
+            artifact.fsync_path(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         artifact.fsync_path(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: {error.strerror or error}; free space or choose another output_dir"
-        ) from error
 
 
 # -- table --------------------------------------------------------------------------------------------
@@ -146,9 +145,8 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
     metrics = list(dict.fromkeys(r.metric for r in rows))
     n = sorted({r.n for r in rows})
     rows_text = f"{n[0]:,} rows" if len(n) == 1 else "rows differ"
-    table = Table(
-        title=f"{', '.join(tasks)} ({rows_text})", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    title = escape(f"{', '.join(tasks)} ({rows_text})")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     many = len(tasks) > 1 or len(metrics) > 1
     seeds = len({r.seed for r in rows}) > 1
     table.add_column("model", overflow="fold")
@@ -163,9 +161,9 @@ def results_table(rows: Sequence[ResultRow]) -> Table:
         score = f"{row.value:.2f} [{row.low:.1f}, {row.high:.1f}]"
         same = row.metrics.get("agreement_with_teacher")
         table.add_row(
-            f"{row.label} · {row.task} {row.metric}" if many else row.label,
+            escape(f"{row.label} · {row.task} {row.metric}" if many else row.label),
             *([str(row.seed)] if seeds else []),
-            score.replace("[", r"\["),
+            escape(score),
             "-" if same is None else f"{same:.1f}",
             "-" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
             "-" if row.size_bytes is None else human_bytes(row.size_bytes),

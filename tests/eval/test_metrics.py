@@ -1,0 +1,181 @@
+"""Metrics against scikit-learn, sacrebleu, scipy and values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from sacrebleu.metrics.bleu import BLEU
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, f1_score
+
+from bitdistill.data.tasks import Example
+from bitdistill.errors import DataError
+from bitdistill.eval import metrics
+from bitdistill.eval.metrics import METRICS, Score, mcnemar, paired_bootstrap, perplexity_score, wilson
+from bitdistill.eval.prediction import Prediction
+
+
+def labelled(predicted: list[int], true: list[int], labels: int) -> tuple[list[Prediction], list[Example]]:
+    predictions = [Prediction(n, p, (0.0,) * labels, str(p)) for n, p in enumerate(predicted)]
+    return predictions, [Example((1,), (2,), t, (str(t),), "p", f"t:{n}") for n, t in enumerate(true)]
+
+
+def texts(*rows: tuple[str, list[str]]) -> tuple[list[Prediction], list[Example]]:
+    predictions = [Prediction(n, None, (), text) for n, (text, _) in enumerate(rows)]
+    return predictions, [Example((1,), (2,), None, tuple(r), "p", f"t:{n}") for n, (_, r) in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (8, 10, 49.01625, 94.33178),
+        (0, 10, 0.0, 27.75328),
+        (10, 10, 72.24672, 100.0),
+        (1, 2, 9.45312, 90.54688),
+    ],
+)
+def test_wilson(successes: int, n: int, low: float, high: float) -> None:
+    """scipy's binomtest(...).proportion_ci(method="wilson") gives the same."""
+    score = wilson(successes, n)
+    assert score.value == 100 * successes / n
+    assert (score.low, score.high) == pytest.approx((low, high), abs=1e-5)
+    reference = binomtest(successes, n).proportion_ci(0.95, "wilson")
+    assert (score.low, score.high) == pytest.approx((100 * reference.low, 100 * reference.high), abs=1e-9)
+
+
+@pytest.mark.parametrize("labels", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_accuracy_and_f1_equal_scikit_learn(labels: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    true = rng.integers(labels, size=60)
+    predicted = np.where(rng.random(60) < 0.6, true, rng.integers(labels, size=60))
+    if seed == 3:  # a label that occurs nowhere, one that is never predicted, one never true
+        true[true == 0], predicted[predicted == 1] = 1, 0
+    pairs = labelled(predicted.tolist(), true.tolist(), labels)
+    assert METRICS["accuracy"](*pairs).value == pytest.approx(100 * accuracy_score(true, predicted))
+    macro = 100 * f1_score(true, predicted, average="macro", zero_division=0)
+    assert METRICS["f1_macro"](*pairs).value == pytest.approx(macro)
+    binary = 100 * f1_score(true == 1, predicted == 1, zero_division=0)
+    assert METRICS["f1_binary"](*pairs).value == pytest.approx(binary)
+    assert METRICS["f1"](*pairs).value == pytest.approx(binary if labels == 2 else macro)
+
+
+def test_f1_interval_equals_resampled_rows() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(3, size=200)
+    predicted = np.where(rng.random(200) < 0.7, true, rng.integers(3, size=200))
+    score = METRICS["f1_macro"](*labelled(predicted.tolist(), true.tolist(), 3), seed=1)
+    draws = rng.integers(200, size=(1000, 200))
+    slow = [100 * f1_score(true[d], predicted[d], average="macro") for d in draws[:400]]
+    assert (score.low, score.high) == pytest.approx(tuple(np.percentile(slow, [2.5, 97.5])), abs=1.5)
+    assert score.low < score.value < score.high
+    again = METRICS["f1_macro"](*labelled(predicted.tolist(), true.tolist(), 3), seed=1)
+    other = METRICS["f1_macro"](*labelled(predicted.tolist(), true.tolist(), 3), seed=2)
+    assert again == score
+    assert other != score
+
+
+def test_rouge_by_hand() -> None:
+    # "the cat sat" against "the cat lay down": 1-grams 2 of 3 and 2 of 4; 2-grams 1 of 2 and 1 of 3; LCS 2.
+    pairs = texts(("the cat sat", ["the cat lay down"]))
+    assert METRICS["rouge1"](*pairs).value == pytest.approx(100 * 4 / 7)
+    assert METRICS["rouge2"](*pairs).value == pytest.approx(100 * 2 / 5)
+    assert METRICS["rougeL"](*pairs).value == pytest.approx(100 * 4 / 7)
+    stemmed = texts(("cats sitting", ["cat sit"]))
+    assert METRICS["rouge1"](*stemmed).value == pytest.approx(100)
+
+
+def test_rouge_lsum_splits_at_newlines() -> None:
+    # In swapped order a sentence-level LCS finds both sentences; one over the whole text only one of them.
+    pairs = texts(("dogs bark\ncats sleep", ["cats sleep\ndogs bark"]))
+    assert METRICS["rougeLsum"](*pairs).value == pytest.approx(100)
+    assert METRICS["rougeL"](*pairs).value == pytest.approx(50)
+
+
+def test_best_of_several_references() -> None:
+    pairs = texts(("the cat", ["a dog", "the cat"]), ("x", ["x y"]))
+    assert METRICS["rouge1"](*pairs).value == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert METRICS["exact_match"](*pairs).value == 50
+    assert metrics.rouge_rows(*pairs, "rouge1") == pytest.approx([1, 2 / 3])
+
+
+def test_bleu_equals_sacrebleu() -> None:
+    rows = [
+        ("the cat sat on the mat today", ["the cat sat on the mat", "a cat sat on a mat today"]),
+        ("there is a dog in the garden .", ["a dog is in the garden ."]),
+        ("hello, world!", ["Hello , world !", "hello world", "hi"]),
+    ] * 3
+    score = METRICS["bleu"](*texts(*rows))
+    # sacrebleu wants the n-th references together; None where a row has fewer.
+    width = max(len(r) for _, r in rows)
+    streams = [[r[k] if k < len(r) else None for _, r in rows] for k in range(width)]
+    assert score.value == pytest.approx(BLEU().corpus_score([t for t, _ in rows], streams).score)
+    assert score.n == 9
+    assert score.low <= score.value <= score.high
+
+
+def test_exact_match_ignores_outer_white_space() -> None:
+    assert METRICS["exact_match"](*texts((" 42\n", ["42"]), ("4 2", ["42"]))).value == 50
+
+
+def test_agreement() -> None:
+    a, _ = labelled([0, 1, 2, 1], [0, 0, 0, 0], 3)
+    b, _ = labelled([0, 1, 1, 2], [0, 0, 0, 0], 3)
+    assert metrics.agreement(a, b).value == 50
+    c, _ = texts(("x", [""]), (" y ", [""]))
+    d, _ = texts(("x", [""]), ("y", [""]))
+    assert metrics.agreement(c, d).value == 100
+    with pytest.raises(DataError, match="different rows"):
+        metrics.agreement(a, b[:3])
+
+
+def test_perplexity_by_hand() -> None:
+    score = perplexity_score([2.0, 6.0], [2, 2])
+    assert score.value == pytest.approx(math.exp(2.0))
+    assert (score.n, score.low, score.high) == (4, pytest.approx(math.exp(1.0)), pytest.approx(math.exp(3.0)))
+    with pytest.raises(DataError):
+        perplexity_score([], [])
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b"), [(0, 0), (5, 0), (3, 9), (7, 7), (40, 60), (900, 1000), (2100, 1900)]
+)
+def test_mcnemar_equals_the_binomial_test(only_a: int, only_b: int) -> None:
+    a = [True] * only_a + [False] * only_b + [True, False]
+    b = [False] * only_a + [True] * only_b + [True, False]
+    n = only_a + only_b
+    expected = binomtest(only_a, n).pvalue if n else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(b, a) == mcnemar(a, b)
+
+
+def test_paired_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    a = (rng.random(500) < 0.9).astype(float)
+    b = np.where(rng.random(500) < 0.9, a, 1 - a)
+    score = paired_bootstrap((100 * a).tolist(), (100 * b).tolist(), seed=0)
+    assert score.value == pytest.approx(100 * (a - b).mean())
+    half = 1.96 * (100 * (a - b)).std() / math.sqrt(500)
+    assert (score.low, score.high) == pytest.approx((score.value - half, score.value + half), abs=0.3)
+    assert score == paired_bootstrap(100 * a, 100 * b, seed=0)
+    assert paired_bootstrap([1.0] * 5, [1.0] * 5) == Score(0.0, 5, 0.0, 0.0)
+
+
+def test_metrics_refuse_what_they_cannot_score() -> None:
+    predictions, rows = labelled([0, 1], [0, 1], 2)
+    for name, metric in METRICS.items():
+        with pytest.raises(DataError, match="no rows to score"):
+            metric([], [])
+        with pytest.raises(DataError, match="2 rows against 1"):
+            metric(predictions, rows[:1])
+        if name in metrics.CLASSIFICATION_METRICS:
+            with pytest.raises(DataError, match=r"t:0: no label to score"):
+                metric(*texts(("x", ["y"])))
+
+
+def test_correct_and_row_scores() -> None:
+    assert metrics.correct(*labelled([0, 1, 1], [0, 0, 1], 2)) == [True, False, True]
+    assert metrics.row_scores("accuracy")(*labelled([0, 1], [0, 0], 2)) == [1.0, 0.0]
+    assert metrics.row_scores("rougeL")(*texts(("a b", ["a c"]))) == pytest.approx([0.5])
