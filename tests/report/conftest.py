@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,12 @@ def build_run(run: Path, *, rows: int = 600, prompts: list[str] = PROMPTS, steps
     return run
 
 
+@pytest.fixture(scope="session")
+def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("runs") / "banking")
+
+
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """A finished run of a classification task, 600 test rows, three result rows."""
-    return build_run(tmp_path / "runs" / "banking")
+def run_folder(_pristine: Path, tmp_path: Path) -> Path:
+    """A finished run of a classification task, 600 test rows, three result rows (a copy for each test)."""
+    return Path(shutil.copytree(_pristine, tmp_path / "runs" / "banking"))

@@ -7,13 +7,12 @@ evaluation, and a student's identity (its hashes) must not depend on its scores.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitdistill.errors import ArtifactError, StorageError
+from bitdistill.errors import ArtifactError
 from bitdistill.report import compare, headline, text
 from bitdistill.report.run_folder import STAGES, Cost, RunFolder, read_run
 
@@ -109,14 +108,7 @@ def write_card(run_dir: str | Path) -> Path:
         info=run.info,
         licence=source_licence(str(_mapping(run.recipe.get("model")).get("path", ""))),
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(content, "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror or error}; free space or mend permissions") from error
-    return path
+    return text.write(path, content)
 
 
 def cell(value: Any) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from bitdistill.report import text
 from bitdistill.report.inspect import HISTOGRAM_BINS, HISTOGRAM_LIMIT, LayerStats
 from bitdistill.report.run_folder import StageLog
 
@@ -98,16 +99,16 @@ def _svg(axes: Any, label: str) -> str:
     # No metadata: dates would break repeatability and its namespaces are outside addresses.
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     axes.figure.savefig(buffer, format="svg", metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None  # matplotlib always writes one
     prefix = f"f{next(_numbers)}-"
     # Tags only: text between them comes from data and stays as matplotlib escaped it.
-    text = re.sub(r"<[^>]*>", lambda match: _tag(match.group(0), prefix), text[text.index(">") + 1 :])
+    svg = re.sub(r"<[^>]*>", lambda match: _tag(match.group(0), prefix), svg[svg.index(">") + 1 :])
     head = f'<svg role="img" aria-label="{_attribute(label)}" viewBox="0 0 {size.group(1)} {size.group(2)}">'
-    return head + re.sub(r"\n\s*", "\n", text).strip()
+    return head + re.sub(r"\n\s*", "\n", svg).strip()
 
 
 def _tag(tag: str, prefix: str) -> str:
@@ -160,10 +161,7 @@ def _curve(axes: Any, xs: Sequence[float], ys: Sequence[float], slot: int, label
 
 
 def _short(value: float, _: Any = None) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+    return text.si(value)
 
 
 def _token_axis(axes: Any, xs: Sequence[float]) -> None:
@@ -197,7 +195,7 @@ def loss_curve(log: StageLog, title: str, objective: str = "loss") -> Figure | N
         axes.set_ylabel(f"{objective} (nats)")
         _token_axis(axes, xs)
         tail = smooth(ys)[-1]
-        svg = _svg(axes, f"{title}: loss from {ys[0]:.3g} to {tail:.3g} over {_short(xs[-1])} tokens")
+        svg = _svg(axes, f"{title}: loss from {ys[0]:.3g} to {tail:.3g} over {text.si(xs[-1])} tokens")
     steps = int(log.records[-1]["step"])
     note = f"{ys[0]:.3g} → {tail:.3g} nats in {steps:,} steps. Pale: logged values; bold: moving average."
     if log.nonfinite:
@@ -243,7 +241,7 @@ def gamma_balance(log: StageLog, target: float | None) -> Figure | None:
         _token_axis(axes, xs)
         svg = _svg(axes, "Stage 3: ratio of attention to cross-entropy gradient norms over tokens")
     gamma = log.last("gamma")
-    note = f"On the Q, K and V projections. γ at the end: {_short(gamma)}." if gamma is not None else ""
+    note = f"On the Q, K and V projections. γ at the end: {text.si(gamma)}." if gamma is not None else ""
     return Figure("Stage 3: attention against CE gradient", note, svg)
 
 

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from bitdistill.eval.results import ResultRow
 
 TEACHER, BASELINE, STUDENT = "teacher", "bitnet_sft", "bitdistill"
-LOWER_IS_BETTER = frozenset({"perplexity"})
 SHARES = frozenset({"accuracy", "exact_match"})  # percent of rows answered correctly
 
 
@@ -70,8 +69,6 @@ def _baseline(student: ResultRow, baseline: ResultRow | None) -> str | None:
     if baseline is None or baseline.metric != student.metric:
         return None
     gain = student.value - baseline.value
-    if student.metric in LOWER_IS_BETTER:
-        gain = -gain
     amount = f"{abs(gain):.1f} points" if student.metric in SHARES else f"{abs(gain):.2f}"
     label = (baseline.label or baseline.name).partition(" (")[0]
     if f"{gain:.1f}" in ("0.0", "-0.0"):

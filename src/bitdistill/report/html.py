@@ -6,14 +6,12 @@ data is escaped by the template engine; figures are made here and are the only m
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitdistill.errors import StorageError
 from bitdistill.report import compare, figures, headline, text
 from bitdistill.report.inspect import KindStats, LayerStats, by_kind
 from bitdistill.report.run_folder import STAGES, Answer, RunFolder, read_run
@@ -55,15 +53,7 @@ def write_report(run_dir: str | Path) -> Path:
         StorageError: the report cannot be written.
     """
     run = read_run(run_dir)
-    path = run.path / "report.html"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(render(run), "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror or error}; free space or mend permissions") from error
-    return path
+    return text.write(run.path / "report.html", render(run))
 
 
 def render(run: RunFolder) -> str:
@@ -74,6 +64,7 @@ def render(run: RunFolder) -> str:
         loader=jinja2.PackageLoader("bitdistill.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_presentable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -89,6 +80,11 @@ def render(run: RunFolder) -> str:
         "clean": text.clean,
     }
     return environment.get_template(TEMPLATE).render(view(run))
+
+
+def _presentable(value: Any) -> Any:
+    """Text on its way into the page: control characters out (escaping is the engine's); markup as it is."""
+    return text.clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def view(run: RunFolder) -> dict[str, Any]:

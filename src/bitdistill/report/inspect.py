@@ -8,7 +8,6 @@ hold codes and no latents; those columns are then absent, not zero.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bitdistill import artifact
-from bitdistill.errors import ArtifactError, ModelError, StorageError
+from bitdistill.errors import ArtifactError, ModelError
+from bitdistill.report import text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -216,15 +216,7 @@ def write_stats(model: nn.Module | str | Path, run_dir: str | Path, name: str) -
         content = as_json(inspect_model(model)) | {"source": source}
     else:
         content = as_json(layer_stats(model))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content) + "\n", "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: {error.strerror or error}; free space or mend permissions") from error
-    return path
+    return text.write(path, json.dumps(content) + "\n")
 
 
 def _source_of(path: Path) -> str | None:
@@ -320,40 +312,37 @@ def stats_table(stats: Sequence[LayerStats], title: str | None = None) -> Table:
     from rich.table import Table
 
     latent = any(layer.latent for layer in stats)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_footer=True)
     total = by_kind(stats)[-1]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
     table.add_column("layer", footer=f"all {total.layers}", overflow="fold")
     table.add_column("shape", footer=f"{total.weights / 1e6:.2f}M", justify="right", no_wrap=True)
-    table.add_column("-1 %", footer=_percent(total.negative), justify="right")
-    table.add_column("0 %", footer=_percent(total.zero), justify="right")
-    table.add_column("+1 %", footer=_percent(total.positive), justify="right")
+    table.add_column("-1   0  +1 %", footer=_shares(total), justify="right", no_wrap=True)
     table.add_column("scale", justify="right", no_wrap=True)
     if latent:
-        table.add_column("dist", footer=_number(total.distance_mean), justify="right")
-        table.add_column("near %", footer=_percent(total.near_share), justify="right")
-        table.add_column("kurt", justify="right")
+        table.add_column("dist", footer=_number(total.distance_mean), justify="right", no_wrap=True)
+        table.add_column("near%", footer=_percent(total.near_share), justify="right", no_wrap=True)
+        table.add_column("kurt", justify="right", no_wrap=True)
     table.add_column("SubLN gain", justify="right", no_wrap=True)
     for layer in stats:
-        short = re.sub(r"^model\.|^layers\.|self_attn\.|mlp\.", "", layer.name.removeprefix("model.layers."))
-        cells = [short, f"{layer.out_features}x{layer.in_features}"]
-        cells += [_percent(share) for share in (layer.negative, layer.zero, layer.positive)]
-        cells.append(f"{layer.scale:.3g}")
+        short = layer.name if layer.layer is None else f"{layer.layer}.{layer.kind}"
+        cells = [short, f"{layer.out_features}x{layer.in_features}", _shares(layer), f"{layer.scale:.3g}"]
         if latent:
             known = layer.latent
             cells.append(_number(known.distance_mean if known else None))
             cells.append(_percent(known.near_share if known else None))
             cells.append(_number(known.kurtosis if known else None, 1))
-        cells.append(_gain_text(layer.gain))
-        table.add_row(*cells)
+        table.add_row(*cells, _gain_text(layer.gain))
+    legend = "SubLN gain: min/mean/max."
     if latent:
-        table.caption = (
-            "dist: mean ||W|/scale - 0.5|; near: share within 0.05 of a threshold; kurt: 3 is Gaussian.\n"
-            "SubLN gain: min/mean/max."
-        )
+        legend += "\ndist: mean ||W|/scale - 0.5|. near: within 0.05 of 0.5. kurt: 3 is Gaussian."
     else:
-        table.caption = "Packed: codes only, no latents. SubLN gain: min/mean/max."
-    table.caption_justify = "left"
+        legend += " Packed: codes only, no latents."
+    table.caption, table.caption_justify = legend, "left"
     return table
+
+
+def _shares(one: LayerStats | KindStats) -> str:
+    return " ".join(f"{100 * share:4.1f}" for share in (one.negative, one.zero, one.positive))
 
 
 def _gain_text(gain: GainStats | None) -> str:

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import unicodedata
+from pathlib import Path
 from typing import Any
+
+from bitdistill import artifact
 
 NONE = "–"
 
 
-def _scaled(value: float, units: tuple[tuple[str, float], ...], digits: int) -> str | None:
+def _scaled(value: float, units: tuple[tuple[str, float], ...]) -> str | None:
     for unit, unit_size in units:
-        if abs(value) >= unit_size:
+        if abs(value) >= 0.9995 * unit_size:  # what three digits round up to the unit belongs to it
             shown = value / unit_size
-            return (f"{shown:.{digits}g}" if abs(shown) < 1000 else f"{shown:,.0f}") + unit
+            return (f"{shown:.3g}" if abs(shown) < 999.5 else f"{shown:,.0f}") + unit
     return None
 
 
-def si(value: float | None, digits: int = 3) -> str:
-    """12345 -> `12.3k`."""
+def si(value: float | None) -> str:
+    """Three digits: 12345 -> `12.3k`."""
     if value is None or not math.isfinite(value):
         return NONE
-    return _scaled(value, (("G", 1e9), ("M", 1e6), ("k", 1e3)), digits) or f"{value:.{digits}g}"
+    return _scaled(value, (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))) or f"{value:.3g}"
 
 
 def size(count: float | None) -> str:
     """Bytes in decimal units: 1900000 -> `1.9 MB`."""
     if count is None:
         return NONE
-    return _scaled(count, ((" GB", 1e9), (" MB", 1e6), (" kB", 1e3)), 3) or f"{count:.0f} bytes"
+    return _scaled(count, ((" GB", 1e9), (" MB", 1e6), (" kB", 1e3))) or f"{count:.0f} bytes"
 
 
 def duration(seconds: float | None) -> str:
@@ -100,3 +105,22 @@ METRIC_NAMES = {
 def metric_name(metric: str) -> str:
     """A metric as people write it; an unknown one under its own name."""
     return METRIC_NAMES.get(metric, metric)
+
+
+def write(path: Path, content: str) -> Path:
+    """Write a UTF-8 file so that a reader sees the old content or the new one, never a part; returns `path`.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with artifact.storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(content, "utf-8")
+            partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    return path
