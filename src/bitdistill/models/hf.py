@@ -102,7 +102,7 @@ class BitDistillQuantizer(HfQuantizer):  # type: ignore[misc]
         contents.check_values(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: Any, *_: Any, **__: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, *_: Any, **__: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
         """What `save_pretrained` writes: the state given by `saving`, else the model's own."""
         return self.state_to_save, {}
 

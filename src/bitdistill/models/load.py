@@ -10,7 +10,6 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,7 @@ from bitdistill.errors import ArtifactError, BitDistillError, ModelError
 from bitdistill.models import contents, gguf
 from bitdistill.models.families import layout_of
 from bitdistill.models.gguf_header import config_from_gguf, read_gguf
+from bitdistill.models.tokenizer import TOKENIZER_FILES, check_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +29,6 @@ log = logging.getLogger("bitdistill")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What is fetched of a hub repository: never pickle, never code.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 def _locate(path: str) -> tuple[Literal["folder", "gguf", "hub"], Path]:
@@ -194,47 +184,14 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
     kind, path = _locate(name)
     if kind == "gguf":
         return gguf.load_tokenizer(read_gguf(path))
     if kind == "hub":
         path = _from_hub(name, None, [p for p in _HUB_PATTERNS if p != "*.safetensors"])
-    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+    if not any((path / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(f"{path}: no tokenizer files; name a folder that has them as model.tokenizer")
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-
-
-def check_tokenizer(config: Mapping[str, Any], tokenizer: Any, where: str) -> None:
-    """Check that a tokenizer belongs to a model.
-
-    Raises:
-        ModelError: it makes ids beyond the model's embedding, or lacks the model's special ids.
-    """
-    rows = int(config["vocab_size"])
-    if tokenizer.vocab_size > rows:
-        raise ModelError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}; "
-            "set model.tokenizer to the model's own"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        in_model, in_tokenizer = config.get(name), getattr(tokenizer, name)
-        if in_tokenizer is not None and in_tokenizer >= rows:
-            raise ModelError(
-                f"{where}: the tokenizer's {name} is {in_tokenizer}, the model has {rows} tokens"
-            )
-        ids = in_model if isinstance(in_model, list) else [in_model]
-        beyond = [i for i in ids if i is not None and i >= len(tokenizer)]
-        if name != "pad_token_id" and beyond:
-            raise ModelError(
-                f"{where}: the model's {name} {beyond[0]} is not among the tokenizer's {len(tokenizer)}; "
-                "set model.tokenizer to the model's own"
-            )
-    if len(tokenizer) > rows:
-        log.warning(
-            "%s: %d added tokens lie beyond the embedding of %d rows", where, len(tokenizer) - rows, rows
-        )
+    return read_tokenizer(path)
 
 
 def source_fingerprint(source: ModelSource) -> str:
@@ -265,7 +222,7 @@ def source_fingerprint(source: ModelSource) -> str:
 
 
 def _tokenizer_hashes(folder: Path) -> dict[str, str]:
-    return {name: _sha256(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
+    return {name: _sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
 def _sha256(path: Path) -> str:

@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from bitdistill import __version__, artifact
 from bitdistill.errors import ArtifactError, BitDistillError, ModelError
 from bitdistill.models import contents, hf
 from bitdistill.models.surgery import SurgeryPlan, as_config_dict
+from bitdistill.models.tokenizer import read_tokenizer
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
 
 Kind = Literal["teacher", "refined", "base", "student", "bitnet_sft", "packed"]
@@ -180,7 +181,6 @@ def load_student(
     plan, packed = _plan_in(config, manifest, folder)
     expected = contents.expected_tensors(config, plan, packed, str(folder / "config.json"))
     contents.check_headers(contents.weight_files(folder), expected)
-    options = {"local_files_only": True, "trust_remote_code": False}
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -189,9 +189,10 @@ def load_student(
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 output_loading_info=True,
-                **options,
+                local_files_only=True,
+                trust_remote_code=False,
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = read_tokenizer(folder)
     except BitDistillError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
