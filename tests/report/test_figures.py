@@ -118,7 +118,7 @@ def test_histogram_names_models_and_leaves_packed_ones_out() -> None:
     assert figure is not None
     total = sum(layer.weights for layer in before)
     near = sum(layer.latent.near_share * layer.weights for layer in before if layer.latent) / total
-    assert f"before {100 * near:.1f}%" in figure.note
+    assert f"{100 * near:.1f}% before," in figure.note
 
 
 def test_density_is_a_share_of_all_weights() -> None:

@@ -226,3 +226,56 @@ def test_json_form_is_json() -> None:
     content = json.loads(json.dumps(as_json(layer_stats(TinyModel(blocks=1))), allow_nan=False))
     assert len(content["layers"]) == 7
     assert content["layers"][3]["gain"] == {"min": 1.0, "mean": 1.0, "max": 1.0}
+
+
+@pytest.fixture(scope="module")
+def student_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """refined/, packed/ and teacher/ of a tiny random Llama, written as the stages write them."""
+    import tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from bitdistill.config import RefineConfig
+    from bitdistill.models import surgery
+    from bitdistill.models.student import pack, save_student
+
+    root = tmp_path_factory.mktemp("students")
+    torch.manual_seed(0)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=24,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    teacher = LlamaForCausalLM(config).eval()
+    plan = surgery.plan(teacher.config, RefineConfig())
+    student = surgery.apply(plan, teacher)
+    save_student(teacher, tokenizer, root / "teacher", kind="teacher", plan=None, recipe={}, extra={})
+    save_student(student, tokenizer, root / "refined", kind="refined", plan=plan, recipe={}, extra={})
+    packed = pack(student, "bfloat16")
+    options = {"plan": plan, "recipe": {}, "extra": {}, "float_dtype": "bfloat16"}
+    save_student(packed, tokenizer, root / "packed", kind="packed", **options)
+    return root
+
+
+def test_inspecting_real_folders(student_folders: Path) -> None:
+    latent, packed = (inspect_model(student_folders / name) for name in ("refined", "packed"))
+    assert len(latent) == len(packed) == 14
+    assert [layer.name for layer in latent] == [layer.name for layer in packed]
+    assert [(layer.zero, layer.scale) for layer in latent] == [(layer.zero, layer.scale) for layer in packed]
+    assert latent[3].name == "model.layers.0.self_attn.o_proj"
+    assert {layer.kind for layer in latent if layer.gain} == {"o", "down"}
+    with pytest.raises(ModelError, match=r"teacher: LlamaForCausalLM: no ternary layers"):
+        inspect_model(student_folders / "teacher")
+
+
+def test_statistics_of_a_real_folder(student_folders: Path, tmp_path: Path) -> None:
+    path = write_stats(student_folders / "refined", tmp_path, "refined")
+    assert read_stats(tmp_path, "refined") == inspect_model(student_folders / "refined")
+    first = path.stat().st_mtime_ns
+    write_stats(student_folders / "refined", tmp_path, "refined")
+    assert path.stat().st_mtime_ns == first

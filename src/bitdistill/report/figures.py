@@ -281,7 +281,7 @@ def weight_histogram(title: str, models: Mapping[str, Sequence[LayerStats]]) -> 
         latents = [(layer.latent, layer.weights) for layer in models[name] if layer.latent is not None]
         weights = sum(weight for _, weight in latents)
         share = sum(latent.near_share * weight for latent, weight in latents) / weights
-        near.append(f"{name} {100 * share:.1f}%")
+        near.append(f"{100 * share:.1f}% {name}")
     return Figure(title, f"Within 0.05 of a threshold: {', '.join(near)}.", svg)
 
 
