@@ -181,7 +181,7 @@ def test_generation_task(run_folder: Path) -> None:
 
 
 def test_large_run_stays_under_5_mb(tmp_path: Path) -> None:
-    run = build_run(tmp_path / "banking", rows=2000, prompts=["many words " * 5000], steps=40)
+    run = build_run(tmp_path / "banking", rows=300, prompts=["many words " * 5000], steps=40)
     with (run / "recipe.yaml").open("a") as recipe:
         recipe.write("# padding\n" * 300_000)
     records = [

@@ -305,6 +305,7 @@ def zero_shares(title: str, layers: Sequence[LayerStats]) -> Figure | None:
         axes.axhline(100 * GAUSSIAN_ZERO_SHARE, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
         axes.set_xlabel("block")
         axes.set_ylabel("zero codes (%)")
+        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, columnspacing=1.2)
         svg = _svg(axes, f"{title}: share of zero codes by block for {', '.join(kinds)}")
