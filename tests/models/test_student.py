@@ -41,7 +41,14 @@ def trained_student(name: str, subln: Any = "paper") -> Any:
 def save(model: Any, folder: Path, kind: Any, **options: Any) -> None:
     plan = None if kind == "teacher" else hf.plan_of(model)
     save_student(
-        model, make_tokenizer(), folder, kind=kind, plan=plan, recipe={"name": "t"}, extra={"key": "k"}, **options
+        model,
+        make_tokenizer(),
+        folder,
+        kind=kind,
+        plan=plan,
+        recipe={"name": "t"},
+        extra={"key": "k"},
+        **options,
     )
 
 
@@ -160,7 +167,12 @@ def test_codes_and_scale_survive_bfloat16(kind: str, tmp_path: Path, ids: Tensor
 def test_cached_generation_equals_uncached(tiny_name: str, form: str, ids: Tensor) -> None:
     student = trained_student(tiny_name)
     model = student if form == "latent" else pack(student, "bfloat16")
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    options: dict[str, Any] = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 2,
+    }
     cached = model.generate(ids, use_cache=True, **options)
     assert cached.shape == (2, 25)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
@@ -278,13 +290,21 @@ def edit_plan(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
 
 
 MALFORMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "code 3": ("packed", set_item(f"{DOWN}.codes", (2, 5), 0b11), f"{DOWN}.codes: value 3 at row 2, column 20"),
+    "code 3": (
+        "packed",
+        set_item(f"{DOWN}.codes", (2, 5), 0b11),
+        f"{DOWN}.codes: value 3 at row 2, column 20",
+    ),
     "padding": ("packed", set_item(f"{DOWN}.codes", (4, 17), 0b10010101), "padding of row 4"),
     "NaN scale": ("packed", put(f"{DOWN}.scale", torch.tensor(float("nan"))), f"{DOWN}.scale: nan"),
     "Inf scale": ("packed", put(f"{DOWN}.scale", torch.tensor(float("inf"))), f"{DOWN}.scale: inf"),
     "zero scale": ("packed", put(f"{DOWN}.scale", torch.tensor(0.0)), f"{DOWN}.scale: 0.0"),
     "negative scale": ("packed", put(f"{DOWN}.scale", torch.tensor(-0.5)), f"{DOWN}.scale: -0.5"),
-    "scale dtype": ("packed", put(f"{DOWN}.scale", torch.tensor(0.5).bfloat16()), f"{DOWN}.scale has dtype BF16"),
+    "scale dtype": (
+        "packed",
+        put(f"{DOWN}.scale", torch.tensor(0.5).bfloat16()),
+        f"{DOWN}.scale has dtype BF16",
+    ),
     "scale count": ("packed", put(f"{DOWN}.scale", torch.ones(44)), f"{DOWN}.scale has shape [44], not []"),
     "short rows": (
         "packed",
@@ -300,7 +320,11 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "unexpected": ("latent", put("model.extra", torch.ones(3)), "unexpected tensor model.extra"),
     "latents in a packed folder": ("packed", put(f"{DOWN}.weight", torch.ones(44, 70)), "unexpected tensor"),
-    "NaN latent": ("latent", set_item(f"{DOWN}.weight", (0, 0), float("nan")), f"{DOWN}.weight: holds values"),
+    "NaN latent": (
+        "latent",
+        set_item(f"{DOWN}.weight", (0, 0), float("nan")),
+        f"{DOWN}.weight: holds values",
+    ),
     "Inf norm": ("packed", set_item("model.norm.weight", 1, float("inf")), "model.norm.weight: holds values"),
     "integer latents": ("latent", put(f"{DOWN}.weight", torch.ones(44, 70).int()), "dtype I32"),
     "truncated": (
@@ -319,7 +343,11 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         edit_json("config.json", lambda c: c["quantization_config"].update(surprise=1)),
         "unknown keys ['surprise']",
     ),
-    "no section": ("packed", edit_json("config.json", lambda c: c.pop("quantization_config")), "kind 'packed'"),
+    "no section": (
+        "packed",
+        edit_json("config.json", lambda c: c.pop("quantization_config")),
+        "kind 'packed'",
+    ),
     "claims latent": (
         "packed",
         edit_json("config.json", lambda c: c["quantization_config"].update(packed=False)),
@@ -327,7 +355,9 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "other plan": (
         "packed",
-        edit_json("config.json", lambda c: c["quantization_config"]["plan"].update(quantize_activations=False)),
+        edit_json(
+            "config.json", lambda c: c["quantization_config"]["plan"].update(quantize_activations=False)
+        ),
         "disagree",
     ),
     "plan of another shape": (
@@ -340,10 +370,22 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         edit_plan(lambda p: p["replace"].update({"model.norm": p["replace"][DOWN]})),
         "the plan's model.norm is not a linear",
     ),
-    "plan without a layer": ("packed", edit_plan(lambda p: p["replace"].pop(DOWN)), f"unexpected tensor {DOWN}"),
+    "plan without a layer": (
+        "packed",
+        edit_plan(lambda p: p["replace"].pop(DOWN)),
+        f"unexpected tensor {DOWN}",
+    ),
     "kind": ("latent", edit_json("bitdistill.json", lambda m: m.update(kind="teacher")), "kind 'teacher'"),
-    "other family": ("latent", edit_json("config.json", lambda c: c.update(model_type="gpt2")), "'gpt2' is not"),
-    "other sizes": ("latent", edit_json("config.json", lambda c: c.update(num_hidden_layers=2)), "not a linear"),
+    "other family": (
+        "latent",
+        edit_json("config.json", lambda c: c.update(model_type="gpt2")),
+        "'gpt2' is not",
+    ),
+    "other sizes": (
+        "latent",
+        edit_json("config.json", lambda c: c.update(num_hidden_layers=2)),
+        "not a linear",
+    ),
     "config gone": ("latent", lambda f: (f / "config.json").unlink(), "config.json: missing"),
     "shard outside": (
         "sharded",
@@ -352,7 +394,9 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "absolute shard": (
         "sharded",
-        edit_json("model.safetensors.index.json", lambda i: i["weight_map"].update(x="/tmp/evil.safetensors")),
+        edit_json(
+            "model.safetensors.index.json", lambda i: i["weight_map"].update(x="/tmp/evil.safetensors")
+        ),
         "'/tmp/evil.safetensors', which is not",
     ),
     "NUL in a shard": (
@@ -417,7 +461,9 @@ def test_the_auto_model_path_checks_contents_too(folders: dict[str, Path], tmp_p
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_one_changed_byte_is_noticed(file: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "flipped"
     shutil.copytree(folders["packed"], folder)

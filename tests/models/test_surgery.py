@@ -19,11 +19,10 @@ from bitdistill.quant.linear import BitLinear
 
 from .conftest import tiny_config, tiny_model
 
-BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+BLOCK = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [
+    f"mlp.{kind}_proj" for kind in ("gate", "up", "down")
+]
+UP = "model.layers.0.mlp.up_proj"
 NO_SUBLN = RefineConfig(subln="none")
 
 
@@ -134,9 +133,9 @@ def test_modes_and_hooks_follow_the_source() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r | {"model.layers.9.mlp.up_proj": r["model.layers.0.mlp.up_proj"]}, "no such module"),
-        (lambda r: r | {"model.layers.0.mlp": r["model.layers.0.mlp.up_proj"]}, "is a LlamaMLP, not a Linear"),
-        (lambda r: r | {"model.layers.0.mlp.up_proj": r["model.layers.0.mlp.down_proj"]}, r"\(44, 70, False\)"),
+        (lambda r: r | {"model.layers.9.mlp.up_proj": r[UP]}, "no such module"),
+        (lambda r: r | {"model.layers.0.mlp": r[UP]}, "is a LlamaMLP, not a Linear"),
+        (lambda r: r | {UP: r["model.layers.0.mlp.down_proj"]}, r"\(44, 70, False\)"),
         (lambda r: {n: s for n, s in r.items() if n != "model.layers.1.mlp.up_proj"}, "does not name"),
     ],
 )
@@ -197,7 +196,8 @@ def test_padding_does_not_count_in_gains(ids: Tensor) -> None:
     plain = surgery.calibrate_gains(surgery.apply(plan, model), model, ids)
     masked = surgery.calibrate_gains(surgery.apply(plan, model), model, padded, mask)
     assert masked == pytest.approx(plain, rel=1e-6)
-    assert surgery.calibrate_gains(surgery.apply(plan, model), model, padded) != pytest.approx(plain, rel=1e-3)
+    careless = surgery.calibrate_gains(surgery.apply(plan, model), model, padded)
+    assert careless != pytest.approx(plain, rel=1e-3)
 
 
 def test_dead_signals_are_refused(ids: Tensor) -> None:

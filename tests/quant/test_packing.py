@@ -56,7 +56,9 @@ def test_the_other_175_bytes_are_refused() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 23), st.integers(0, 2**32 - 1))
 def test_any_width_round_trips_and_equals_the_slow_twin(rows: int, width: int, seed: int) -> None:
-    codes = torch.randint(-1, 2, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    codes = torch.randint(
+        -1, 2, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
     packed = pack_2bit(codes)
     assert packed.shape == (rows, packed_width(width))
     assert [bytes(row) for row in packed.tolist()] == [slow_pack(row) for row in codes.tolist()]

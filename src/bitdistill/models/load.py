@@ -19,7 +19,7 @@ from bitdistill.errors import ArtifactError, BitDistillError, ModelError
 from bitdistill.models import contents, gguf
 from bitdistill.models.families import layout_of
 from bitdistill.models.gguf_header import config_from_gguf, read_gguf
-from bitdistill.models.tokenizer import TOKENIZER_FILES, check_tokenizer, read_tokenizer
+from bitdistill.models.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES, check_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,8 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
     from bitdistill.models.student import quiet
 
     try:
-        files = contents.weight_files(folder)
+        for file in contents.weight_files(folder):
+            contents.read_header(file)
     except ArtifactError as error:
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         if pickles and not any(folder.glob("*.safetensors")):
@@ -155,8 +156,6 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
                 "convert them to safetensors"
             ) from error
         raise ModelError(str(error)) from error
-    for file in files:
-        contents.read_header(file)
     with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -174,12 +173,8 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
                 f"{folder}: {problem.replace('_', ' ')}: {first}; the weights do not fit the config"
             )
     if info["unexpected_keys"]:
-        log.warning(
-            "%s: %d unused tensors, such as %s",
-            folder,
-            len(info["unexpected_keys"]),
-            min(info["unexpected_keys"]),
-        )
+        unused = sorted(info["unexpected_keys"])
+        log.warning("%s: %d tensors are not used, such as %s", folder, len(unused), unused[0])
     return model
 
 
@@ -189,7 +184,7 @@ def _load_tokenizer(name: str) -> Any:
         return gguf.load_tokenizer(read_gguf(path))
     if kind == "hub":
         path = _from_hub(name, None, [p for p in _HUB_PATTERNS if p != "*.safetensors"])
-    if not any((path / file).is_file() for file in TOKENIZER_FILES):
+    if not any((path / file).is_file() for file in VOCABULARY_FILES):
         raise ModelError(f"{path}: no tokenizer files; name a folder that has them as model.tokenizer")
     return read_tokenizer(path)
 

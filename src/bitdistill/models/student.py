@@ -231,13 +231,15 @@ def _plan_in(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers for the second that a load or save takes."""
-    shown = hf_logging.is_progress_bar_enabled()
+    """No progress bars and load reports of transformers; what is wrong we say in one line ourselves."""
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(max(level, hf_logging.ERROR))
     try:
         yield
     finally:
-        if shown:
+        hf_logging.set_verbosity(level)
+        if bars:
             hf_logging.enable_progress_bar()
 
 

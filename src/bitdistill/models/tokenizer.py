@@ -22,6 +22,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Class names that mean "tokenizer.json, as it is".
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -29,8 +30,8 @@ _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a local folder; no code of the folder is run.
 
-    A generic tokenizer is read by the generic class. `AutoTokenizer` would rebuild some by model type (qwen2's
-    as a Qwen2Tokenizer, whatever tokenizer.json says) and so split text in another way.
+    A generic tokenizer is read by the generic class. `AutoTokenizer` would rebuild some by model type (for
+    qwen2 a Qwen2Tokenizer, whatever tokenizer.json says) and so split text in another way.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
