@@ -88,7 +88,9 @@ def test_special_marks_in_a_document_are_text(tokenizer: Any, tmp_path: Path) ->
 @pytest.mark.parametrize("limit", [1, 1234])
 def test_limit_tokens(tokenizer: Any, source: str, tmp_path: Path, limit: int) -> None:
     shards = TokenShards(tokenize_corpus([source], tokenizer, tmp_path / "t", workers=2, limit_tokens=limit))
-    assert shards.read(0, shards.n_tokens).tolist() == stream(tokenizer, DOCUMENTS)[:limit]
+    expected = stream(tokenizer, DOCUMENTS)[:limit]
+    assert shards.read(0, shards.n_tokens).tolist() == expected
+    assert shards.documents == expected.count(tokenizer.eos_token_id) + 1  # the last one is cut
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,9 @@ def damage(folder: Path, kind: str) -> None:
         del manifest["eos_id"]
     elif kind == "dtype":
         manifest["dtype"] = "object"
+    elif kind == "empty":
+        manifest.update(tokens=0, shard_tokens=[0])
+        (folder / "tokens-00000.bin").write_bytes(b"")
     elif kind == "list":
         manifest["shard_tokens"] = "many"
     path.write_text(json.dumps(manifest), "utf-8")
@@ -229,6 +234,7 @@ def damage(folder: Path, kind: str) -> None:
         ("key", r"manifest lacks or garbles 'eos_id'"),
         ("dtype", r"manifest lacks or garbles 'object'"),
         ("list", r"manifest lacks or garbles"),
+        ("empty", r"tokens-00000\.bin: 0 bytes"),
     ],
 )
 def test_damaged_folders(tokenizer: Any, source: str, tmp_path: Path, kind: str, message: str) -> None:

@@ -217,7 +217,6 @@ def test_bad_hub_names(source: str) -> None:
 def fake_datasets(load_dataset) -> types.ModuleType:
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset
-    module.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
     return module
 
 

@@ -10,8 +10,9 @@ from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 
+from bitdistill.config import Task
 from bitdistill.data.tasks import Example
-from bitdistill.errors import DataError
+from bitdistill.errors import DataError, RecipeError
 from bitdistill.eval import metrics
 from bitdistill.eval.metrics import METRICS, Score, mcnemar, paired_bootstrap, perplexity_score, wilson
 from bitdistill.eval.prediction import Prediction
@@ -173,6 +174,21 @@ def test_metrics_refuse_what_they_cannot_score() -> None:
         if name in metrics.CLASSIFICATION_METRICS:
             with pytest.raises(DataError, match=r"t:0: no label to score"):
                 metric(*texts(("x", ["y"])))
+
+
+def test_task_metrics() -> None:
+    kind = {"name": "t", "template": "{x}"}
+    labels = Task(**kind, kind="classification", labels={"0": " a", "1": " b"})
+    written = Task(**kind, kind="generation", target_field="y")
+    assert metrics.task_metrics(labels) == ("accuracy", "f1")
+    assert metrics.task_metrics(written) == ("rougeL", "bleu")
+    chosen = written.model_copy(update={"metrics": ("exact_match", "rouge1")})
+    assert metrics.task_metrics(chosen) == ("exact_match", "rouge1")
+    for task, name in ((labels, "rougeL"), (written, "accuracy"), (labels, "acuracy")):
+        with pytest.raises(
+            RecipeError, match=rf"task t: metric '{name}' does not score .*; choose from .*exact_match"
+        ):
+            metrics.task_metrics(task.model_copy(update={"metrics": (name,)}))
 
 
 def test_correct_and_row_scores() -> None:

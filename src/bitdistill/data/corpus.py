@@ -93,7 +93,7 @@ def tokenize_corpus(
     texts = _documents(sources, include or {}, exclude or {})
     with artifact.writing(out, manifest) as folder:
         encoded = _encode_chunks(coder, _chunks(texts), workers)
-        manifest.update(_write_shards(folder, encoded, coder.dtype, tokens_per_shard, limit_tokens, progress))
+        manifest.update(_write_shards(folder, encoded, coder.eos, tokens_per_shard, limit_tokens, progress))
         if manifest["tokens"] == 0:
             raise DataError(f"corpus: no documents left in {', '.join(sources)}; check include and exclude")
     return out
@@ -252,7 +252,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _write_shards(
     folder: Path,
     encoded: Generator[tuple[int, NDArray[np.integer]], None, None],
-    dtype: str,
+    eos: int,
     tokens_per_shard: int,
     limit_tokens: int | None,
     progress: Progress | None,
@@ -263,9 +263,11 @@ def _write_shards(
     left = limit_tokens
     try:
         for chunk_documents, ids in encoded:
-            if left is not None:
+            if left is not None and len(ids) > left:
                 ids = ids[:left]
-                left -= len(ids)
+                # Whole documents, and the one that the limit cuts.
+                chunk_documents = int((ids == eos).sum()) + int(left > 0 and ids[-1] != eos)
+            left = None if left is None else left - len(ids)
             documents += chunk_documents
             while len(ids):
                 if handle is None or counts[-1] == tokens_per_shard:
@@ -278,7 +280,7 @@ def _write_shards(
                 counts[-1] += len(piece)
             if progress is not None:
                 progress(documents, sum(counts))
-            if left == 0:
+            if left == 0:  # the next chunk would be cut to nothing
                 break
     finally:
         encoded.close()
@@ -340,7 +342,7 @@ class TokenShards:
     def _map(self, number: int, count: int) -> NDArray[np.integer]:
         path = self.folder / _shard_name(number)
         size = path.stat().st_size if path.is_file() else -1
-        if size != count * self.dtype.itemsize:
+        if size != count * self.dtype.itemsize or count < 1:
             state = (
                 "missing" if size < 0 else f"{size} bytes, the manifest says {count * self.dtype.itemsize}"
             )

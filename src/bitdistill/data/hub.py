@@ -91,7 +91,7 @@ def stream(source: HubSource) -> Iterator[dict[str, Any]]:
         )
         for row in rows:
             yield dict(row)
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # whatever the hub, the network or a file format brings
         message = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
             f"{PREFIX}{source.name}: {message}; check name, config ({source.config}) and split "

@@ -73,14 +73,14 @@ def encode(
             the message names file and line.
         ModelError: the tokenizer cannot do it (no end-of-text token, no fast backend).
     """
-    drafts = [_draft(task, row, require_answers) for row in rows]
-    render = renderer(task)
+    fields, render = template_fields(task), renderer(task)
+    drafts = [_draft(task, fields, row, require_answers) for row in rows]
     append_eos = task.append_eos if task.append_eos is not None else task.kind == "generation"
     eos = (eos_id(tokenizer),) if append_eos else ()
     prefix = special_prefix(tokenizer)
     answers, answers_cut = _answer_ids(tokenizer, drafts, eos, max_length)
 
-    prompts = [render(d.texts, d.where) for d in drafts]
+    prompts = [render(d.texts) for d in drafts]
     ids = [prefix + tuple(i) for i in plain_ids(tokenizer, prompts)]
     prompts_cut = 0
     for n, draft in enumerate(drafts):
@@ -109,10 +109,9 @@ def check_rows(task: Task, rows: Sequence[Row], *, require_answers: bool = True)
     Raises:
         DataError: as `encode`, for what does not depend on the tokenizer.
     """
-    render = renderer(task)
+    fields = template_fields(task)
     for row in rows:
-        draft = _draft(task, row, require_answers)
-        render(draft.texts, draft.where)
+        _draft(task, fields, row, require_answers)
 
 
 def label_token_ids(task: Task, tokenizer: Any) -> list[tuple[int, ...]]:
@@ -169,15 +168,15 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def renderer(task: Task) -> Callable[[dict[str, str], str], str]:
-    """The template as a function (texts by field, where) -> prompt.
+def renderer(task: Task) -> Callable[[dict[str, str]], str]:
+    """The template as a function: texts by field -> prompt.
 
     Raises:
         RecipeError: a placeholder with an index, attribute, conversion or format.
     """
     parts = _template_parts(task)
 
-    def render(texts: dict[str, str], where: str) -> str:
+    def render(texts: dict[str, str]) -> str:
         return "".join(literal + (texts[name] if name is not None else "") for literal, name in parts)
 
     return render
@@ -211,8 +210,8 @@ def _template_parts(task: Task) -> list[tuple[str, str | None]]:
     return parts
 
 
-def _draft(task: Task, row: Row, require_answers: bool) -> _Draft:
-    texts = {name: _text_field(task, row, name) for name in template_fields(task)}
+def _draft(task: Task, fields: Sequence[str], row: Row, require_answers: bool) -> _Draft:
+    texts = {name: _text_field(task, row, name) for name in fields}
     if task.kind == "classification":
         if not require_answers and row.fields.get(task.label_field) is None:
             return _Draft(texts, "", None, (), row.where)
@@ -362,7 +361,7 @@ def _answer_ids(
 
 def _shorten(
     tokenizer: Any,
-    render: Callable[[dict[str, str], str], str],
+    render: Callable[[dict[str, str]], str],
     draft: _Draft,
     prefix: tuple[int, ...],
     room: int,
@@ -370,7 +369,7 @@ def _shorten(
     """Cut the end of the longest field until the prompt fits `room` tokens."""
     texts = dict(draft.texts)
     while True:
-        prompt = render(texts, draft.where)
+        prompt = render(texts)
         ids = prefix + tuple(plain_ids(tokenizer, [prompt])[0])
         excess = len(ids) - room
         if excess <= 0:

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bitdistill.config import Task
 from bitdistill.data.tasks import Example
-from bitdistill.errors import DataError
+from bitdistill.errors import DataError, RecipeError
 from bitdistill.eval.prediction import Prediction
 
 RESAMPLES = 1000
@@ -310,6 +311,23 @@ METRICS: dict[str, MetricFn] = {
 see `agreement` and `eval.generate.perplexity`."""
 
 CLASSIFICATION_METRICS = frozenset({"accuracy", "f1", "f1_binary", "f1_macro"})
+
+
+def task_metrics(task: Task) -> tuple[str, ...]:
+    """Names of a task's metrics, the headline first. Where it names none: accuracy, f1 | rougeL, bleu by kind.
+
+    Raises:
+        RecipeError: an unknown metric, or one that cannot score this kind of task.
+    """
+    classification = task.kind == "classification"
+    fitting = [m for m in METRICS if (m in CLASSIFICATION_METRICS) == classification or m == "exact_match"]
+    for name in task.metrics:
+        if name not in fitting:
+            raise RecipeError(
+                f"task {task.name}: metric {name!r} does not score {task.kind}; "
+                f"choose from {', '.join(fitting)}"
+            )
+    return task.metrics or (("accuracy", "f1") if classification else ("rougeL", "bleu"))
 
 
 def row_scores(metric: str) -> Callable[[Sequence[Prediction], Sequence[Example]], list[float]]:
