@@ -232,7 +232,9 @@ def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
     }
     if family.model_type == "gemma3_text":
         config["sliding_window"] = key("attention.sliding_window")
-        config["query_pre_attn_scalar"] = config["head_dim"]
+        # Not in the file: the head size, but hidden / heads for the 27B model (62 layers), as in llama.cpp.
+        largest = config["num_hidden_layers"] == 62
+        config["query_pre_attn_scalar"] = hidden // heads if largest else config["head_dim"]
     return config
 
 
