@@ -46,6 +46,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     tree, lines = read_yaml(path)
     places = recipe_errors.Places(str(path), lines)
+    _normalise(tree)
     _resolve_paths(tree, path.resolve().parent)
     for override in overrides:
         places.overridden.add(_apply_override(tree, override))
@@ -153,7 +154,8 @@ def parse_yaml(text: str, where: str) -> tuple[Tree, Lines]:
             _key_lines(node, (), lines)
         tree = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        in_file = error.problem_mark is not None and not where.startswith("--set")
+        line = f":{error.problem_mark.line + 1}" if in_file and error.problem_mark else ""
         problem = (error.problem or error.context or "syntax error").split("\n")[0]
         raise RecipeError(f"{where}{line}: not valid YAML: {problem}{_yaml_hint(problem)}") from None
     except RecursionError:
@@ -216,7 +218,7 @@ def _key_lines(node: Node, prefix: tuple[str, ...], lines: Lines) -> None:
 def _apply_override(tree: Tree, override: str) -> tuple[str, ...]:
     """Put `key.path=value` into the tree; returns the key path."""
     key, equals, text = override.partition("=")
-    keys = tuple(key.strip().split("."))
+    keys = tuple("lambda" if part == "lambda_" else part for part in key.strip().split("."))
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: expected KEY=VALUE, for example --set distill.gamma=auto")
     value = parse_yaml(f"value: {text}", f"--set {key}")[0]["value"] if text.strip() else text

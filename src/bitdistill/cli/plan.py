@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitdistill.cli.options import AsJson, Overrides, RecipePath, print_json, stdout
+from bitdistill.cli.options import AsJson, Overrides, RecipePath, StageName, print_json, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,13 +31,17 @@ def plan(
             show_default="this machine",
         ),
     ] = None,
+    until: Annotated[
+        StageName | None,
+        typer.Option(metavar="STAGE", help="Plan a run that stops after this stage.", show_default=False),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
     """Validate recipe, data and model in two seconds; print surgery, sizes, memory and time estimates."""
     from bitdistill.planning.plan import make_plan
     from bitdistill.recipe import load_recipe
 
-    made = make_plan(load_recipe(recipe, set_ or []), on)
+    made = make_plan(load_recipe(recipe, set_ or []), on, until=until.value if until else None)
     if json_:
         print_json(made.as_json())
     else:

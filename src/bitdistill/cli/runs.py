@@ -109,10 +109,14 @@ def demo(
 def _run(
     path: Path, set_: list[str] | None, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None
 ) -> None:
+    from bitdistill.planning.check import check_data
     from bitdistill.recipe import load_recipe
 
     set_up_logging(quiet)
-    _go(load_recipe(path, set_ or []), redo, json_, quiet, until=until)
+    recipe = load_recipe(path, set_ or [])
+    # Before torch is even imported: what would otherwise be found after minutes or hours.
+    check_data(recipe, scoring=until in (None, StageName.eval, StageName.report))
+    _go(recipe, redo, json_, quiet, until=until)
 
 
 def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None) -> None:

@@ -15,6 +15,9 @@ from bitdistill.errors import ModelError
 Kind = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Reason = Literal["embedding", "norm", "q/k-norm", "bias", "head"]
 
+MAX_LAYERS = 1024
+"""A damaged config must not make the plan list millions of blocks."""
+
 # Where each kind of linear sits in a block. Every supported family uses these names.
 _LINEAR_NAMES: dict[Kind, str] = {
     "q": "self_attn.q_proj",
@@ -238,6 +241,9 @@ def _sizes(family: Family, config: Mapping[str, Any], where: str) -> dict[str, i
     sizes: dict[str, int] = {}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         sizes[key] = _positive(config.get(key), key, where)
+    if sizes["num_hidden_layers"] > MAX_LAYERS:
+        layers = sizes["num_hidden_layers"]
+        raise ModelError(f"{where}: num_hidden_layers is {layers}, over {MAX_LAYERS}; the config is damaged")
     heads = sizes["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads")
     sizes["num_key_value_heads"] = _positive(

@@ -9,8 +9,10 @@ from typing import Any
 
 from bitdistill.config import Recipe, Task
 from bitdistill.data import hub, readers, tasks
-from bitdistill.errors import DataError
+from bitdistill.errors import DataError, RecipeError
+from bitdistill.eval.metrics import CLASSIFICATION_METRICS, METRICS
 from bitdistill.planning.estimate import Work
+from bitdistill.recipe_errors import nearest
 
 CHECKED_ROWS = 100
 COUNTED_BYTES = 16 << 20
@@ -47,15 +49,20 @@ class Source:
         return Work(self.rows, tokens, max_length)
 
 
-def check_data(recipe: Recipe) -> list[Source]:
+def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     """Check every data source of the recipe; at most CHECKED_ROWS rows of each are read.
+
+    Args:
+        scoring: whether the run goes as far as scoring, which needs rows and known metrics.
 
     Raises:
         DataError: a file is missing, a row is broken or does not fit the task (file and line are named),
             or there are no rows to score.
+        RecipeError: a metric that does not exist or does not fit the task's kind.
     """
     data = recipe.data
-    if data.validation is None and data.test is None and not data.validation_fraction:
+    check_metrics(recipe.task)
+    if scoring and data.validation is None and data.test is None and not data.validation_fraction:
         raise DataError(
             "data: neither test, validation nor validation_fraction is set, so nothing could be scored; "
             "set one, for example validation_fraction: 0.1"
@@ -68,6 +75,19 @@ def check_data(recipe: Recipe) -> list[Source]:
     return found
 
 
+def check_metrics(task: Task) -> None:
+    """Names in `task.metrics` exist and fit the task's kind.
+
+    Raises:
+        RecipeError: one does not; the valid ones are named.
+    """
+    fitting = [n for n in METRICS if (n in CLASSIFICATION_METRICS) == (task.kind == "classification")]
+    for name in task.metrics:
+        if name not in fitting:
+            hint = nearest(name, fitting) or f"choose from {', '.join(fitting)}"
+            raise RecipeError(f'task.metrics: "{name}" is no metric of a {task.kind} task; {hint}')
+
+
 def scored(sources: list[Source], recipe: Recipe) -> Source | None:
     """The source whose rows are scored; a held-out share of train when none is named."""
     by_key = {source.key: source for source in sources}
@@ -76,7 +96,7 @@ def scored(sources: list[Source], recipe: Recipe) -> Source | None:
         if key in by_key:
             return by_key[key]
     train, share = by_key["data.train"], recipe.data.validation_fraction
-    if train.rows is None:
+    if train.rows is None or not share:
         return None
     return Source("data.train", train.source, 0, int(train.rows * share), train.tokens_per_row, "held out")
 

@@ -10,6 +10,9 @@ from bitdistill.errors import RecipeError
 from bitdistill.models.families import Layout, layout_of
 from bitdistill.planning import check, estimate, sources
 
+ORDER = ("sft", "refine", "pretrain", "distill", "bitnet_sft", "export", "eval", "report")
+"""Stages as they run; equal to pipeline.STAGES (tested), which cannot be imported here without torch."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,11 +83,12 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, device: str | None = None) -> Plan:
+def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = None) -> Plan:
     """Validate a recipe's model and data and estimate its cost.
 
     Args:
         device: a key of `estimate.DEVICES`; None: this machine's.
+        until: plan a run that stops after this stage (one of ORDER).
 
     Raises:
         RecipeError: unknown device class, or a key that contradicts the model (a layer it does not have).
@@ -98,12 +102,14 @@ def make_plan(recipe: Recipe, device: str | None = None) -> Plan:
     config, where = sources.find_config(recipe.model)
     layout = layout_of(config, where)
     _check_fit(recipe, layout)
-    data = check.check_data(recipe)
+    last = ORDER.index(until) if until else len(ORDER) - 1
+    data = check.check_data(recipe, scoring=last >= ORDER.index("eval"))
     test = check.scored(data, recipe)
     length = recipe.data.max_length
     stages = estimate.stages(
         recipe, layout, data[0].work(length), test.work(length) if test else None, device
     )
+    stages = [stage for stage in stages if ORDER.index(stage.name) <= last]
     packed = estimate.packed_bytes(layout, recipe.refine.subln, recipe.export.float_dtype)
     return Plan(recipe, where, layout, packed, data, stages, device)
 

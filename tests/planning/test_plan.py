@@ -1,0 +1,180 @@
+"""`make_plan` on every shipped recipe and on recipes that do not fit their model or data."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from bitdistill.errors import BitDistillError, DataError, ModelError, RecipeError
+from bitdistill.planning import check
+from bitdistill.planning.plan import make_plan
+from bitdistill.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+HUB = [path for path in RECIPES if "model:\n  path: ../" not in path.read_text("utf-8")]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+def test_the_papers_grid_is_there():
+    models = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen2.5-0.5b", "gemma3-1b")
+    grid = {f"{model}-{task}" for model in models for task in ("mnli", "qnli", "sst2", "cnn_dailymail")}
+    assert grid | {"sst2-smollm2-135m", "mnli-smollm2-135m"} <= {path.stem for path in HUB}
+
+
+@pytest.mark.parametrize("path", HUB, ids=lambda p: p.stem)
+def test_every_recipe_plans(path):
+    recipe = load_recipe(path)
+    plan = make_plan(recipe, "h100")
+    assert recipe.name == path.stem
+    assert [s.name for s in plan.stages] == ["sft", "pretrain", "distill", "bitnet_sft", "eval"]
+    assert plan.layout.ternary_parameters > 0.5 * plan.layout.parameters
+    # The paper's 4B stage 2 does not fit 80 GB with float32 latents; the others do.
+    limit = 140e9 if "4b" in path.stem else 80e9
+    assert all(stage.peak_bytes < limit for stage in plan.stages)
+    json.dumps(plan.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("path", [p for p in HUB if "smollm2" not in p.stem], ids=lambda p: p.stem)
+def test_paper_recipes_are_literal(path):
+    recipe = load_recipe(path)
+    weights = (1.0, 1e3) if recipe.task.kind == "generation" else (10.0, 1e5)
+    assert recipe.method == "paper"
+    assert (recipe.distill.lambda_, recipe.distill.gamma) == weights
+    assert (recipe.pretrain.budget_tokens, recipe.pretrain.objective) == (10**10, "lm")
+    assert recipe.pretrain.corpus == "hub:tiiuae/falcon-refinedweb"
+    assert (recipe.refine.subln, recipe.refine.gains, recipe.distill.temperature) == ("paper", "ones", 5.0)
+
+
+@pytest.fixture
+def write(tmp_path):
+    rows = [{"sentence": f"film {i} was fine, said one", "label": i % 2} for i in range(150)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def _write(extra: str = "", **replaced: str) -> Path:
+        keys = {
+            "name": "t",
+            "model": "{path: HuggingFaceTB/SmolLM2-135M-Instruct}",
+            "task": "sst2",
+            "data": "{train: train.jsonl, validation_fraction: 0.2}",
+            "pretrain": "null",
+            **replaced,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text("".join(f"{k}: {v}\n" for k, v in keys.items()) + extra)
+        return path
+
+    return _write
+
+
+def test_a_local_plan_is_quick_and_counts_rows(write):
+    started = time.perf_counter()
+    plan = make_plan(load_recipe(write()), "cpu")
+    assert time.perf_counter() - started < 1.0
+    assert [(s.key, s.checked, s.rows) for s in plan.data] == [("data.train", 100, 150)]
+    by_name = {s.name: s for s in plan.stages}
+    assert list(by_name) == ["sft", "distill", "bitnet_sft", "eval"]
+    tokens = sum(len("{sentence}\nSentiment:" + f"film {i} was fine, said one0") for i in range(100)) / 400
+    assert by_name["sft"].tokens == pytest.approx(150 * tokens * 2, rel=0.01)
+
+
+def test_until_leaves_later_stages_and_their_needs_out(write):
+    path = write(data="{train: train.jsonl}")
+    with pytest.raises(DataError, match="nothing could be scored"):
+        make_plan(load_recipe(path))
+    assert [s.name for s in make_plan(load_recipe(path), until="distill").stages] == ["sft", "distill"]
+
+
+@pytest.mark.parametrize(
+    ("replaced", "kind", "expected"),
+    [
+        ({"model": "{path: none/such}"}, ModelError, "not in the local Hugging Face cache"),
+        ({"data": "{train: gone.jsonl, validation_fraction: 0.1}"}, DataError, "data.train: .*no such file"),
+        ({"data": "{train: train.jsonl, test: gone.jsonl}"}, DataError, "data.test: .*no such file"),
+        ({"task": "imdb"}, DataError, r"train.jsonl:1: no field `text`"),
+        ({"pretrain": "{}"}, DataError, "neither corpus nor base"),
+        ({"pretrain": "{corpus: gone}"}, DataError, "pretrain.corpus: .*no such file or folder"),
+        ({"pretrain": "{base: gone}"}, DataError, "pretrain.base: .*no such folder"),
+        ({"pretrain": "{corpus: ., sequence_length: 9000}"}, RecipeError, "the model has 8192 positions"),
+        ({"distill": "{relation: {layer: 30}}"}, RecipeError, "the model has 30 layers"),
+        ({"distill": "{relation: {layer: [0, -31]}}"}, RecipeError, "the model has 30 layers"),
+        ({"distill": "{relation: {heads: 5}}"}, RecipeError, "heads: 5 does not divide Q's 576 features"),
+        (
+            {"distill": "{relation: {heads: 9}}"},
+            RecipeError,
+            "heads: 9 does not divide K and V's 192 features",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(write, replaced, kind, expected):
+    with pytest.raises(kind, match=expected):
+        make_plan(load_recipe(write(**replaced)))
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("acuracy", 'did you mean "accuracy"'), ("bleu", "is no metric of")]
+)
+def test_metrics_are_checked(write, metric, expected):
+    with pytest.raises(RecipeError, match=expected):
+        make_plan(load_recipe(write(), [f"task.metrics=[{metric}]"]))
+
+
+def test_a_bad_label_names_file_and_line(write, tmp_path):
+    with (tmp_path / "train.jsonl").open("r+") as handle:
+        lines = handle.readlines()
+        lines[16] = '{"sentence": "x", "label": 2}\n'
+        handle.seek(0)
+        handle.writelines(lines)
+    with pytest.raises(DataError, match=r"train\.jsonl:17: label 2"):
+        make_plan(load_recipe(write()))
+
+
+def test_unknown_device(write):
+    with pytest.raises(RecipeError, match="--on tpu: unknown; choose from cpu"):
+        make_plan(load_recipe(write()), "tpu")
+
+
+def test_large_files_are_extrapolated(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"row {i:06},1\n" for i in range(200_000)))
+    sample = check.readers.read_rows(str(path), limit=check.CHECKED_ROWS)
+    assert check.count_rows(path, sample) == (200_000, True)
+    monkeypatch.setattr(check, "COUNTED_BYTES", 1 << 20)
+    rows, exact = check.count_rows(path, sample)
+    assert not exact
+    assert rows == pytest.approx(200_000, rel=0.02)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.zst", "jsonl.gz", "parquet"])
+def test_compressed_rows_are_counted(tmp_path, suffix):
+    rows = [{"text": f"row {i}", "label": 1} for i in range(1234)]
+    path = tmp_path / f"rows.{suffix}"
+    raw = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    if suffix == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix.endswith("zst"):
+        import zstandard
+
+        path.write_bytes(zstandard.ZstdCompressor().compress(raw))
+    else:
+        import gzip
+
+        path.write_bytes(gzip.compress(raw))
+    sample = check.readers.read_rows(str(path), limit=check.CHECKED_ROWS)
+    assert check.count_rows(path, sample) == (1234, True)
+
+
+def test_errors_are_one_line(write):
+    for replaced in ({"data": "{train: gone.jsonl}"}, {"model": "{path: x/y}"}):
+        with pytest.raises(BitDistillError) as caught:
+            make_plan(load_recipe(write(**replaced)))
+        assert "\n" not in str(caught.value)
