@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from bitdistill.version import __version__
+
 if TYPE_CHECKING:
     from bitdistill.config import Recipe
     from bitdistill.models.student import load
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from bitdistill.pipeline import run
     from bitdistill.quant.ternary import quantize_activations, ternarize
     from bitdistill.recipe import load_recipe
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Recipe",

@@ -72,6 +72,30 @@ def interleave(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, 2, size // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
 
 
+def write_byte_level(writer: gguf.GGUFWriter, pre: str) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.NORMAL] * (len(TOKENS) - 2) + [gguf.TokenType.CONTROL] * 2)
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(len(TOKENS) - 2)
+    writer.add_eos_token_id(len(TOKENS) - 1)
+
+
+def write_sentencepiece(writer: gguf.GGUFWriter, _: str) -> None:
+    """Gemma's kind: no merges in the file, pieces in the order in which they are merged."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *"▁helo", "he", "ll", "hell", "hello", "▁hello"]
+    pieces += [f"<unused{i}>" for i in range(len(TOKENS) - len(pieces))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(i) for i in range(len(pieces))])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (len(pieces) - 4))
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(2)
+    writer.add_unk_token_id(3)
+
+
 def write_gguf(path: Path, name: str, pre: str = "smollm", **extra: Any) -> Any:
     """A tiny model as GGUF, with the layout conventions of llama.cpp's converter."""
     changes: dict[str, Any] = {
@@ -98,13 +122,7 @@ def write_gguf(path: Path, name: str, pre: str = "smollm", **extra: Any) -> Any:
     writer.add_rope_freq_base(1e6 if architecture == "gemma3" else 1e4)
     if architecture == "gemma3":
         writer.add_sliding_window(config.sliding_window)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(TOKENS) - 2) + [gguf.TokenType.CONTROL] * 2)
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(len(TOKENS) - 2)
-    writer.add_eos_token_id(len(TOKENS) - 1)
+    (write_sentencepiece if architecture == "gemma3" else write_byte_level)(writer, pre)
     writer.add_chat_template("{{ messages[0].content }}")
     for key, value in extra.items():
         writer.add_string(key.replace("__", "."), value)
@@ -146,6 +164,9 @@ def test_a_gguf_file_gives_the_model_back(name: str, tmp_path: Path) -> None:
     again, _ = load_source(ModelSource(path=str(tmp_path / "plain")))
     assert torch.equal(again(ids).logits, loaded(ids).logits)
     assert len(source_fingerprint(source)) == 64
+    piece = "▁hello" if name == "gemma3_text" else "Ġhello"
+    ids_of_text = tokenizer("hello hello", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids_of_text) == ["hello", piece]
 
 
 def reference_tokenizer(*steps: Any) -> Tokenizer:

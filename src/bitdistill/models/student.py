@@ -18,12 +18,13 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from bitdistill import __version__, artifact
+from bitdistill import artifact
 from bitdistill.errors import ArtifactError, BitDistillError, ModelError
 from bitdistill.models import contents, hf
 from bitdistill.models.surgery import SurgeryPlan, as_config_dict
 from bitdistill.models.tokenizer import read_tokenizer
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
+from bitdistill.version import __version__
 
 Kind = Literal["teacher", "refined", "base", "student", "bitnet_sft", "packed"]
 LATENT_KINDS = ("refined", "base", "student", "bitnet_sft")
