@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from bitdistill import artifact
 from bitdistill.data import readers, tokenize_worker
-from bitdistill.data.tasks import eos_id, special_prefix
 from bitdistill.data.tokenize_worker import DTYPES, Coder
+from bitdistill.data.tokenizer import eos_id, special_prefix
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError
 
 KIND = "tokens"

@@ -14,6 +14,7 @@ from typing import Any
 
 from bitdistill.config import Task
 from bitdistill.data.readers import Row
+from bitdistill.data.tokenizer import answer_encoder, eos_id, plain_ids, special_prefix
 from bitdistill.errors import DataError, ModelError, RecipeError
 
 log = logging.getLogger("bitdistill")
@@ -82,12 +83,8 @@ def encode(
 
     prompts = [render(d.texts) for d in drafts]
     ids = [prefix + tuple(i) for i in plain_ids(tokenizer, prompts)]
-    prompts_cut = 0
-    for n, draft in enumerate(drafts):
-        room = max_length - len(answers[n])
-        if len(ids[n]) > room:
-            prompts[n], ids[n] = _shorten(tokenizer, render, draft, prefix, room)
-            prompts_cut += 1
+    rooms = [max_length - len(answer) for answer in answers]
+    prompts_cut = _shorten(tokenizer, render, drafts, prefix, rooms, prompts, ids)
     if prompts_cut:
         log.warning(
             "%s: %d of %d prompts cut to max_length %d", task.name, prompts_cut, len(rows), max_length
@@ -285,65 +282,6 @@ def _label_index(task: Task, row: Row) -> int:
     raise DataError(f"{row.where}: label {value!r} in `{task.label_field}` is not one of {shown}{hint}")
 
 
-# -- tokenizer ----------------------------------------------------------------------------------------
-
-
-def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text without special tokens, in one batch."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
-
-
-def special_prefix(tokenizer: Any) -> tuple[int, ...]:
-    """What the tokenizer puts before a text by itself (the bos token, or nothing)."""
-    plain = plain_ids(tokenizer, ["a"])[0]
-    whole = list(tokenizer("a")["input_ids"])
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return tuple(whole[:start])
-    raise ModelError(
-        "tokenizer: special tokens change the ids of ordinary text; such tokenizers are not supported"
-    )
-
-
-def eos_id(tokenizer: Any) -> int:
-    """The end-of-text id.
-
-    Raises:
-        ModelError: the tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "tokenizer: no eos token, which answers and corpora need; set eos_token in its config"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def answer_encoder(tokenizer: Any) -> Callable[[Sequence[str]], list[list[int]]]:
-    """How to tokenize texts that follow other text.
-
-    Some SentencePiece tokenizers put a blank before each text; there an answer is tokenized after a newline,
-    whose ids are taken off again, so that " yes" is the token it is within a sentence.
-    """
-    newline, text, joined = plain_ids(tokenizer, ["\n", "a", "\na"])
-    adds_blank = joined[: len(newline)] == newline and joined[len(newline) :] != text
-    if not adds_blank:
-        return lambda texts: plain_ids(tokenizer, texts)
-
-    def encode_after_newline(texts: Sequence[str]) -> list[list[int]]:
-        every = plain_ids(tokenizer, ["\n" + t for t in texts])
-        for text, ids in zip(texts, every, strict=True):
-            if ids[: len(newline)] != newline:
-                raise ModelError(
-                    f"tokenizer: joins a newline with {text[:20]!r}, so the answer has no ids of its own; "
-                    "begin answers with a blank"
-                )
-        return [ids[len(newline) :] for ids in every]
-
-    return encode_after_newline
-
-
 def _answer_ids(
     tokenizer: Any, drafts: Sequence[_Draft], eos: tuple[int, ...], max_length: int
 ) -> tuple[list[tuple[int, ...]], int]:
@@ -362,31 +300,40 @@ def _answer_ids(
 def _shorten(
     tokenizer: Any,
     render: Callable[[dict[str, str]], str],
-    draft: _Draft,
+    drafts: Sequence[_Draft],
     prefix: tuple[int, ...],
-    room: int,
-) -> tuple[str, tuple[int, ...]]:
-    """Cut the end of the longest field until the prompt fits `room` tokens."""
-    texts = dict(draft.texts)
-    while True:
-        prompt = render(texts)
-        ids = prefix + tuple(plain_ids(tokenizer, [prompt])[0])
-        excess = len(ids) - room
-        if excess <= 0:
-            return prompt, ids
-        name = max(texts, key=lambda f: len(texts[f]))
-        if not texts[name]:
-            raise DataError(
-                f"{draft.where}: the template alone needs {len(ids)} tokens, max_length leaves {room}; "
-                "raise data.max_length"
-            )
-        offsets = tokenizer(texts[name], add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        keep = max(0, len(offsets) - excess)
-        end = offsets[keep - 1][1] if keep else 0
-        # Joined tokens of template and field may not shrink with the field: always drop at least a character.
-        texts[name] = texts[name][: min(end, len(texts[name]) - 1)]
+    rooms: Sequence[int],
+    prompts: list[str],
+    ids: list[tuple[int, ...]],
+) -> int:
+    """Cut the end of each too long prompt's longest field until `ids` fits `rooms`; returns how many it cut.
+
+    Rounds of whole batches: tokenizing row by row takes several times as long.
+    """
+    pending = [n for n, room in enumerate(rooms) if len(ids[n]) > room]
+    count = len(pending)
+    while pending:
+        longest = {n: max(drafts[n].texts, key=lambda f: len(drafts[n].texts[f])) for n in pending}
+        for n, name in longest.items():
+            if not drafts[n].texts[name]:
+                raise DataError(
+                    f"{drafts[n].where}: the template alone needs {len(ids[n])} tokens, max_length leaves "
+                    f"{rooms[n]}; raise data.max_length"
+                )
+        fields = [drafts[n].texts[name] for n, name in longest.items()]
+        spans = tokenizer(
+            fields, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        for (n, name), text, offsets in zip(longest.items(), fields, spans, strict=True):
+            keep = max(0, len(offsets) - (len(ids[n]) - rooms[n]))
+            end = offsets[keep - 1][1] if keep else 0
+            # Tokens that join template and field may not shrink with the field: drop a character at least.
+            drafts[n].texts[name] = text[: min(end, len(text) - 1)]
+            prompts[n] = render(drafts[n].texts)
+        for n, new in zip(pending, plain_ids(tokenizer, [prompts[n] for n in pending]), strict=True):
+            ids[n] = prefix + tuple(new)
+        pending = [n for n in pending if len(ids[n]) > rooms[n]]
+    return count
 
 
 def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bitdistill.config import Task
 from bitdistill.data.batches import TokenStream
-from bitdistill.data.tasks import Example, eos_id
+from bitdistill.data.tasks import Example
+from bitdistill.data.tokenizer import eos_id
 from bitdistill.errors import DataError
 from bitdistill.eval.metrics import Score, perplexity_score
 from bitdistill.eval.prediction import Prediction

@@ -314,7 +314,7 @@ CLASSIFICATION_METRICS = frozenset({"accuracy", "f1", "f1_binary", "f1_macro"})
 
 
 def task_metrics(task: Task) -> tuple[str, ...]:
-    """Names of a task's metrics, the headline first. Where it names none: accuracy, f1 | rougeL, bleu by kind.
+    """Names of a task's metrics, the headline first (default: accuracy, f1 or rougeL, bleu, by kind).
 
     Raises:
         RecipeError: an unknown metric, or one that cannot score this kind of task.
