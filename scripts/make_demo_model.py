@@ -111,7 +111,9 @@ def make_model(args: argparse.Namespace) -> None:
     model = LlamaForCausalLM(config).to(device)
     shards = TokenShards(args.tokens)
     loop = Loop(batch_rows=args.batch_rows, checkpoint_every_s=3600.0, log_every_steps=50)
-    total_steps = args.max_steps or round(args.epochs * shards.n_tokens / (args.batch_rows * args.sequence_length))
+    total_steps = args.max_steps or round(
+        args.epochs * shards.n_tokens / (args.batch_rows * args.sequence_length)
+    )
     batches = PackedBatches(
         shards,
         sequence_length=args.sequence_length,
@@ -126,7 +128,9 @@ def make_model(args: argparse.Namespace) -> None:
         model,
         batches,
         language_model_step(model, None, PretrainConfig(objective="lm"), compiling),
-        optim=Optim(learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05),
+        optim=Optim(
+            learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05
+        ),
         loop=loop,
         total_steps=total_steps,
         device=device,
@@ -159,7 +163,9 @@ def ship_base(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("tokenizer")
     one.add_argument("--corpus", type=Path, required=True)

@@ -174,12 +174,18 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise ArtifactError(f"{folder / MANIFEST}: file name {name!r} leaves the artifact; do not use this folder")
+            raise ArtifactError(
+                f"{folder / MANIFEST}: file name {name!r} leaves the artifact; do not use this folder"
+            )
         if not path.is_file():
             raise ArtifactError(f"{path}: missing; the artifact is incomplete, make it again")
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise ArtifactError(f"{path}: {size} bytes, manifest says {entry['bytes']}; make the artifact again")
+            raise ArtifactError(
+                f"{path}: {size} bytes, manifest says {entry['bytes']}; make the artifact again"
+            )
         if sha256_file(path) != entry["sha256"]:
-            raise ArtifactError(f"{path}: SHA-256 differs from the manifest; the file is corrupt, make it again")
+            raise ArtifactError(
+                f"{path}: SHA-256 differs from the manifest; the file is corrupt, make it again"
+            )
     return manifest

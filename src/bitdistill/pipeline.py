@@ -8,6 +8,7 @@ from pathlib import Path
 from bitdistill.config import Recipe
 from bitdistill.errors import RecipeError
 from bitdistill.eval.results import ResultRow
+from bitdistill.report.card import write_card
 from bitdistill.report.html import write_report
 from bitdistill.report.inspect import write_stats
 from bitdistill.stages.common import Run
@@ -81,17 +82,18 @@ def run(
         baseline = bitnet_sft(this)
         write_stats(baseline, this.run_dir, "bitnet_sft")
     if "export" in wanted:
-        result.packed = export(this, student, this.keys["distill"], "packed")
+        packed = result.packed = export(this, student, this.keys["distill"], "packed")
         if recipe.bitnet_sft is not None:
             packed_baseline = export(this, baseline, this.keys["bitnet_sft"], "bitnet_sft_packed")
     if "eval" in wanted:
         entries = [Entry("teacher", teacher, teacher)]
         if recipe.bitnet_sft is not None:
             entries.append(Entry("bitnet_sft", packed_baseline, baseline))
-        entries.append(Entry("bitdistill", result.packed, student))
+        entries.append(Entry("bitdistill", packed, student))
         result.rows = evaluate(this, entries)
     if "report" in wanted:
         result.report = write_report(this.run_dir)
+        write_card(this.run_dir)
     return result
 
 

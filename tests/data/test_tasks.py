@@ -186,6 +186,14 @@ def test_long_prompts_lose_text_at_the_end_of_the_longest_field(tokenizer: Any, 
     assert caplog.messages == ["pair: 1 of 2 prompts cut to max_length 40"]
 
 
+def test_shortened_prompts_keep_bos(blank_tokenizer: Any) -> None:
+    row = {"sentence": "a charming film " * 20, "label": 1}
+    (example,) = tasks.encode(SENTIMENT, rows(row), blank_tokenizer, 32)
+    assert len(example.prompt_ids) + len(example.answer_ids) <= 32
+    assert example.prompt_ids == tuple(blank_tokenizer(example.prompt)["input_ids"])
+    assert example.prompt_ids[0] == blank_tokenizer.bos_token_id
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     premise=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=90),

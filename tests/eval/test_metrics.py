@@ -63,6 +63,11 @@ def test_accuracy_and_f1_equal_scikit_learn(labels: int, seed: int) -> None:
     assert METRICS["f1"](*pairs).value == pytest.approx(binary if labels == 2 else macro)
 
 
+def test_macro_f1_leaves_out_labels_that_occur_nowhere() -> None:
+    pairs = labelled([0, 1, 1, 2], [0, 1, 2, 2], 5)  # labels 3 and 4 are neither true nor predicted
+    assert METRICS["f1_macro"](*pairs).value == pytest.approx(100 * (1 + 2 / 3 + 2 / 3) / 3)
+
+
 def test_f1_interval_equals_resampled_rows() -> None:
     rng = np.random.default_rng(0)
     true = rng.integers(3, size=200)

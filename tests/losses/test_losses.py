@@ -28,7 +28,9 @@ def test_logits_distillation_by_hand() -> None:
     want = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert logits_distillation_sum(student, teacher, temperature=1.0).item() == pytest.approx(want, rel=1e-6)
     # at tau = 2 the same logits doubled give the same value; tau^2 is applied only when asked for
-    assert logits_distillation_sum(student, 2 * teacher, temperature=2.0).item() == pytest.approx(want, rel=1e-6)
+    assert logits_distillation_sum(student, 2 * teacher, temperature=2.0).item() == pytest.approx(
+        want, rel=1e-6
+    )
     squared = logits_distillation_sum(student, 2 * teacher, temperature=2.0, tau_squared=True)
     assert squared.item() == pytest.approx(4 * want, rel=1e-6)
 
@@ -73,7 +75,9 @@ def test_chunked_loss_equals_the_unchunked_twin(lm: float, kl: float, chunk_toke
     logits = hidden64 @ head64.t()
     want_lm = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     teacher = torch.log_softmax((teacher_hidden @ teacher_head.t()).double(), -1)
-    want_kl = torch.nn.functional.kl_div(torch.log_softmax(logits, -1), teacher, reduction="sum", log_target=True)
+    want_kl = torch.nn.functional.kl_div(
+        torch.log_softmax(logits, -1), teacher, reduction="sum", log_target=True
+    )
     ((lm * want_lm + kl * want_kl) * 0.5).backward()
     assert lm_sum.item() == pytest.approx(want_lm.item(), rel=1e-5)
     if kl:

@@ -1,4 +1,4 @@
-"""Estimates against the real thing: what autograd saves, what the packed tensors take, and hand-worked sums."""
+"""Estimates against the real thing: what autograd saves, packed tensors, and hand-worked sums."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe(**sections) -> Recipe:
 
 
 def saved_bytes(model_type: str, layers: int, *, subln: str | None, autocast: bool) -> int:
-    """Bytes that autograd keeps for one forward pass of 2 x 36 tokens, parameters and weight copies not counted."""
+    """Bytes that autograd keeps for a forward pass of 2 x 36 tokens, without parameters and their copies."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -117,11 +117,9 @@ def test_what_does_not_fit_is_said(write, replaced, kind, expected):
         make_plan(load_recipe(write(**replaced)))
 
 
-@pytest.mark.parametrize(
-    ("metric", "expected"), [("acuracy", 'did you mean "accuracy"'), ("bleu", "is no metric of")]
-)
-def test_metrics_are_checked(write, metric, expected):
-    with pytest.raises(RecipeError, match=expected):
+@pytest.mark.parametrize("metric", ["acuracy", "bleu"])
+def test_metrics_are_checked(write, metric):
+    with pytest.raises(RecipeError, match=f"metric '{metric}' does not score classification"):
         make_plan(load_recipe(write(), [f"task.metrics=[{metric}]"]))
 
 

@@ -87,3 +87,36 @@ def test_damaged_configs(tmp_path: Path, content, expected):
 def test_folder_without_config(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json: missing"):
         find_config(ModelSource(path=str(tmp_path)))
+
+
+def test_gguf_header(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    numpy = pytest.importorskip("numpy")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3")
+    for add, value in (
+        (writer.add_embedding_length, 64),
+        (writer.add_feed_forward_length, 128),
+        (writer.add_block_count, 2),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 1),
+        (writer.add_key_length, 16),
+        (writer.add_context_length, 256),
+        (writer.add_layer_norm_rms_eps, 1e-6),
+        (writer.add_rope_freq_base, 1e6),
+    ):
+        add(value)
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_tensor("token_embd.weight", numpy.zeros((96, 64), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config, where = find_config(ModelSource(path=str(path)))
+    layout = layout_of(config, where)
+    assert where == f"GGUF header of {path}"
+    assert (layout.family, layout.vocab, layout.head_dim, layout.kv_heads) == ("qwen3", 96, 16, 1)
+    assert layout.tied
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ModelError, match="damaged"):
+        find_config(ModelSource(path=str(path)))

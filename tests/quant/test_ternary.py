@@ -63,9 +63,10 @@ def test_ternarize_equals_oracle_on_random_input(seed: int, kind: str, size: int
     if kind == "grid":  # many exact ties
         weight = rng.integers(-4, 5, (size, 7)).astype(np.float32) / 4
     else:
-        weight = (rng.normal(size=(size, 7)) * (np.exp(rng.normal(size=(size, 7)) * 3) if kind == "lognormal" else 1)).astype(
-            np.float32
-        )
+        weight = (
+            rng.normal(size=(size, 7))
+            * (np.exp(rng.normal(size=(size, 7)) * 3) if kind == "lognormal" else 1)
+        ).astype(np.float32)
     codes, scale = ternarize(torch.from_numpy(weight))
     want_codes, want_scale = oracle_ternarize(weight)
     assert scale.item() == want_scale

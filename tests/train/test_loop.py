@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,9 @@ class RandomBatches:
 
 def make_model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, VOCABULARY))
+    return nn.Sequential(
+        nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, VOCABULARY)
+    )
 
 
 def train(model: nn.Module, folder: Path, steps: int = 12, **options: object) -> FitResult:
@@ -170,7 +173,9 @@ def test_sigkill_at_any_moment_resumes_bit_identically(tmp_path: Path) -> None:
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
 
 
-def test_corrupt_newest_checkpoint_falls_back_to_the_older(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_corrupt_newest_checkpoint_falls_back_to_the_older(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = make_model()
     train(whole, tmp_path)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
@@ -269,6 +274,6 @@ def test_schedules_warm_up_and_reach_their_floor(schedule: str) -> None:
         assert rates[-1] == 2.0
     else:
         assert 0.2 <= rates[-1] < 0.35
-        assert all(a >= b - 1e-12 for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[10:]))
     if schedule == "wsd":
         assert rates[79] == 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -55,17 +56,33 @@ def predict(
     if sum(map(bool, (texts, field, file))) > 1:
         raise RecipeError("predict: give texts, --field or --file, only one of them")
     inputs = _inputs(texts, field, file)
+    if not _interactive():
+        inputs = _first_checked(inputs)
     from bitdistill.stages.predict import Predictor
 
     answer = Predictor(model, device=device, batch_rows=batch_rows)
     many = bool(file) or len(texts or []) != 1
-    found = False
     for chunk in _chunks(inputs):
-        found = True
         for given, result in zip(chunk, answer(chunk), strict=True):
             _print(given, result, top, json_, many)
-    if not found:
-        raise DataError("predict: no input; give a text, --field, --file or lines on stdin")
+
+
+def _interactive() -> bool:
+    """Whether stdin is a terminal, so that its lines are answered one by one."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _first_checked(
+    inputs: Iterator[str | dict[str, Any] | Row],
+) -> Iterator[str | dict[str, Any] | Row]:
+    """The same inputs; the first is read now, so that a wrong option is found before the model loads.
+
+    Raises:
+        DataError: there is none.
+    """
+    for first in inputs:
+        return itertools.chain([first], inputs)
+    raise DataError("predict: no input; give a text, --field, --file or lines on stdin")
 
 
 def _inputs(
@@ -104,7 +121,7 @@ def _line(line: str, number: int) -> str | dict[str, Any]:
 
 def _chunks(inputs: Iterator[str | dict[str, Any] | Row]) -> Iterator[list[str | dict[str, Any] | Row]]:
     """Lists of at most CHUNK inputs; stdin of a terminal is answered line by line."""
-    size = 1 if sys.stdin is not None and sys.stdin.isatty() else CHUNK
+    size = 1 if _interactive() else CHUNK
     chunk: list[str | dict[str, Any] | Row] = []
     for value in inputs:
         chunk.append(value)

@@ -34,7 +34,9 @@ def logits_distillation_sum(
         ValueError: shapes differ (teacher and student need the same vocabulary).
     """
     if student_NV.shape != teacher_NV.shape:
-        raise ValueError(f"student logits {tuple(student_NV.shape)}, teacher logits {tuple(teacher_NV.shape)}")
+        raise ValueError(
+            f"student logits {tuple(student_NV.shape)}, teacher logits {tuple(teacher_NV.shape)}"
+        )
     log_student = torch.log_softmax(student_NV.float() / temperature, dim=-1)
     log_teacher = torch.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
     kl = torch.nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)

@@ -34,7 +34,9 @@ def split_relation_heads(states_BHTD: Tensor, heads: int | None) -> Tensor:
     batch, own_heads, tokens, head_size = states_BHTD.shape
     width = own_heads * head_size
     if width % heads:
-        raise ValueError(f"relation heads {heads} do not divide the states' width {width} ({own_heads} x {head_size})")
+        raise ValueError(
+            f"relation heads {heads} do not divide the states' width {width} ({own_heads} x {head_size})"
+        )
     merged = states_BHTD.transpose(1, 2).reshape(batch, tokens, heads, width // heads)
     return merged.transpose(1, 2)
 
@@ -110,6 +112,8 @@ def attention_distillation_sum(
     total = torch.zeros((), dtype=torch.float32, device=mask_BT.device)
     for alpha, student, teacher in zip(alphas, student_states, teacher_states, strict=True):
         if alpha:
-            loss = relation_loss_sum(student, teacher, mask_BT, form=form, temperature=temperature, heads=heads)
+            loss = relation_loss_sum(
+                student, teacher, mask_BT, form=form, temperature=temperature, heads=heads
+            )
             total = total + alpha * loss
     return total

@@ -1,15 +1,44 @@
-"""Model and tokenizer out of a GGUF file: transformers dequantizes, we restore what its loader leaves out."""
+"""Model and tokenizer out of a GGUF file.
+
+Tensors are dequantized by the `gguf` package from places that `read_gguf` has checked, and every tensor of the
+layout must be there, and no other. (transformers' own loader takes ten times as long, and trusts the file.)
+"""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bitdistill.errors import MissingDependencyError, ModelError
-from bitdistill.models.gguf_header import GgufHeader
+from bitdistill.models.families import Layout, layout_of
+from bitdistill.models.gguf_header import GgufHeader, type_sizes
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+# Names inside a block (and outside, without a layer) -> llama.cpp's.
+_NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GEMMA_NAMES = _NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def load_model(header: GgufHeader, config: dict[str, Any], dtype: torch.dtype) -> Any:
@@ -21,48 +50,94 @@ def load_model(header: GgufHeader, config: dict[str, Any], dtype: torch.dtype) -
         dtype: of the model's parameters.
 
     Raises:
-        ModelError: tensors are missing or not finite.
-        MissingDependencyError: accelerate is not installed.
+        ModelError: a tensor is missing, of another shape, unknown, or not finite.
+        MissingDependencyError: the `gguf` package is not installed.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from bitdistill.models.student import quiet
-
-    if importlib.util.find_spec("accelerate") is None:
-        raise MissingDependencyError(
-            'reading GGUF files needs two more packages: pip install "bitdistill[gguf]"'
-        )
     values = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     hf_config = AutoConfig.for_model(config["model_type"], **values)
     hf_config.architectures = config["architectures"]
-    with quiet():
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            str(header.path.parent),
-            gguf_file=header.path.name,
-            config=hf_config,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        first = sorted(str(k) for k in [*info["missing_keys"], *info["mismatched_keys"]])[0]
-        raise ModelError(
-            f"{header.path}: no usable tensor for {first}; the GGUF file does not fit its metadata"
-        )
-    # The loaded model calls itself quantized and refuses to be saved; a fresh one takes its weights.
-    plain = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict(), strict=True)
-    plain.tie_weights()
+    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in _tensors(header, layout_of(config, str(header.path))):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(
+                    f"{header.path}: {name} holds values that are not finite; fetch the file again"
+                )
+            # `parameter.data`, not `model.to(dtype)`: that would round the rotary frequencies too.
+            parameters[name].data = tensor.to(dtype)
+    model.tie_weights()
+    model.config.dtype = dtype
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(plain.generation_config, name, config[name])
-    for name, parameter in plain.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ModelError(f"{header.path}: {name} holds values that are not finite; fetch the file again")
-        # Parameters only: `plain.to(dtype)` would round the rotary frequencies too.
-        parameter.data = parameter.data.to(dtype)
-    plain.config.dtype = dtype
-    return plain
+        setattr(model.generation_config, name, config[name])
+    return model
+
+
+def _tensors(header: GgufHeader, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the layout by its Hugging Face name, float32, in Hugging Face's conventions."""
+    shapes = {f"{lin.name}.weight": (lin.out_features, lin.in_features) for lin in layout.linears}
+    shapes |= {kept.name: kept.shape for kept in layout.kept}
+    names = {_gguf_name(name, layout.family): name for name in shapes}
+    if unknown := header.tensors.keys() - names.keys():
+        raise ModelError(f"{header.path}: tensor {min(unknown)} has no place in a {layout.family} model")
+    for theirs, ours in names.items():
+        if theirs not in header.tensors:
+            raise ModelError(f"{header.path}: tensor {theirs} is missing; the GGUF file is incomplete")
+        tensor = _dequantize(header, theirs)
+        if tuple(tensor.shape) != shapes[ours]:
+            raise ModelError(f"{header.path}: {theirs} is {list(tensor.shape)}, not {list(shapes[ours])}")
+        if layout.family == "llama" and ".attn_q." in theirs:
+            tensor = _halves(tensor, layout.heads)
+        elif layout.family == "llama" and ".attn_k." in theirs:
+            tensor = _halves(tensor, layout.kv_heads)
+        elif layout.family == "gemma3_text" and theirs.endswith("norm.weight"):
+            tensor = tensor - 1  # llama.cpp stores what the norm multiplies by, transformers adds the 1
+        yield ours, tensor
+
+
+def _gguf_name(name: str, family: str) -> str:
+    table = _GEMMA_NAMES if family == "gemma3_text" else _NAMES
+    module, kind = name.removeprefix("model.").rsplit(".", 1)
+    if module.startswith("layers."):
+        _, layer, inner = module.split(".", 2)
+        return f"blk.{layer}.{table[inner]}.{kind}"
+    return f"{table[module]}.{kind}"
+
+
+def _halves(tensor: Tensor, heads: int) -> Tensor:
+    """Undo llama.cpp's interleaving of the two rotary halves of each head's rows (weights and biases)."""
+    size = tensor.shape[0] // heads
+    return tensor.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
+
+
+def _dequantize(header: GgufHeader, name: str) -> Tensor:
+    """One tensor as float32, in torch's order of dimensions."""
+    try:
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError:
+        raise MissingDependencyError(
+            'reading GGUF files needs two more packages: pip install "bitdistill[gguf]"'
+        ) from None
+    import numpy as np
+    import torch
+
+    entry = header.tensors[name]
+    block, size = type_sizes()[entry.ggml_type]
+    shape = tuple(reversed(entry.dims))
+    row_bytes = shape[-1] // block * size
+    raw = np.memmap(header.path, np.uint8, "r", header.data_start + entry.offset, (*shape[:-1], row_bytes))
+    kind = GGMLQuantizationType(entry.ggml_type)
+    try:
+        values = dequantize(np.array(raw), kind)
+    except NotImplementedError:
+        raise ModelError(
+            f"{header.path}: {name} has type {kind.name}, which the gguf package cannot dequantize; use another file"
+        ) from None
+    return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
 
 
 # How `tokenizer.ggml.pre` splits text before byte-level BPE; "" is byte-level's own regex (GPT-2).
@@ -98,10 +173,10 @@ def load_tokenizer(header: GgufHeader) -> Any:
         ModelError: a byte-level tokenizer whose pre-tokenizer is unknown.
     """
     from tokenizers import Regex, pre_tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    loaded = AutoTokenizer.from_pretrained(
-        str(header.path.parent), gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
+    loaded = PreTrainedTokenizerFast.from_pretrained(
+        str(header.path.parent), gguf_file=header.path.name, local_files_only=True
     )
     backend = loaded.backend_tokenizer
     if header.metadata.get("tokenizer.ggml.model") == "gpt2":

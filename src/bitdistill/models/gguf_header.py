@@ -1,7 +1,7 @@
 """The header of a GGUF file, read with every length checked against the file before it is believed.
 
-transformers dequantizes the tensors; this reader goes first, because the usual ones trust lengths (an array
-of 2^40 elements hangs them) and because `bitdistill plan` needs the configuration without the weights.
+The usual readers trust lengths (an array of 2^40 elements hangs them); this one goes first for that reason, and
+because `bitdistill plan` needs the configuration without the weights.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class GgufHeader:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    data_start: int
+    """Byte of the file from which tensor offsets count."""
 
 
 class _Cursor:
@@ -136,8 +138,8 @@ def _read(cursor: _Cursor) -> GgufHeader:
         if tensor.name in tensors:
             raise cursor.fail(f"tensor {tensor.name!r} is there twice")
         tensors[tensor.name] = tensor
-    _check_extents(cursor, metadata, list(tensors.values()))
-    return GgufHeader(cursor.path, metadata, tensors)
+    start = _check_extents(cursor, metadata, list(tensors.values()))
+    return GgufHeader(cursor.path, metadata, tensors, start)
 
 
 def _tensor(cursor: _Cursor, index: int) -> GgufTensor:
@@ -151,13 +153,13 @@ def _tensor(cursor: _Cursor, index: int) -> GgufTensor:
     return GgufTensor(name, dims, cursor.scalar("I", f"{name}: type"), cursor.scalar("Q", f"{name}: offset"))
 
 
-def _check_extents(cursor: _Cursor, metadata: dict[str, Any], tensors: list[GgufTensor]) -> None:
-    """Every tensor lies aligned inside the file and overlaps no other."""
+def _check_extents(cursor: _Cursor, metadata: dict[str, Any], tensors: list[GgufTensor]) -> int:
+    """Check that every tensor lies aligned inside the file and overlaps no other; gives the data's start."""
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 8 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
-    sizes, end, before = _type_sizes(), 0, ""
+    sizes, end, before = type_sizes(), 0, ""
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if tensor.ggml_type not in sizes:
             raise cursor.fail(f"{tensor.name}: unknown tensor type {tensor.ggml_type}")
@@ -169,9 +171,10 @@ def _check_extents(cursor: _Cursor, metadata: dict[str, Any], tensors: list[Gguf
         end, before = tensor.offset + math.prod(tensor.dims) // block * size, tensor.name
         if start + end > len(cursor.data):
             raise cursor.fail(f"{tensor.name}: ends at byte {start + end}, the file has {len(cursor.data)}")
+    return start
 
 
-def _type_sizes() -> dict[int, tuple[int, int]]:
+def type_sizes() -> dict[int, tuple[int, int]]:
     """Tensor type -> (elements, bytes) of a block."""
     try:
         from gguf.constants import GGML_QUANT_SIZES

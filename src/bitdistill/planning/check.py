@@ -9,10 +9,9 @@ from typing import Any
 
 from bitdistill.config import Recipe, Task
 from bitdistill.data import hub, readers, tasks
-from bitdistill.errors import DataError, RecipeError
-from bitdistill.eval.metrics import CLASSIFICATION_METRICS, METRICS
+from bitdistill.errors import DataError
+from bitdistill.eval.metrics import task_metrics
 from bitdistill.planning.estimate import Work
-from bitdistill.recipe_errors import nearest
 
 CHECKED_ROWS = 100
 COUNTED_BYTES = 16 << 20
@@ -61,7 +60,7 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
         RecipeError: a metric that does not exist or does not fit the task's kind.
     """
     data = recipe.data
-    check_metrics(recipe.task)
+    task_metrics(recipe.task)
     if scoring and data.validation is None and data.test is None and not data.validation_fraction:
         raise DataError(
             "data: neither test, validation nor validation_fraction is set, so nothing could be scored; "
@@ -73,19 +72,6 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     if recipe.pretrain is not None:
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
     return found
-
-
-def check_metrics(task: Task) -> None:
-    """Names in `task.metrics` exist and fit the task's kind.
-
-    Raises:
-        RecipeError: one does not; the valid ones are named.
-    """
-    fitting = [n for n in METRICS if (n in CLASSIFICATION_METRICS) == (task.kind == "classification")]
-    for name in task.metrics:
-        if name not in fitting:
-            hint = nearest(name, fitting) or f"choose from {', '.join(fitting)}"
-            raise RecipeError(f'task.metrics: "{name}" is no metric of a {task.kind} task; {hint}')
 
 
 def scored(sources: list[Source], recipe: Recipe) -> Source | None:

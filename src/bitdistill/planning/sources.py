@@ -10,7 +10,7 @@ from typing import Any
 
 from bitdistill.config import ModelSource
 from bitdistill.errors import ModelError
-from bitdistill.planning.gguf_header import read_gguf_config
+from bitdistill.models.gguf_header import config_from_gguf, read_gguf
 
 MAX_CONFIG_BYTES = 4 << 20
 
@@ -28,7 +28,7 @@ def find_config(source: ModelSource) -> tuple[dict[str, Any], str]:
     if source.path.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"model.path: {source.path}: no such file; check the path")
-        return read_gguf_config(path), f"GGUF header of {path}"
+        return config_from_gguf(read_gguf(path)), f"GGUF header of {path}"
     if path.is_dir():
         return read_config(path / "config.json"), str(path / "config.json")
     if not _is_hub_name(source.path):

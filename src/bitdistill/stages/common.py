@@ -50,7 +50,10 @@ def git_commit() -> str | None:
     here = Path(__file__).parent
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError:
         return os.environ.get("BITDISTILL_COMMIT")
@@ -71,7 +74,9 @@ class Run:
     keys: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, recipe: Recipe, *, command: str, redo: frozenset[str] = frozenset(), quiet: bool = False) -> Run:
+    def open(
+        cls, recipe: Recipe, *, command: str, redo: frozenset[str] = frozenset(), quiet: bool = False
+    ) -> Run:
         """Create or reopen the run's folder and record recipe, command, versions and hardware in it."""
         name = recipe.name if recipe.seed == 0 else f"{recipe.name}-seed{recipe.seed}"
         run_dir = Path(recipe.output_dir).expanduser() / name
@@ -202,7 +207,9 @@ class Run:
         buckets = None
         if compiling:
             marks = (0.5, 0.8, 0.95, 1.0)
-            buckets = sorted({-(-lengths[min(len(lengths) - 1, int(m * len(lengths)))] // 16) * 16 for m in marks})
+            buckets = sorted(
+                {-(-lengths[min(len(lengths) - 1, int(m * len(lengths)))] // 16) * 16 for m in marks}
+            )
         return TaskBatches(
             examples,
             batch_rows=loop.batch_rows,

@@ -30,6 +30,8 @@ def demo_recipe(*, seed: int = 0, output_dir: str = "runs", redo_stage2: str | N
     overrides = [f"seed={seed}", f"output_dir={output_dir}"]
     if redo_stage2 is not None:
         if not Path(redo_stage2).exists():
-            raise RecipeError(f"{redo_stage2}: no such corpus; name a text, jsonl or parquet file, or a folder of them")
+            raise RecipeError(
+                f"{redo_stage2}: no such corpus; name a text, jsonl or parquet file, or a folder of them"
+            )
         overrides += ["name=demo-stage2", "pretrain.base=null", f"pretrain.corpus={redo_stage2}"]
     return load_recipe(demo_folder() / "recipe.yaml", overrides)

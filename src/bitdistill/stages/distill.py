@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ class DistillStep:
         answers: Tensor,
     ) -> Tensor:
         config = self.config
-        options = {"temperature": config.temperature, "tau_squared": config.tau_squared}
+        options: dict[str, Any] = {"temperature": config.temperature, "tau_squared": config.tau_squared}
         with torch.no_grad():
             chosen = answers if config.distilled_tokens == "answer" else batch.attention_mask_BT
             teacher_NV = logits_at(self.teacher, teacher_hidden[chosen])
@@ -118,8 +117,9 @@ def relation_options(relation: RelationConfig) -> dict[str, Any]:
 
 def _forward(model: Any, input_ids_BT: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
     """Final hidden states, and Q, K, V states of `layers`."""
-    capture = capture_states(model, layers) if layers else contextlib.nullcontext({})
-    with capture as states:
+    if not layers:
+        return final_hidden(model, input_ids_BT), {}
+    with capture_states(model, layers) as states:
         hidden = final_hidden(model, input_ids_BT)
     return hidden, dict(states)
 
@@ -139,7 +139,8 @@ def layer_divergences(student: Any, teacher: Any, batch: Batch, relation: Relati
     rows = batch.input_ids_BT.shape[0]
     options = relation_options(relation)
     return [
-        float(attention_distillation_sum(states[i], teacher_states[i], batch.attention_mask_BT, **options)) / rows
+        float(attention_distillation_sum(states[i], teacher_states[i], batch.attention_mask_BT, **options))
+        / rows
         for i in layers
     ]
 

@@ -50,14 +50,18 @@ def load_any(run: Run, folder: Path) -> tuple[Any, Any]:
     """Model (float32 compute) and tokenizer of a teacher or packed folder, hashes verified."""
     manifest = artifact.verify(folder)
     if manifest["kind"] == "teacher":
-        source = run.recipe.model.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
+        source = run.recipe.model.model_copy(
+            update={"path": str(folder), "tokenizer": None, "revision": None}
+        )
         model, tokenizer = load_source(source, dtype="float32", device=run.device)
     else:
         model, tokenizer, _ = load_student(folder, device=run.device)
     return model.eval(), tokenizer
 
 
-def predict_rows(run: Run, model: Any, tokenizer: Any, examples: Sequence[Example]) -> tuple[list[Prediction], float]:
+def predict_rows(
+    run: Run, model: Any, tokenizer: Any, examples: Sequence[Example]
+) -> tuple[list[Prediction], float]:
     """Predictions on encoded rows and the tokens a second of scoring them."""
     options: dict[str, Any] = {
         "batch_rows": run.recipe.eval.batch_rows,
@@ -79,12 +83,15 @@ def predict_rows(run: Run, model: Any, tokenizer: Any, examples: Sequence[Exampl
     return predictions, tokens / max(elapsed_s, 1e-9)
 
 
-def score_predictions(run: Run, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, Score]:
+def score_predictions(
+    run: Run, predictions: Sequence[Prediction], examples: Sequence[Example]
+) -> dict[str, Score]:
     """Every metric of the task, the headline metric first."""
     task = run.recipe.task
     names = task.metrics or (("accuracy", "f1") if task.kind == "classification" else ("rougeL", "bleu"))
     return {
-        name: METRICS[name](list(predictions), list(examples), seed=run.recipe.eval.bootstrap_seed) for name in names
+        name: METRICS[name](list(predictions), list(examples), seed=run.recipe.eval.bootstrap_seed)
+        for name in names
     }
 
 
@@ -136,7 +143,9 @@ def _evaluate_one(
     scores = score_predictions(run, predictions, examples)
     if teacher is not None:
         scores["agreement_with_teacher"] = agreement(predictions, teacher)
-    write_predictions(run.run_dir / "predictions" / f"{entry.name}.jsonl", predictions, examples, run.recipe.task)
+    write_predictions(
+        run.run_dir / "predictions" / f"{entry.name}.jsonl", predictions, examples, run.recipe.task
+    )
     headline, score = next(iter(scores.items()))
     files = artifact.read_manifest(entry.folder)["files"]
     size_bytes = sum(f["bytes"] for n, f in files.items() if n.endswith(".safetensors"))

@@ -10,7 +10,9 @@ from bitdistill.models.student import load_student, pack
 from bitdistill.stages.common import Run
 
 
-def write_packed(model: Any, tokenizer: Any, manifest: dict[str, Any], folder: Path, run: Run, inputs: Any) -> None:
+def write_packed(
+    model: Any, tokenizer: Any, manifest: dict[str, Any], folder: Path, run: Run, inputs: Any
+) -> None:
     """The packed folder of docs/format.md."""
     float_dtype = run.recipe.export.float_dtype
     run.save_artifact(

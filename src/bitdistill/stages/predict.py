@@ -49,7 +49,7 @@ class Predictor:
 
     def __init__(self, path: str | Path, *, device: str = "cpu", batch_rows: int = 32) -> None:
         model, self.tokenizer, manifest = load_student(Path(path), device=device)
-        self.model = model.float().eval()
+        self.model = model.eval()
         if not isinstance(manifest.get("recipe"), dict):
             raise ArtifactError(
                 f"{path}: its manifest has no recipe, so the task is not known; export it again"

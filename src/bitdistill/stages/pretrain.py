@@ -28,7 +28,9 @@ from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.loop import StepFunction, StepOutput, Totals, fit
 
 
-def language_model_step(student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool) -> StepFunction:
+def language_model_step(
+    student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool
+) -> StepFunction:
     """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens."""
     lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
     kl_weight = 1.0 - lm_weight
@@ -102,7 +104,11 @@ def pretrain(run: Run, refined: Path) -> Path:
     student, _, manifest = load_student(refined, device=run.device)
     teacher = None
     if config.objective != "lm":
-        teacher = source.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32).requires_grad_(False).eval()
+        teacher = (
+            source.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
+            .requires_grad_(False)
+            .eval()
+        )
     del source
     result = _train(run, student, teacher, shards)
     run.save_artifact(
@@ -163,7 +169,9 @@ def _given_base(run: Run, folder: Path) -> Path:
     """
     manifest = artifact.verify(folder)
     if manifest.get("kind") != "base":
-        raise ArtifactError(f"{folder}: kind {manifest.get('kind')!r}, a ternary base is needed; run `bitdistill pretrain`")
+        raise ArtifactError(
+            f"{folder}: kind {manifest.get('kind')!r}, a ternary base is needed; run `bitdistill pretrain`"
+        )
     made_from, own = manifest.get("inputs", {}).get("model"), source_fingerprint(run.recipe.model)
     if made_from != own:
         raise ArtifactError(

@@ -30,7 +30,11 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
     own = tokenizer_fingerprint(tokenizer)
     if not (path.is_dir() and artifact.exists(path)):
         source = run.recipe.model.tokenizer or run.recipe.model.path
-        out = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json([config.corpus, own])[:16]
+        out = (
+            Path(config.cache_dir).expanduser().parent
+            / "tokens"
+            / artifact.hash_json([config.corpus, own])[:16]
+        )
         if not artifact.exists(out):
             log.info("tokenizing %s into %s", config.corpus, out)
             tokenize_corpus([config.corpus], source, out, workers=torch.get_num_threads())
@@ -60,7 +64,9 @@ def calibration_from_corpus(run: Run, shards: TokenShards) -> Tensor:
     length = min(config.calibration_length, shards.n_tokens)
     rows = max(1, min(config.calibration_rows, shards.n_tokens // length))
     stride = (shards.n_tokens - length) // max(rows - 1, 1)
-    return torch.stack([torch.from_numpy(shards.read(i * stride, length).astype("int64")) for i in range(rows)])
+    return torch.stack(
+        [torch.from_numpy(shards.read(i * stride, length).astype("int64")) for i in range(rows)]
+    )
 
 
 def _calibration_identity(run: Run, calibrated: bool) -> Any:
@@ -71,7 +77,11 @@ def _calibration_identity(run: Run, calibrated: bool) -> Any:
     if pretrain is None or pretrain.corpus is None:
         return run.train_inputs()
     path = Path(pretrain.corpus).expanduser()
-    return TokenShards(path).fingerprint if artifact.exists(path) else readers.source_fingerprint(pretrain.corpus)
+    return (
+        TokenShards(path).fingerprint
+        if artifact.exists(path)
+        else readers.source_fingerprint(pretrain.corpus)
+    )
 
 
 def refine(run: Run) -> Path:

@@ -47,7 +47,9 @@ def train_on_task(
 ) -> FitResult:
     """Run `fit` over the task's training rows for `epochs`."""
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-    batches = run.task_batches(run.train_examples(tokenizer), loop, pad_token_id(tokenizer), run.compiling(loop))
+    batches = run.task_batches(
+        run.train_examples(tokenizer), loop, pad_token_id(tokenizer), run.compiling(loop)
+    )
     total_steps = max(1, round(epochs * batches.steps_per_epoch))
     if loop.gradient_checkpointing:
         model.gradient_checkpointing_enable()

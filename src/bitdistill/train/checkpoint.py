@@ -44,7 +44,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("|", 1)
@@ -84,10 +86,17 @@ def require_space(root: Path, model: nn.Module) -> None:
 
 
 def save(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], key: str
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    key: str,
 ) -> None:
     """Write the checkpoint of `step`, then drop all but the newest two."""
-    with artifact.writing(root / f"step-{step:08d}", {"kind": "checkpoint", "key": key, "step": step}) as folder:
+    with artifact.writing(
+        root / f"step-{step:08d}", {"kind": "checkpoint", "key": key, "step": step}
+    ) as folder:
         save_file(trainable_state(model), folder / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
         save_file(_rng_tensors(), folder / "rng.safetensors")
@@ -96,7 +105,9 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, key: str) -> dict[str, Any] | None:
+def restore(
+    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, key: str
+) -> dict[str, Any] | None:
     """Load the newest intact checkpoint of this very stage into model, optimizer and RNG.
 
     Returns:
@@ -131,7 +142,9 @@ def _load_model(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
     own = trainable_state(model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())[:3]
-        raise ArtifactError(f"{folder}: tensors do not match the model, for example {odd}; use --redo for this stage")
+        raise ArtifactError(
+            f"{folder}: tensors do not match the model, for example {odd}; use --redo for this stage"
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -162,7 +162,15 @@ def fit(
             micro_batches = batches.micro_batches(progress.step)
             rate = learning_rate_at(progress.step, total_steps, optim)
             metrics = _update(
-                model, parameters, optimizer, micro_batches, step_function, rate, optim.grad_clip, device, loop.precision
+                model,
+                parameters,
+                optimizer,
+                micro_batches,
+                step_function,
+                rate,
+                optim.grad_clip,
+                device,
+                loop.precision,
             )
             _note_nonfinite(metrics, progress, loop, micro_batches)
             progress.step += 1

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,13 +55,15 @@ class _Trackio:
         trackio.init(project="bitdistill", name=name)
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.trackio.log({f"{stage}/{key}": value for key, value in metrics.items()} | {f"{stage}/step": step})
+        self.trackio.log(
+            {f"{stage}/{key}": value for key, value in metrics.items()} | {f"{stage}/step": step}
+        )
 
     def close(self) -> None:
         self.trackio.finish()
 
 
-SINKS = {"tensorboard": _Tensorboard, "trackio": _Trackio}
+SINKS: dict[str, Callable[[Path, str], Sink]] = {"tensorboard": _Tensorboard, "trackio": _Trackio}
 
 
 def open_sinks(config: TrackConfig, run_dir: Path, name: str) -> list[Sink]:
@@ -102,7 +104,13 @@ class Tracker:
     """
 
     def __init__(
-        self, stage: str, run_dir: Path, total_steps: int, *, sinks: list[Sink] | None = None, quiet: bool = False
+        self,
+        stage: str,
+        run_dir: Path,
+        total_steps: int,
+        *,
+        sinks: list[Sink] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.stage, self.total_steps = stage, total_steps
         self.path = run_dir / "logs" / f"{stage}.jsonl"
@@ -143,7 +151,9 @@ class Tracker:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         for sink in self.sinks:
             sink.log(self.stage, step, numbers)
-        summary = f"loss {numbers.get('loss', float('nan')):.4g}  {_rate(numbers.get('tokens_per_s', 0.0))} tok/s"
+        summary = (
+            f"loss {numbers.get('loss', float('nan')):.4g}  {_rate(numbers.get('tokens_per_s', 0.0))} tok/s"
+        )
         self._progress.update(self._task, completed=step, summary=summary)
         if not self.live:
             self._print_line(step, summary, numbers)
@@ -157,7 +167,9 @@ class Tracker:
         elapsed = numbers.get("elapsed_s", 0.0)
         left = elapsed / max(step, 1) * (self.total_steps - step)
         self.console.print(
-            f"{self.stage:<11} {step}/{self.total_steps}  {summary}  ETA {left:.0f}s", highlight=False, soft_wrap=True
+            f"{self.stage:<11} {step}/{self.total_steps}  {summary}  ETA {left:.0f}s",
+            highlight=False,
+            soft_wrap=True,
         )
         sys.stderr.flush()
 

@@ -1,0 +1,156 @@
+"""`bitdistill init`: guesses from rows, and recipes that plan as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from bitdistill.cli.main import app
+from bitdistill.errors import BitDistillError
+from bitdistill.planning.plan import make_plan
+from bitdistill.planning.scaffold import Request, write_recipe
+from bitdistill.recipe import load_recipe
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def rows_file(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def init(*arguments: object) -> str:
+    """Runs `init`; a failing one raises its error."""
+    done = CliRunner().invoke(app, ["init", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_text_labels_win_over_numbers_and_give_words(tmp_path):
+    names = ["card_arrival", "Lost-or stolen", "exchange_rate"]
+    rows = [
+        {"id": i, "text": f"question {i} about money", "category": names[i % 3], "label": i % 3}
+        for i in range(60)
+    ]
+    train = rows_file(tmp_path / "train.jsonl", rows)
+    rows_file(tmp_path / "test.jsonl", rows[:9])
+    said = init(MODEL, train, "-o", tmp_path / "mine.yaml")
+    assert "guessed `category` as the label" in said
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert recipe.name == recipe.task.name == "mine"
+    assert (recipe.task.template, recipe.task.label_field) == ("{text}\nLabel:", "category")
+    assert recipe.task.labels == {
+        "Lost-or stolen": " lost or stolen",
+        "card_arrival": " card arrival",
+        "exchange_rate": " exchange rate",
+    }
+    assert recipe.data.test == str(tmp_path / "test.jsonl")
+    assert recipe.data.max_length == 64
+    make_plan(recipe, "cpu")
+
+
+def test_pairs_and_numeric_labels(tmp_path):
+    rows = [
+        {"premise": f"it is {i}", "hypothesis": f"it is not {i}", "label": i % 3, "idx": i} for i in range(60)
+    ]
+    said = init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    assert "replace the label words" in said
+    assert "`task: mnli`" in said
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.task.template == "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:"
+    assert recipe.task.labels == {"0": " 0", "1": " 1", "2": " 2"}
+    assert recipe.data.validation_fraction == 0.1
+    make_plan(recipe, "cpu")
+
+
+def test_generation(tmp_path):
+    rows = [{"document": f"long text {i} " * 80, "summary": f"short {i}"} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.task.kind, recipe.task.target_field) == ("generation", "summary")
+    assert recipe.distill.lambda_ == 1.0
+    assert recipe.data.max_length == 512
+    make_plan(recipe, "cpu")
+
+
+def test_named_fields_and_built_in_task(tmp_path):
+    rows = [{"a": f"words {i} here", "b": f"more {i} words", "c": "xy"[i % 2]} for i in range(40)]
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    init(MODEL, train, "-o", tmp_path / "r.yaml", "--text", "b", "--label", "c")
+    assert load_recipe(tmp_path / "r.yaml").task.template == "{b}\nLabel:"
+    init(MODEL, train, "-o", tmp_path / "s.yaml", "--text", "a", "--target", "b")
+    assert load_recipe(tmp_path / "s.yaml").task.target_field == "b"
+    sst2 = rows_file(tmp_path / "sst2.jsonl", [{"sentence": "fine", "label": 1}])
+    init(MODEL, sst2, "-o", tmp_path / "t.yaml", "--task", "sst2")
+    assert load_recipe(tmp_path / "t.yaml").task.name == "sst2"
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    rows = [{"text": f"text number {i}", "label": i % 2} for i in range(20)]
+    rows_file(tmp_path / "work" / "rows.jsonl", rows)
+    init(MODEL, "rows.jsonl", "-o", "r.yaml")
+    assert 'train: "rows.jsonl"' in Path("r.yaml").read_text()
+    init(MODEL, "rows.jsonl", "-o", "sub/r.yaml")
+    assert load_recipe("sub/r.yaml").data.train == str(tmp_path / "work" / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "expected"),
+    [
+        ([{"text": f"t {i}", "n": i} for i in range(20)], [], "no field looks like a label or an answer"),
+        ([{"label": i % 2, "n": i} for i in range(20)], [], "no text field besides `label`"),
+        ([{"a": "x"}, {"b": "y"}], [], "the rows share no field"),
+        ([{"text": f"t {i}", "label": "a"} for i in range(9)], ["--label", "label"], "a label repeats"),
+        ([{"text": f"t {i}", "label": i % 2} for i in range(9)], ["--label", "lable"], "no field `lable`"),
+        ([{"text": "x", "label": 1}], ["--task", "sst2"], "no field `sentence`"),
+        ([{"text": "x", "label": 1}], ["--task", "sst"], 'did you mean "sst2"'),
+        ([{"text": "x"}], ["--label", "a", "--target", "b"], "give one of them"),
+    ],
+)
+def test_what_cannot_be_guessed_is_said(tmp_path, rows, arguments, expected):
+    path = rows_file(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BitDistillError) as caught:
+        init(MODEL, path, "-o", tmp_path / "r.yaml", *arguments)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "r.yaml").exists()
+
+
+def test_an_existing_recipe_is_kept(tmp_path):
+    rows = rows_file(tmp_path / "rows.jsonl", [{"text": f"text {i} is", "label": i % 2} for i in range(20)])
+    (tmp_path / "r.yaml").write_text("mine")
+    with pytest.raises(BitDistillError, match="exists already"):
+        init(MODEL, rows, "-o", tmp_path / "r.yaml")
+    assert (tmp_path / "r.yaml").read_text() == "mine"
+    init(MODEL, rows, "-o", tmp_path / "r.yaml", "--force")
+    with pytest.raises(BitDistillError, match="no such file"):
+        init(MODEL, tmp_path / "gone.jsonl", "-o", tmp_path / "s.yaml")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12),
+        min_size=2,
+        max_size=4,
+        unique=True,
+    ),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
+)
+def test_any_label_values_and_names_are_quoted_right(tmp_path, values, odd):
+    rows = [{"text": f"text number {i}", "label": values[i % len(values)], "odd": odd} for i in range(20)]
+    path = rows_file(tmp_path / "rows.jsonl", rows)
+    request = Request(
+        MODEL, str(path), None, None, None, ("text",), "label", None, f"bitdistill init {odd!r}{odd}"
+    )
+    text, _ = write_recipe(request, tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(text, "utf-8")
+    assert set(load_recipe(tmp_path / "r.yaml").task.labels) == set(values)
