@@ -96,7 +96,7 @@ def write_sentencepiece(writer: gguf.GGUFWriter, _: str) -> None:
     writer.add_unk_token_id(3)
 
 
-def write_gguf(path: Path, name: str, pre: str = "smollm", **extra: Any) -> Any:
+def write_gguf(path: Path, name: str, pre: str = "smollm", quantize: Any = None, **extra: Any) -> Any:
     """A tiny model as GGUF, with the layout conventions of llama.cpp's converter."""
     changes: dict[str, Any] = {
         "head_dim": 16,
@@ -134,7 +134,13 @@ def write_gguf(path: Path, name: str, pre: str = "smollm", **extra: Any) -> Any:
             value = interleave(value, config.num_attention_heads)
         if architecture == "llama" and ".k_proj." in key:
             value = interleave(value, config.num_key_value_heads)
-        writer.add_tensor(gguf_name(key, architecture), value.numpy().astype(np.float32))
+        array = value.numpy().astype(np.float32)
+        if quantize is not None and array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(
+                gguf_name(key, architecture), gguf.quants.quantize(array, quantize), raw_dtype=quantize
+            )
+        else:
+            writer.add_tensor(gguf_name(key, architecture), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -167,6 +173,47 @@ def test_a_gguf_file_gives_the_model_back(name: str, tmp_path: Path) -> None:
     piece = "▁hello" if name == "gemma3_text" else "Ġhello"
     ids_of_text = tokenizer("hello hello", add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(ids_of_text) == ["hello", piece]
+
+
+@pytest.mark.parametrize(
+    ("kind", "relative"), [("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 1 / 127), ("Q4_1", 1 / 15)]
+)
+def test_stored_types(kind: str, relative: float, tmp_path: Path) -> None:
+    """Dequantized weights lie within the type's step of the original ones."""
+    model = write_gguf(tmp_path / "m.gguf", "llama", quantize=gguf.GGMLQuantizationType[kind])
+    loaded, _ = load_source(ModelSource(path=str(tmp_path / "m.gguf")))
+    for (name, left), right in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        if left.dim() == 2 and left.shape[1] % 32 == 0:
+            blocks = left.reshape(-1, 32)
+            step = relative * (blocks.amax(1) - blocks.amin(1)).clamp_min(blocks.abs().amax(1))
+            assert ((left - right).reshape(-1, 32).abs() <= step[:, None]).all(), name
+            assert not torch.equal(left, right)
+        else:
+            assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda d: d.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"),
+            r"blk\.1\.ffn_xx\.weight has no place",
+        ),
+        (
+            lambda d: d.replace(b"output_norm.weight", b"rope_freqs.weights"),
+            r"rope_freqs\.weights has no place",
+        ),
+        (
+            lambda d: d.replace(struct.pack("<QQ", 64, 70), struct.pack("<QQ", 70, 64)),
+            r"is \[64, 70\], not \[70, 64\]",
+        ),
+        (lambda d: d[:-4] + struct.pack("<f", float("nan")), "holds values that are not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit(damage: Any, words: str, sound: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(damage(sound))
+    with pytest.raises(ModelError, match=words):
+        load_source(ModelSource(path=str(tmp_path / "m.gguf")))
 
 
 def reference_tokenizer(*steps: Any) -> Tokenizer:

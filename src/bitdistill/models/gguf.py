@@ -1,7 +1,7 @@
 """Model and tokenizer out of a GGUF file.
 
-Tensors are dequantized by the `gguf` package from places that `read_gguf` has checked, and every tensor of the
-layout must be there, and no other. (transformers' own loader takes ten times as long, and trusts the file.)
+Tensors are dequantized by the `gguf` package, from places in the file that `read_gguf` has checked. Every
+tensor of the layout must be there, and no other.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def load_model(header: GgufHeader, config: dict[str, Any], dtype: torch.dtype) -
 
 def _tensors(header: GgufHeader, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the layout by its Hugging Face name, float32, in Hugging Face's conventions."""
-    shapes = {f"{lin.name}.weight": (lin.out_features, lin.in_features) for lin in layout.linears}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{lin.name}.weight": (lin.out_features, lin.in_features) for lin in layout.linears
+    }
     shapes |= {kept.name: kept.shape for kept in layout.kept}
     names = {_gguf_name(name, layout.family): name for name in shapes}
     if unknown := header.tensors.keys() - names.keys():
@@ -135,7 +137,7 @@ def _dequantize(header: GgufHeader, name: str) -> Tensor:
         values = dequantize(np.array(raw), kind)
     except NotImplementedError:
         raise ModelError(
-            f"{header.path}: {name} has type {kind.name}, which the gguf package cannot dequantize; use another file"
+            f"{header.path}: {name} has type {kind.name}, which cannot be dequantized here; use another file"
         ) from None
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
 

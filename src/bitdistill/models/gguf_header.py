@@ -1,7 +1,7 @@
 """The header of a GGUF file, read with every length checked against the file before it is believed.
 
-The usual readers trust lengths (an array of 2^40 elements hangs them); this one goes first for that reason, and
-because `bitdistill plan` needs the configuration without the weights.
+The usual readers trust lengths (an array of 2^40 elements hangs them), so this one goes first. It also serves
+`bitdistill plan`, which needs the configuration without the weights.
 """
 
 from __future__ import annotations
