@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import bitdistill as bd
@@ -158,3 +160,39 @@ def test_other_attention_is_refused() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(ModelError, match="'eager'; states are"), capture_states(model, [0]):
         pass
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(ids: Tensor) -> None:
+    student = bd.refine(tiny_model("llama"), ids).train()
+    weight = student.model.layers[0].mlp.up_proj.weight
+
+    def gradient() -> Tensor:
+        with capture_states(student, [1]) as states:
+            student(ids, use_cache=False)
+        return torch.autograd.grad(sum(s.square().sum() for s in states[1]), weight)[0]
+
+    plain = gradient()
+    for module in student.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = functools.partial(
+                torch.utils.checkpoint.checkpoint, use_reentrant=False
+            )
+    assert torch.equal(gradient(), plain)
+
+
+def test_other_layers_stay_one_compiled_graph(ids: Tensor) -> None:
+    student = bd.refine(tiny_model("llama"), ids)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in (0, 2):
+        student.model.layers[layer].compile(backend=backend, fullgraph=True)  # a graph break would raise
+    for _ in range(2):
+        with capture_states(student, [1]):
+            student.model(input_ids=ids, use_cache=False)
+        student.model(input_ids=ids, use_cache=False)
+    assert len(graphs) == 1
