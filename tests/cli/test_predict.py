@@ -94,11 +94,11 @@ def test_probabilities_are_the_softmax_of_label_likelihoods(classifier):
 
     from bitdistill.models.student import load_student
 
-    (answer,) = predict(classifier, "w10 w11 w12")
+    (answer,) = predict(classifier, "w40 w41 w42")
     model, tokenizer, _ = load_student(classifier)
     scores = []
     for word in SENTIMENT["labels"].values():
-        ids = tokenizer(f"w10 w11 w12 w9{word}", return_tensors="pt").input_ids
+        ids = tokenizer(f"w40 w41 w42 w9{word}", return_tensors="pt").input_ids
         logits = torch.log_softmax(model.eval()(ids).logits[0].double(), -1)
         scores.append(sum(logits[t - 1, ids[0, t]].item() for t in range(4, ids.shape[1])))
     weights = [math.exp(s) for s in scores]
@@ -109,7 +109,7 @@ def test_probabilities_are_the_softmax_of_label_likelihoods(classifier):
 
 
 def test_ways_to_give_rows_agree(classifier, tmp_path):
-    texts = ["w10 w11", "w20", "w30 w31 w32"]
+    texts = ["w40 w41", "w50", "w30 w31 w32"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     wanted = [a["probabilities"] for a in predict(classifier, *texts)]
@@ -120,16 +120,16 @@ def test_ways_to_give_rows_agree(classifier, tmp_path):
         predict(classifier, *texts, "--batch-rows", 1),
     ):
         assert [a["probabilities"] for a in given] == [pytest.approx(w, abs=1e-5) for w in wanted]
-    assert predict(classifier, "--field", "text=w20")[0]["probabilities"] == pytest.approx(
+    assert predict(classifier, "--field", "text=w50")[0]["probabilities"] == pytest.approx(
         wanted[1], abs=1e-5
     )
     assert [a["where"] for a in predict(classifier, "--file", rows)][1].endswith("rows.jsonl:2")
 
 
 def test_top_and_text_for_people(classifier):
-    (answer,) = predict(classifier, "w10", "--top", 1)
+    (answer,) = predict(classifier, "w40", "--top", 1)
     assert len(answer["probabilities"]) == 1
-    done = CliRunner().invoke(app, ["predict", str(classifier), "w10"])
+    done = CliRunner().invoke(app, ["predict", str(classifier), "w40"])
     assert "%" in done.stdout
 
 
@@ -139,11 +139,11 @@ def test_generation(make_student):
     from bitdistill.models.student import load_student
 
     folder = make_student(STORY)
-    (answer,) = predict(folder, "w10 w11 w12")
+    (answer,) = predict(folder, "w40 w41 w42")
     assert answer["label"] is None
     assert "probabilities" not in answer
     model, tokenizer, _ = load_student(folder)
-    ids = tokenizer("w10 w11 w12", return_tensors="pt").input_ids
+    ids = tokenizer("w40 w41 w42", return_tensors="pt").input_ids
     for _ in range(4):
         following = int(model.eval()(ids).logits[0, -1].argmax())
         if following == 1:
@@ -155,9 +155,9 @@ def test_generation(make_student):
 @pytest.mark.parametrize(
     ("arguments", "stdin", "expected"),
     [
-        (["w10", "--field", "text=w1"], None, "only one of them"),
+        (["w40", "--field", "text=w60"], None, "only one of them"),
         (["--field", "text"], None, "expected NAME=TEXT"),
-        (["--field", "body=w1"], None, "no field `text`"),
+        (["--field", "body=w60"], None, "no field `text`"),
         (["--file", "gone.jsonl"], None, "no such file"),
         ([], "", "no input"),
         ([], '{"text": \n', "stdin:1: starts like a JSON row"),
@@ -172,11 +172,11 @@ def test_refusals(classifier, arguments, stdin, expected):
 def test_one_text_for_a_pair_task(make_student):
     folder = make_student(PAIR)
     with pytest.raises(BitDistillError, match="needs 2 fields, not one text; use --field a=… --field b=…"):
-        predict(folder, "w10")
-    assert predict(folder, "--field", "a=w1", "--field", "b=w2")[0]["label"] in {"0", "1", "2"}
+        predict(folder, "w40")
+    assert predict(folder, "--field", "a=w60", "--field", "b=w61")[0]["label"] in {"0", "1", "2"}
 
 
 def test_no_model_there(tmp_path):
     with pytest.raises(BitDistillError) as caught:
-        predict(tmp_path, "w10")
+        predict(tmp_path, "w40")
     assert caught.value.exit_code == 6
