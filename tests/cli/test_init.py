@@ -92,6 +92,12 @@ def test_named_fields_and_built_in_task(tmp_path):
     assert load_recipe(tmp_path / "t.yaml").task.name == "sst2"
 
 
+def test_texts_that_repeat_serve_when_there_is_nothing_else(tmp_path):
+    rows = [{"text": ["bad thing", "good thing"][i % 2], "label": ["no", "yes"][i % 2]} for i in range(40)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.template == "{text}\nLabel:"
+
+
 def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

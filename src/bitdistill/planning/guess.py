@@ -136,10 +136,10 @@ def _answer(fields: dict[str, Field], text: set[str], where: str) -> tuple[str |
 
 def _prompt(fields: dict[str, Field], answer: str, where: str) -> tuple[str, ...]:
     texts = [
-        f
-        for f in fields.values()
-        if f.name != answer and f.is_text and f.counts is None and f.name.lower() not in IGNORED_NAMES
+        f for f in fields.values() if f.name != answer and f.is_text and f.name.lower() not in IGNORED_NAMES
     ]
+    # Fields whose values repeat (a genre) serve only when there is nothing else.
+    texts = [f for f in texts if f.counts is None] or texts
     if not texts:
         raise DataError(
             f"{where}: no text field besides `{answer}`; name the prompt's field with --text FIELD"
