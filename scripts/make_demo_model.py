@@ -143,6 +143,15 @@ def make_model(args: argparse.Namespace) -> None:
     print(json.dumps({**vars(result), "parameters": sum(p.numel() for p in model.parameters())}))
 
 
+def _without_folders(value: object) -> object:
+    """The recipe with each absolute path cut to its last part: the shipped manifest names no one's folders."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, str) and value.startswith("/"):
+        return Path(value).name
+    return value
+
+
 def ship_base(args: argparse.Namespace) -> None:
     """Round a ternary base to bfloat16 and save it as the embedded one, half the size."""
     student, tokenizer, manifest = load_student(args.base)
@@ -150,13 +159,14 @@ def ship_base(args: argparse.Namespace) -> None:
         for parameter in student.parameters():
             parameter.copy_(parameter.bfloat16())
     kept = {k: manifest[k] for k in ("stage", "key", "inputs", "training")}
+    recipe = _without_folders(manifest["recipe"])
     save_student(
         student,
         tokenizer,
         args.out,
         kind="base",
         plan=manifest["plan"],
-        recipe=manifest["recipe"],
+        recipe=recipe,
         extra=kept,
         float_dtype="bfloat16",
     )

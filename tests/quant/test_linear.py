@@ -147,3 +147,12 @@ def test_from_linear_does_not_share_weights() -> None:
     with torch.no_grad():
         layer.weight.add_(1.0)
     assert not torch.equal(layer.weight, linear.weight)
+
+
+def test_casting_a_packed_layer_keeps_codes_and_scale() -> None:
+    packed = PackedBitLinear.from_bitlinear(make(24, 8, subln=True))
+    codes, scale = packed.codes.clone(), packed.scale.clone()
+    packed.to(torch.bfloat16)
+    assert packed.scale.dtype == torch.float32
+    assert torch.equal(packed.scale, scale)
+    assert torch.equal(packed.codes, codes)

@@ -225,6 +225,14 @@ class PackedBitLinear(nn.Module):
                 packed.subln.eps = layer.subln.eps
         return packed.to(layer.weight.device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedBitLinear:
+        """Move the layer; the scale stays float32 whatever dtype the rest of a model is cast to."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.codes.device)
+        self._unpacked = None
+        return self
+
     def weight_codes(self) -> Tensor:
         """Unpacked codes [out, in], kept after the first call: int8 on a GPU, float32 integers on a CPU."""
         kept = self._unpacked

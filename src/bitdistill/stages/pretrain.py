@@ -86,7 +86,9 @@ def pretrain(run: Run, refined: Path) -> Path:
         raise ArtifactError(
             "pretrain: neither `corpus` nor `base` is set; name a corpus, or set `pretrain: null` to leave stage 2 out"
         )
-    source, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
+    # In the dtype it runs in: casting a float32 model later would round its rotary frequencies too.
+    dtype = "bfloat16" if run.device.type == "cuda" else "float32"
+    source, tokenizer = load_source(run.recipe.model, dtype=dtype, device=run.device)
     shards = open_corpus(run, tokenizer)
     section = run.section("pretrain")
     section["corpus"] = shards.fingerprint
@@ -102,14 +104,7 @@ def pretrain(run: Run, refined: Path) -> Path:
         _point_to(run, folder)
         return folder
     student, _, manifest = load_student(refined, device=run.device)
-    teacher = None
-    if config.objective != "lm":
-        teacher = (
-            source.to(torch.bfloat16 if run.device.type == "cuda" else torch.float32)
-            .requires_grad_(False)
-            .eval()
-        )
-    del source
+    teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
     result = _train(run, student, teacher, shards)
     run.save_artifact(
         "pretrain",
