@@ -171,7 +171,7 @@ class RelationConfig(Strict):
     """Attention-relation distillation L_AD (paper, Eq. 12 and 13; the sources disagree: see docs/method.md)."""
 
     form: Literal["scaled_dot", "cosine"] = "scaled_dot"
-    """scaled_dot: softmax(A A^T / sqrt(d_r)), the paper's Eq. 12. cosine: rows L2-normalised, over temperature (Algorithm 1)."""
+    """scaled_dot: softmax(A A^T / sqrt(d_r)), Eq. 12. cosine: L2-normalised rows over temperature, Algorithm 1."""
     temperature: Positive = 1.0
     """Divides the cosine relations (ignored by scaled_dot)."""
     heads: Count | None = None

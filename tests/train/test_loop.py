@@ -132,7 +132,7 @@ def test_signal_saves_and_resuming_is_bit_identical(tmp_path: Path, stop_at: int
 
 
 def test_sigkill_at_any_moment_resumes_bit_identically(tmp_path: Path) -> None:
-    """Kills a real process at random times, in saves too, until it finishes; compares with an unbroken run."""
+    """A real process, killed at random times until it finishes, equals an unbroken run."""
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(

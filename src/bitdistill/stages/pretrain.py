@@ -84,7 +84,8 @@ def pretrain(run: Run, refined: Path) -> Path:
         return folder
     if config.corpus is None:
         raise ArtifactError(
-            "pretrain: neither `corpus` nor `base` is set; name a corpus, or set `pretrain: null` to leave stage 2 out"
+            "pretrain: neither `corpus` nor `base` is set; "
+            "name a corpus, or set `pretrain: null` to leave stage 2 out"
         )
     # In the dtype it runs in: casting a float32 model later would round its rotary frequencies too.
     dtype = "bfloat16" if run.device.type == "cuda" else "float32"

@@ -29,16 +29,14 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
     path = Path(config.corpus).expanduser()
     own = tokenizer_fingerprint(tokenizer)
     if not (path.is_dir() and artifact.exists(path)):
-        source = run.recipe.model.tokenizer or run.recipe.model.path
-        out = (
-            Path(config.cache_dir).expanduser().parent
-            / "tokens"
-            / artifact.hash_json([config.corpus, own])[:16]
-        )
-        if not artifact.exists(out):
-            log.info("tokenizing %s into %s", config.corpus, out)
-            tokenize_corpus([config.corpus], source, out, workers=torch.get_num_threads())
-        path = out
+        # A hub corpus may be without end for our purposes: no more of it is read than the budget can use.
+        limit_tokens = config.budget_tokens if config.corpus.startswith("hub:") else None
+        identity = [readers.source_fingerprint(config.corpus), own, limit_tokens]
+        path = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json(identity)[:16]
+        if not artifact.exists(path):
+            log.info("tokenizing %s into %s", config.corpus, path)
+            workers = max(1, torch.get_num_threads())
+            tokenize_corpus([config.corpus], tokenizer, path, workers=workers, limit_tokens=limit_tokens)
     shards = TokenShards(path)
     if shards.tokenizer_sha256 != own:
         raise ArtifactError(
@@ -49,7 +47,7 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
 
 
 def calibration_from_task(run: Run, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Calibration tokens [B, T] from training prompts, where there is no corpus, and the mask of real ones."""
+    """Calibration tokens [B, T] from training prompts, for want of a corpus, and the mask of real ones."""
     examples = run.train_examples(tokenizer)[: run.recipe.refine.calibration_rows]
     length = min(run.recipe.refine.calibration_length, max(len(e.prompt_ids) for e in examples))
     rows = [list(e.prompt_ids[:length]) for e in examples]

@@ -69,7 +69,7 @@ def train_on_task(
 
 
 def sft(run: Run) -> Path:
-    """Fine-tune the full-precision model on the task; writes `teacher/`, a plain Hugging Face folder in bfloat16.
+    """Fine-tune the full-precision model on the task; writes `teacher/`, a plain bfloat16 model folder.
 
     Raises:
         DataError, ModelError: rows, tokenizer or model are not usable.

@@ -21,7 +21,7 @@ def compile_blocks(model: nn.Module, *, skip: Collection[int] = ()) -> None:
         model: a Hugging Face causal language model (`model.model.layers`).
         skip: layer indices left eager, such as those whose states are captured.
     """
-    # Gradients of parts of the loss are taken before the backward, so saved buffers must survive the first one.
+    # Gradients of parts of the loss are taken before the backward: saved buffers must survive the first.
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for index, layer in enumerate(model.get_submodule("model.layers").children()):

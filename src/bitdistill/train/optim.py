@@ -11,7 +11,7 @@ from bitdistill.config import Optim
 
 
 def learning_rate_at(step: int, total_steps: int, optim: Optim) -> float:
-    """Learning rate of update `step` (0-based) of `total_steps`; a pure function, so resuming needs no state."""
+    """Learning rate of update `step` (0-based) of `total_steps`: a pure function, no state to resume."""
     warmup_steps = round(optim.warmup_fraction * total_steps)
     if step < warmup_steps:
         return optim.learning_rate * (step + 1) / warmup_steps

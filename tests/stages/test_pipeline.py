@@ -1,0 +1,267 @@
+"""The whole pipeline on a tiny model: artifacts, skipping, resuming, caching, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitdistill as bd
+from bitdistill import artifact, pipeline
+from bitdistill.errors import ArtifactError, DataError, Interrupted, ModelError, RecipeError, StorageError
+from bitdistill.models.student import load_student, pack
+from bitdistill.quant.linear import BitLinear, PackedBitLinear
+from bitdistill.stages import common, sft
+from bitdistill.train import loop
+from tests.models.conftest import tiny_model
+from tests.stages.conftest import recipe, write_rows
+
+
+def ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 100, (3, 11), generator=torch.Generator().manual_seed(seed))
+
+
+def latents(folder: Path) -> dict[str, torch.Tensor]:
+    model, _, _ = load_student(folder)
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_a_whole_run_and_what_it_leaves(work: Path) -> None:
+    result = pipeline.run(recipe(work), command="test", quiet=True)
+    run_dir = work / "runs/tiny"
+    assert [r.name for r in result.rows] == ["teacher", "bitnet_sft", "bitdistill"]
+    for row in result.rows:
+        assert row.n == 12
+        assert row.low <= row.value <= row.high
+        assert row.size_bytes == (run_dir / _folder(row.name) / "model.safetensors").stat().st_size
+        lines = (run_dir / f"predictions/{row.name}.jsonl").read_text().splitlines()
+        assert sum(json.loads(line)["correct"] for line in lines) / 12 * 100 == pytest.approx(row.value)
+    assert result.rows[2].size_bytes < result.rows[0].size_bytes  # type: ignore[operator]
+    assert result.report is not None
+    assert "parity" in result.report.read_text("utf-8")
+    assert (run_dir / "packed/README.md").exists()
+    for name in ("teacher", "refined", "student", "bitnet_sft", "packed", "bitnet_sft_packed"):
+        artifact.verify(run_dir / name)
+    assert not any((run_dir / "checkpoints").glob("*/step-*"))  # nothing is left of finished stages
+    for stage in ("sft", "pretrain", "distill", "bitnet_sft"):
+        last = json.loads((run_dir / f"logs/{stage}.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == last["steps"]
+
+    # packed student = trained student, bit for bit, once the floats are rounded alike
+    student, _, _ = load_student(run_dir / "student")
+    packed, _, manifest = load_student(run_dir / "packed")
+    with torch.no_grad():
+        assert torch.equal(pack(student, "bfloat16")(ids()).logits, packed(ids()).logits)
+    assert manifest["kind"] == "packed"
+    assert sum(isinstance(m, PackedBitLinear) for m in packed.modules()) == 3 * 7
+
+    # transformers reads it once bitdistill is imported, without remote code
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(run_dir / "packed")
+    with torch.no_grad():
+        assert torch.equal(again(ids()).logits, packed(ids()).logits)
+    assert type(bd.load(run_dir / "packed")) is type(again)
+
+
+def _folder(name: str) -> str:
+    return {"teacher": "teacher", "bitnet_sft": "bitnet_sft_packed", "bitdistill": "packed"}[name]
+
+
+def test_finished_stages_are_not_run_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = pipeline.run(recipe(work), quiet=True)
+    before = latents(work / "runs/tiny/student")
+
+    def no_training(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    for module in (sft, pipeline):
+        monkeypatch.setattr(module, "fit", no_training, raising=False)
+    second = pipeline.run(recipe(work), quiet=True)
+    assert [r.predictions_sha256 for r in first.rows] == [r.predictions_sha256 for r in second.rows]
+    after = latents(work / "runs/tiny/student")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_same_seed_gives_the_same_student_and_another_seed_another(work: Path) -> None:
+    weights = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        options = (f"name={name}", f"seed={seed}", f"pretrain.cache_dir={work}/cache-{name}", "bitnet_sft=null")
+        result = pipeline.run(recipe(work, *options), until="distill", quiet=True)
+        weights.append(latents(result.run_dir / "student"))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not all(torch.equal(weights[0][k], weights[2][k]) for k in weights[0])
+
+
+def test_changed_settings_never_overwrite_unasked(work: Path) -> None:
+    pipeline.run(recipe(work), until="sft", quiet=True)
+    before = (work / "runs/tiny/teacher/model.safetensors").read_bytes()
+    with pytest.raises(ArtifactError, match=r"sft\.epochs 1\.0 -> 2\.0.*--redo sft"):
+        pipeline.run(recipe(work, "sft.epochs=2"), until="sft", quiet=True)
+    assert (work / "runs/tiny/teacher/model.safetensors").read_bytes() == before
+    pipeline.run(recipe(work, "sft.epochs=2"), until="sft", redo=frozenset({"sft"}), quiet=True)
+    assert (work / "runs/tiny/teacher/model.safetensors").read_bytes() != before
+
+
+def test_the_base_is_shared_by_tasks_and_knows_nothing_of_them(work: Path) -> None:
+    pipeline.run(recipe(work), until="pretrain", quiet=True)
+    bases = list((work / "cache/bases").iterdir())
+    assert len(bases) == 1
+    stamp = (bases[0] / "model.safetensors").stat().st_mtime_ns
+    write_rows(work / "train.jsonl", 20, 7)  # another task
+    pipeline.run(recipe(work, "name=other", 'task.template="{text} w8"'), until="distill", quiet=True)
+    assert list((work / "cache/bases").iterdir()) == bases
+    assert (bases[0] / "model.safetensors").stat().st_mtime_ns == stamp
+    assert json.loads((work / "runs/other/base.json").read_text())["path"] == str(bases[0].resolve())
+
+
+def test_stage_3_starts_bit_identical_to_the_end_of_stage_2(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 2 of docs/method.md: SubLN gains (here calibrated, so not 1) survive between the stages."""
+    pipeline.run(recipe(work), until="pretrain", quiet=True)
+    (base,) = (work / "cache/bases").iterdir()
+    want = latents(base)
+    started: dict[str, torch.Tensor] = {}
+
+    def capture(model: torch.nn.Module, *_: object, **__: object) -> loop.FitResult:
+        started.update({k: v.detach().clone() for k, v in model.state_dict().items()})
+        return loop.FitResult(1, 1, 0.1, 0, 0.0)
+
+    pipeline.run(recipe(work), until="sft", quiet=True)
+    monkeypatch.setattr(sft, "fit", capture)
+    pipeline.run(recipe(work), until="distill", quiet=True)
+    assert started.keys() == want.keys()
+    assert all(torch.equal(started[k], want[k]) for k in want)
+    assert any("subln" in k and not torch.equal(v, torch.ones_like(v)) for k, v in started.items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=paper",),
+        ("pretrain.objective=lm", "refine.gains=ones"),
+        ("pretrain.objective=mix", "pretrain.ternary_warmup_fraction=0.5"),
+        ("refine.subln=every_linear",),
+        ("refine.subln=none", "distill.distilled_tokens=all", "distill.tau_squared=true"),
+        ("distill.relation.form=cosine", "distill.relation.heads=2", "distill.relation.layer=-1", "distill.gamma=3"),
+        ("distill.relation.layer=[0, 2]",),
+        ("distill.gamma=0", "distill.lambda=0"),
+        ("pretrain=null",),
+        ("refine.quantize_activations=false",),
+    ],
+)
+def test_every_ablation_is_a_flag(work: Path, overrides: tuple[str, ...]) -> None:
+    result = pipeline.run(recipe(work, *overrides, "bitnet_sft=null"), until="distill", quiet=True)
+    log = [json.loads(line) for line in (result.run_dir / "logs/distill.jsonl").read_text().splitlines()]
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in log)
+    assert ("ad" in log[-1]) == ("distill.gamma=0" not in overrides)
+    assert ("ld" in log[-1]) == ("distill.lambda=0" not in overrides)
+
+
+def test_interrupted_run_goes_on_and_ends_the_same(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pipeline.run(recipe(work, "name=whole"), until="distill", quiet=True)
+    real, calls = loop.learning_rate_at, []
+
+    def interrupting(step: int, total: int, optim: object) -> float:
+        calls.append(step)
+        if len(calls) in (2, 7):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(step, total, optim)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "learning_rate_at", interrupting)
+    interruptions = 0
+    while True:
+        try:
+            pipeline.run(recipe(work), until="distill", quiet=True)
+            break
+        except Interrupted as error:
+            assert error.exit_code == 130
+            interruptions += 1
+    assert interruptions == 2
+    first, second = latents(whole.run_dir / "student"), latents(work / "runs/tiny/student")
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_given_base_of_another_model_is_refused(work: Path) -> None:
+    pipeline.run(recipe(work), until="pretrain", quiet=True)
+    (base,) = (work / "cache/bases").iterdir()
+    tiny_model("llama_tied", seed=5).save_pretrained(work / "model")
+    with pytest.raises(ArtifactError, match="another model"):
+        pipeline.run(recipe(work, "name=b", f"pretrain.base={base}"), until="pretrain", quiet=True)
+    with pytest.raises(ArtifactError, match="no artifact here"):
+        pipeline.run(recipe(work, "name=c", f"pretrain.base={work}/model"), until="pretrain", quiet=True)
+
+
+def test_corrupt_teacher_is_noticed_before_it_teaches(work: Path) -> None:
+    pipeline.run(recipe(work), until="pretrain", quiet=True)
+    pipeline.run(recipe(work), until="sft", quiet=True)
+    path = work / "runs/tiny/teacher/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: SHA-256"):
+        pipeline.run(recipe(work), until="distill", quiet=True)
+
+
+def test_teacher_of_another_tokenizer_is_refused(work: Path) -> None:
+    result = pipeline.run(recipe(work), until="pretrain", quiet=True)
+    pipeline.run(recipe(work), until="sft", quiet=True)
+    teacher = result.run_dir / "teacher"
+    manifest = artifact.read_manifest(teacher)
+    data = json.loads((teacher / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    vocab["w50"], vocab["w51"] = vocab["w51"], vocab["w50"]
+    (teacher / "tokenizer.json").write_text(json.dumps(data))
+    entry = manifest["files"]["tokenizer.json"]
+    entry["sha256"] = artifact.sha256_file(teacher / "tokenizer.json")
+    entry["bytes"] = (teacher / "tokenizer.json").stat().st_size
+    (teacher / artifact.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="tokenizer"):
+        pipeline.run(recipe(work), until="distill", quiet=True)
+
+
+def test_bad_rows_are_named_and_nothing_finished_is_lost(work: Path) -> None:
+    pipeline.run(recipe(work), until="sft", quiet=True)
+    lines = (work / "test.jsonl").read_text().splitlines()
+    lines[3] = json.dumps({"text": "w40", "label": "zebra"})
+    (work / "test.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"test\.jsonl:4.*zebra"):
+        pipeline.run(recipe(work), quiet=True)
+    write_rows(work / "test.jsonl", 12, 1)
+    result = pipeline.run(recipe(work), quiet=True)
+    assert len(result.rows) == 3
+
+
+def test_layer_outside_the_model_and_wrong_stage_names(work: Path) -> None:
+    with pytest.raises(RecipeError, match="outside the model's 3 layers"):
+        pipeline.run(recipe(work, "distill.relation.layer=3"), until="distill", quiet=True)
+    with pytest.raises(RecipeError, match="expected one of"):
+        pipeline.run(recipe(work), until="pack", quiet=True)
+
+
+def test_full_disk_is_refused_before_training(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(work)
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="free some"):
+        pipeline.run(recipe(work), until="sft", quiet=True)
+
+
+def test_latent_codes_of_the_student_are_those_exported(work: Path) -> None:
+    """Trap 1: codes and scale are exported once, from the latents."""
+    from bitdistill.quant.packing import unpack_2bit
+    from bitdistill.quant.ternary import ternarize
+
+    result = pipeline.run(recipe(work, "bitnet_sft=null"), until="export", quiet=True)
+    student, _, _ = load_student(result.run_dir / "student")
+    packed, _, _ = load_student(result.run_dir / "packed")
+    modules = dict(packed.named_modules())
+    for name, layer in student.named_modules():
+        if isinstance(layer, BitLinear):
+            codes, scale = ternarize(layer.weight)
+            other = modules[name]
+            assert torch.equal(unpack_2bit(other.codes, layer.in_features), codes)
+            assert other.scale.item() == scale.item()
