@@ -115,6 +115,14 @@ def test_predictions_file(tmp_path: Path) -> None:
     assert lines[1]["correct"] is False
 
 
+def test_predictions_name_the_datas_own_labels(tmp_path: Path) -> None:
+    task = TASK.model_copy(update={"labels": {"0": " no", "card_arrival": " post"}})
+    examples = [Example((1,), (2,), 1, ("post",), "p", "/home/someone/data/t.jsonl:7")]
+    write_predictions(tmp_path / "p.jsonl", [Prediction(0, 0, (-1.0, -2.0), "no")], examples, task)
+    line = json.loads((tmp_path / "p.jsonl").read_text("utf-8"))
+    assert (line["reference"], line["prediction"], line["where"]) == ("card_arrival", "no", "t.jsonl:7")
+
+
 def test_generated_answers_are_judged_only_by_exact_match(tmp_path: Path) -> None:
     task = Task(name="g", kind="generation", template="{x}", target_field="y")
     examples = [Example((1,), (2,), None, ("42", "forty-two"), "p", "t:1")]

@@ -100,7 +100,8 @@ def write_predictions(
 ) -> None:
     """Write predictions as JSON lines: index, where, prompt, reference, prediction, correct, scores.
 
-    `correct` is null for generation, where no answer is simply right or wrong, unless the task's headline
+    Classes are shown by the data's own label, or by their label word where the data only number them; `where`
+    is file name and line. `correct` is null for generation, where no answer is simply right or wrong, unless the task's headline
     metric is exact_match. `scores` holds log-likelihoods (nats) in the order of task.labels.
 
     Raises:
@@ -108,14 +109,16 @@ def write_predictions(
     """
     judged = task.kind == "classification" or task.metrics[:1] == ("exact_match",)
     right: Sequence[bool | None] = correct(predictions, examples) if judged else [None] * len(predictions)
+    names = [word.strip() if label.isdigit() else label for label, word in task.labels.items()]
     lines = []
     for prediction, example, is_right in zip(predictions, examples, right, strict=True):
+        reference = example.references[0] if example.references else None
         record = {
             "index": prediction.index,
-            "where": example.where,
+            "where": os.path.basename(example.where),
             "prompt": example.prompt,
-            "reference": example.references[0] if example.references else None,
-            "prediction": prediction.text,
+            "reference": reference if example.label is None else names[example.label],
+            "prediction": prediction.text if prediction.label is None else names[prediction.label],
             "correct": is_right,
             "scores": [round(score, 4) for score in prediction.scores],
         }
