@@ -1,5 +1,6 @@
 # make demo   the whole job on an embedded model and Banking77, on a CPU, offline once installed
 # make test   the default tests
+# make results  docs/results.md from results/*.json
 # make lint   style, types, import directions
 #
 # VENV=path   another virtual environment; PYTHON=python3.12 the interpreter that makes it
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.bitdistill-installed
 SEED ?= 0
 
-.PHONY: demo test lint setup clean help
+.PHONY: demo test results lint setup clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -37,9 +38,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+results: $(STAMP)
+	$(BIN)/python scripts/make_results.py
+
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

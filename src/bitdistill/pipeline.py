@@ -55,7 +55,7 @@ def run(
 
     Args:
         until: last stage to run (one of STAGES); None runs all.
-        redo: stages to run again although a finished artifact is there.
+        redo: stages to run again although a finished artifact is there; so are the stages that read from them.
         command: recorded in results and reports.
         quiet: no progress on stderr.
 
@@ -64,7 +64,7 @@ def run(
     """
     _check_stages(until, redo)
     wanted = STAGES if until is None else needed_stages(until)
-    this = Run.open(recipe, command=command, redo=redo, quiet=quiet)
+    this = Run.open(recipe, command=command, redo=dependent_stages(redo), quiet=quiet)
     result = RunResult(this.run_dir)
 
     if "sft" in wanted:
@@ -103,6 +103,15 @@ def needed_stages(until: str) -> frozenset[str]:
     for name in reversed(STAGES):
         if name in found:
             found |= set(NEEDS[name])
+    return frozenset(found)
+
+
+def dependent_stages(changed: frozenset[str]) -> frozenset[str]:
+    """Stages and all the stages that read from them: what must be made again when they are."""
+    found = set(changed)
+    for name in STAGES:
+        if found & set(NEEDS[name]):
+            found.add(name)
     return frozenset(found)
 
 

@@ -101,8 +101,8 @@ def write_predictions(
     """Write predictions as JSON lines: index, where, prompt, reference, prediction, correct, scores.
 
     Classes are shown by the data's own label, or by their label word where the data only number them; `where`
-    is file name and line. `correct` is null for generation, where no answer is simply right or wrong, unless the task's headline
-    metric is exact_match. `scores` holds log-likelihoods (nats) in the order of task.labels.
+    is file name and line. `correct` is null for generation, where no answer is simply right or wrong, unless
+    the task's headline metric is exact_match. `scores` holds log-likelihoods (nats) in the order of task.labels.
 
     Raises:
         StorageError: the file system refused.

@@ -94,7 +94,7 @@ class Run:
                 "versions": versions(),
                 "hardware": hardware(device),
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "recipe_hash": artifact.hash_json(recipe.model_dump(mode="json")),
+                "recipe_hash": artifact.hash_json(recipe.model_dump(mode="json", by_alias=True)),
             }
             (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
         sinks = open_sinks(recipe.track, run_dir, name)
@@ -103,7 +103,7 @@ class Run:
     def section(self, name: str) -> dict[str, Any]:
         """A recipe section as JSON without the keys that cannot change a result."""
         value = getattr(self.recipe, name)
-        dumped: dict[str, Any] = value.model_dump(mode="json")
+        dumped: dict[str, Any] = value.model_dump(mode="json", by_alias=True)
         dumped.pop("cache_dir", None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
@@ -145,7 +145,7 @@ class Run:
 
     def save_artifact(self, stage: str, model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
         """Write a stage's artifact, then drop the checkpoints that led to it."""
-        save_student(model, tokenizer, folder, recipe=self.recipe.model_dump(mode="json"), **options)
+        save_student(model, tokenizer, folder, recipe=self.recipe.model_dump(mode="json", by_alias=True), **options)
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     @cached_property
@@ -159,7 +159,7 @@ class Run:
         """What determines the training rows: part of every task stage's key."""
         data = self.recipe.data
         return {
-            "task": self.recipe.task.model_dump(mode="json"),
+            "task": self.recipe.task.model_dump(mode="json", by_alias=True),
             "train": self.data_fingerprints["train"],
             "limit_train": data.limit_train,
             "validation_fraction": data.validation_fraction if data.validation is None else 0.0,

@@ -129,7 +129,7 @@ def _inputs(run: Run, entries: Sequence[Entry]) -> dict[str, Any]:
         "eval": run.section("eval"),
         "data": run.data_fingerprints,
         "limit_test": run.recipe.data.limit_test,
-        "task": run.recipe.task.model_dump(mode="json"),
+        "task": run.recipe.task.model_dump(mode="json", by_alias=True),
         "device": run.device.type,
     }
 
