@@ -91,6 +91,8 @@ class DataConfig(Strict):
 class Optim(Strict):
     """Optimizer and schedule of one stage."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of the blocks, at AdamW's update size; AdamW for the rest."""
     learning_rate: Positive
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """wsd: warm-up, stable, then linear decay over the last `decay_fraction` of steps."""
@@ -98,6 +100,8 @@ class Optim(Strict):
     decay_fraction: Fraction = 0.2
     min_lr_ratio: Fraction = 0.0
     weight_decay: NonNegative = 0.0
+    momentum: Fraction = 0.95
+    """Of muon's matrices."""
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     epsilon: Positive = 1e-8

@@ -21,7 +21,7 @@ from bitdistill.data.batches import Batch
 from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, StorageError
 from bitdistill.train import checkpoint
 from bitdistill.train.loop import FitResult, StepOutput, Totals, fit
-from bitdistill.train.optim import learning_rate_at
+from bitdistill.train.optim import build_optimizer, learning_rate_at
 from bitdistill.train.tracking import Tracker, truncate_log
 
 VOCABULARY, LENGTH = 17, 6
@@ -112,20 +112,22 @@ def test_same_seed_twice_is_bit_identical(tmp_path: Path) -> None:
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("stop_at", [1, 5, 6, 11])
-def test_signal_saves_and_resuming_is_bit_identical(tmp_path: Path, stop_at: int) -> None:
+def test_signal_saves_and_resuming_is_bit_identical(tmp_path: Path, stop_at: int, name: str) -> None:
+    optim = Optim(learning_rate=1e-2, name=name)  # type: ignore[arg-type]
     whole = make_model()
-    done = train(whole, tmp_path / "whole")
+    done = train(whole, tmp_path / "whole", optim=optim)
 
     def interrupt(step: int) -> None:
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted) as caught:
-        train(make_model(), tmp_path / "cut", before_step=interrupt)
+        train(make_model(), tmp_path / "cut", before_step=interrupt, optim=optim)
     assert caught.value.exit_code == 143
     resumed = make_model(seed=99)  # its weights must come from the checkpoint
-    again = train(resumed, tmp_path / "cut")
+    again = train(resumed, tmp_path / "cut", optim=optim)
     assert torch.equal(weights(whole), weights(resumed))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     assert (again.steps, again.tokens) == (done.steps, done.tokens)
@@ -277,3 +279,24 @@ def test_schedules_warm_up_and_reach_their_floor(schedule: str) -> None:
         assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates[10:]))
     if schedule == "wsd":
         assert rates[79] == 2.0
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
+    model = make_model()
+    optimizer = build_optimizer(model, Optim(learning_rate=0.1, name="muon", weight_decay=0.3))
+    muon, adamw = optimizer.optimizers
+    assert [tuple(p.shape) for p in muon.param_groups[0]["params"]] == [(12, 12), (VOCABULARY, 12)]
+    assert [tuple(p.shape) for p in adamw.param_groups[0]["params"]] == [
+        (VOCABULARY, 12),
+        (12,),
+        (VOCABULARY,),
+    ]
+    assert (muon.param_groups[0]["weight_decay"], adamw.param_groups[0]["weight_decay"]) == (0.3, 0.0)
+    # a single update is orthogonal and of AdamW's size: 0.2 sqrt(max(out, in)) singular values times the rate
+    before = model[1].weight.detach().clone()
+    model(torch.arange(VOCABULARY)[None]).square().sum().backward()
+    optimizer.step()
+    change = before * (1 - 0.1 * 0.3) - model[1].weight.detach()
+    singular = torch.linalg.svdvals(change) / (0.1 * 0.2 * 12**0.5)
+    assert singular.max() < 1.3
+    assert (singular > 0.6).sum() >= 10  # the iteration leaves tiny singular values behind

@@ -145,7 +145,9 @@ class Run:
 
     def save_artifact(self, stage: str, model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
         """Write a stage's artifact, then drop the checkpoints that led to it."""
-        save_student(model, tokenizer, folder, recipe=self.recipe.model_dump(mode="json", by_alias=True), **options)
+        save_student(
+            model, tokenizer, folder, recipe=self.recipe.model_dump(mode="json", by_alias=True), **options
+        )
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     @cached_property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitdistill import artifact
 from bitdistill.errors import ArtifactError, StorageError
+from bitdistill.train.optim import OptimizerSet
 
 log = logging.getLogger("bitdistill")
 KEEP = 2
@@ -35,24 +36,22 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: OptimizerSet) -> dict[str, Tensor]:
     names = {id(p): n for n, p in model.named_parameters()}
     tensors = {}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in optimizer.states():
         for key, value in state.items():
             tensors[f"{names[id(parameter)]}|{key}"] = torch.as_tensor(value).detach().contiguous()
     return tensors
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def _restore_optimizer(model: nn.Module, optimizer: OptimizerSet, tensors: Mapping[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("|", 1)
         parameter = parameters[parameter_name]
         # AdamW keeps its step counter in float32 on the parameter's device when fused
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.restore(parameter, key, value.to(parameter.device))
 
 
 def _rng_tensors() -> dict[str, Tensor]:
@@ -89,7 +88,7 @@ def save(
     root: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerSet,
     state: Mapping[str, Any],
     key: str,
 ) -> None:
@@ -105,9 +104,7 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(
-    root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, key: str
-) -> dict[str, Any] | None:
+def restore(root: Path, model: nn.Module, optimizer: OptimizerSet, key: str) -> dict[str, Any] | None:
     """Load the newest intact checkpoint of this very stage into model, optimizer and RNG.
 
     Returns:

@@ -23,7 +23,7 @@ from bitdistill.config import Loop, Optim
 from bitdistill.data.batches import Batch
 from bitdistill.errors import DivergenceError, Interrupted
 from bitdistill.train import checkpoint
-from bitdistill.train.optim import build_optimizer, learning_rate_at
+from bitdistill.train.optim import OptimizerSet, build_optimizer, learning_rate_at
 from bitdistill.train.tracking import Tracker, truncate_log
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -217,7 +217,7 @@ def _due(loop: Loop, step: int, saved_at: float) -> bool:
 def _update(
     model: nn.Module,
     parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: OptimizerSet,
     micro_batches: list[Batch],
     step_function: StepFunction,
     learning_rate: float,

@@ -1,11 +1,13 @@
-"""Parameter groups and learning-rate schedules."""
+"""Optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitdistill.config import Optim
 
@@ -30,26 +32,73 @@ def learning_rate_at(step: int, total_steps: int, optim: Optim) -> float:
     return optim.learning_rate * factor
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices with weight decay; embeddings, norms, gains and biases without."""
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters: the matrices, and the rest (embeddings, output head, norms, gains, biases)."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        embeddings.add(id(head.weight))
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
-            (decayed if matrix else plain).append(parameter)
-    groups: list[dict[str, object]] = [{"params": decayed, "weight_decay": weight_decay}]
-    groups.append({"params": plain, "weight_decay": 0.0})
-    return [g for g in groups if g["params"]]
+            matrix = parameter.ndim == 2 and id(parameter) not in embeddings
+            (matrices if matrix else rest).append(parameter)
+    return matrices, rest
 
 
-def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, fused."""
-    return torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay),
+class OptimizerSet:
+    """One or more optimizers over disjoint parameters, stepped together."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        self._owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of all optimizers (live: setting a group's `lr` takes effect)."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def states(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter that has state, with it."""
+        for optimizer in self.optimizers:
+            yield from optimizer.state.items()
+
+    def restore(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        """Put one tensor of state back."""
+        self._owner[id(parameter)].state[parameter][key] = value
+
+
+def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
+    """The optimizers of a stage over all trainable parameters; weight decay acts on matrices only."""
+    matrices, rest = split_parameters(model)
+    adamw_groups = [{"params": rest, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if optim.name == "muon":
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=optim.learning_rate,
+                weight_decay=optim.weight_decay,
+                momentum=optim.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    else:
+        adamw_groups.insert(0, {"params": matrices, "weight_decay": optim.weight_decay})
+    adamw = torch.optim.AdamW(
+        [group for group in adamw_groups if group["params"]],
         lr=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
         eps=optim.epsilon,
         fused=True,
     )
+    return OptimizerSet([*optimizers, adamw])
