@@ -35,7 +35,8 @@ def learning_rate_at(step: int, total_steps: int, optim: Optim) -> float:
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters: the matrices, and the rest (embeddings, output head, norms, gains, biases)."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     if head is not None:
         embeddings.add(id(head.weight))
     matrices: list[nn.Parameter] = []
