@@ -232,7 +232,8 @@ class EvalConfig(Strict):
 class ExportConfig(Strict):
     """The packed student."""
 
-    formats: tuple[Literal["packed"], ...] = ("packed",)
+    formats: tuple[Literal["packed", "hf"], ...] = ("packed",)
+    """packed is always written; hf adds a folder that plain transformers loads, where it has a class for it."""
     float_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Storage of embeddings, norms, gains, biases and head. Rounding happens once, before the student is scored."""
 

@@ -14,7 +14,7 @@ from bitdistill.report.inspect import write_stats
 from bitdistill.stages.common import Run
 from bitdistill.stages.distill import distill
 from bitdistill.stages.evaluate import Entry, evaluate
-from bitdistill.stages.export import export
+from bitdistill.stages.export import export, export_formats
 from bitdistill.stages.pretrain import pretrain
 from bitdistill.stages.refine import refine
 from bitdistill.stages.sft import bitnet_sft, sft
@@ -40,6 +40,7 @@ class RunResult:
     run_dir: Path
     rows: list[ResultRow] = field(default_factory=list)
     packed: Path | None = None
+    formats: dict[str, Path] = field(default_factory=dict)
     report: Path | None = None
 
 
@@ -83,6 +84,7 @@ def run(
         write_stats(baseline, this.run_dir, "bitnet_sft")
     if "export" in wanted:
         packed = result.packed = export(this, student, this.keys["distill"], "packed")
+        result.formats = export_formats(this, packed)
         if recipe.bitnet_sft is not None:
             packed_baseline = export(this, baseline, this.keys["bitnet_sft"], "bitnet_sft_packed")
     if "eval" in wanted:

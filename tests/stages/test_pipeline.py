@@ -320,3 +320,26 @@ def test_missing_trackers_are_said_before_training(work: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingDependencyError, match=r"bitdistill\[track\]"):
         pipeline.run(recipe(work, "track.tensorboard=true"), quiet=True)
+
+
+def test_further_formats_are_made_from_the_packed_student(work: Path) -> None:
+    plain = pipeline.run(recipe(work, "bitnet_sft=null"), until="export", quiet=True)
+    assert plain.packed is not None
+    stamp = (plain.packed / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ModelError, match="packed"):  # 4 heads of 10 are not as wide as the tiny model
+        pipeline.run(
+            recipe(work, "bitnet_sft=null", "export.formats=[packed, hf]"), until="export", quiet=True
+        )
+    options = ("name=wide", "bitnet_sft=null", "refine.subln=none", "export.formats=[packed, hf]")
+    with pytest.raises(ModelError, match="multiples of 4"):
+        pipeline.run(recipe(work, *options), until="export", quiet=True)
+    assert (plain.packed / "model.safetensors").stat().st_mtime_ns == stamp
+    tiny_model("llama_tied", hidden_size=48, head_dim=12, intermediate_size=72).save_pretrained(
+        work / "model"
+    )
+    options = ("name=fits", "bitnet_sft=null", "export.formats=[packed, hf]")
+    result = pipeline.run(recipe(work, *options), until="export", quiet=True)
+    assert json.loads((result.formats["hf"] / "config.json").read_text())["model_type"] == "bitnet"
+    stamp = (result.formats["hf"] / "model.safetensors").stat().st_mtime_ns
+    pipeline.run(recipe(work, *options), until="export", quiet=True)
+    assert (result.formats["hf"] / "model.safetensors").stat().st_mtime_ns == stamp

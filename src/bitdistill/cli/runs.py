@@ -69,10 +69,21 @@ def distill(
 
 
 def export(
-    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+    recipe: RecipePath,
+    set_: Overrides = None,
+    format_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="A further format beside the packed student: hf. Repeat.", show_default=False
+        ),
+    ] = None,
+    redo: Redo = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the packed student: 2-bit codes, scales, tokenizer and model card."""
-    _run(recipe, set_, redo, json_, quiet, until=StageName.export)
+    """Write the packed student (2-bit codes, scales, tokenizer), and further formats."""
+    extra = [f"export.formats=[{', '.join(['packed', *format_])}]"] if format_ else []
+    _run(recipe, [*(set_ or []), *extra], redo, json_, quiet, until=StageName.export)
 
 
 def evaluate(

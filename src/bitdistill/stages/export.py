@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bitdistill import artifact
+from bitdistill.interop.transformers_bitnet import export_transformers
 from bitdistill.models.student import load_student, pack
 from bitdistill.stages.common import Run
 
@@ -31,24 +33,39 @@ def write_packed(
     )
 
 
-EXPORTERS: dict[str, Callable[..., None]] = {"packed": write_packed}
+# Further formats, made from the packed folder without recomputing a code.
+EXPORTERS: dict[str, Callable[[Path, Path], Path]] = {"hf": export_transformers}
 
 
 def export(run: Run, latent: Path, latent_key: str, name: str) -> Path:
-    """Export the latent student at `latent` in every format of the recipe.
+    """Export the latent student at `latent`.
 
     Args:
         latent_key: key of the stage that made it.
-        name: prefix of the folders: `packed` for the student, `bitnet_sft_packed` for the baseline.
+        name: the packed folder's name: `packed` for the student, `bitnet_sft_packed` for the baseline.
 
     Returns:
         the packed folder.
+
+    Raises:
+        ModelError: a further format of the recipe cannot hold this student; the packed folder is kept.
     """
     folder = run.run_dir / name
-    inputs = {"from": latent_key, "export": run.section("export")}
-    if run.finished("export", folder, inputs):
-        return folder
-    model, tokenizer, manifest = load_student(latent)
-    for kind in run.recipe.export.formats:
-        EXPORTERS[kind](model, tokenizer, manifest, folder, run, inputs)
+    inputs = {"from": latent_key, "float_dtype": run.recipe.export.float_dtype}
+    if not run.finished("export", folder, inputs):
+        model, tokenizer, manifest = load_student(latent)
+        write_packed(model, tokenizer, manifest, folder, run, inputs)
     return folder
+
+
+def export_formats(run: Run, packed: Path) -> dict[str, Path]:
+    """The student's further formats, each in a folder of its name; kept when made from this very student."""
+    files = artifact.read_manifest(packed)["files"]
+    made: dict[str, Path] = {}
+    for name in run.recipe.export.formats:
+        if name == "packed":
+            continue
+        made[name] = run.run_dir / name
+        if not artifact.exists(made[name]) or artifact.read_manifest(made[name]).get("from") != files:
+            EXPORTERS[name](packed, made[name])
+    return made
