@@ -226,3 +226,19 @@ def test_refine_in_one_call(ids: Tensor) -> None:
     assert torch.equal(ones, torch.ones_like(ones))
     ablation = bd.refine(model, subln="none", quantize_activations=False)
     assert not ablation.get_submodule("model.layers.0.mlp.down_proj").quantize_activations
+
+
+def test_subln_takes_the_models_epsilon_and_keeps_it_on_disk(tmp_path: Path) -> None:
+    from bitdistill.models.student import load_student, pack, save_student
+
+    from .conftest import make_tokenizer
+
+    source = tiny_model("llama", rms_norm_eps=3e-3)
+    plan = surgery.plan(source.config, RefineConfig())
+    student = surgery.apply(plan, source)
+    for kind, model in (("student", student), ("packed", pack(student, "float32"))):
+        save_student(model, make_tokenizer(), tmp_path / kind, kind=kind, plan=plan, recipe={}, extra={})  # type: ignore[arg-type]
+        loaded, _, _ = load_student(tmp_path / kind)
+        norms = [m for n, m in loaded.named_modules() if n.endswith(".subln")]
+        assert len(norms) == 6
+        assert {m.eps for m in norms} == {3e-3}

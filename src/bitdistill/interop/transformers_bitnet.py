@@ -89,7 +89,7 @@ def target_config(config: Mapping[str, Any], plan: SurgeryPlan, where: str) -> d
         "modules_to_not_convert": ["lm_head"],
     }
     if plan.subln == "every_linear":
-        quantization |= {"use_rms_norm": True, "rms_norm_eps": 1e-6}
+        quantization |= {"use_rms_norm": True, "rms_norm_eps": found["rms_norm_eps"]}
     elif plan.subln == "paper":
         width = found["num_attention_heads"] * (
             found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]

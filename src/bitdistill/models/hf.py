@@ -90,7 +90,12 @@ class BitDistillQuantizer(HfQuantizer):  # type: ignore[misc]
             parent, child = name.rsplit(".", 1)
             with torch.device("meta"):
                 layer = layer_type(
-                    spec.in_features, spec.out_features, spec.bias, spec.subln, plan.quantize_activations
+                    spec.in_features,
+                    spec.out_features,
+                    spec.bias,
+                    spec.subln,
+                    plan.quantize_activations,
+                    float(model.config.rms_norm_eps),
                 )
             if isinstance(layer, BitLinear):
                 # Latents decide the codes and bf16 would change some, so they stay float32 at any `dtype`.

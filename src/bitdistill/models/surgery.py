@@ -149,7 +149,8 @@ def apply(plan: SurgeryPlan, model: Any) -> Any:
     for name, spec in plan.replace.items():
         linear = modules.get(name)
         _check_linear(name, spec, linear)
-        layer = BitLinear.from_linear(linear, spec.subln, plan.quantize_activations)  # type: ignore[arg-type]
+        eps = float(model.config.rms_norm_eps)
+        layer = BitLinear.from_linear(linear, spec.subln, plan.quantize_activations, eps)  # type: ignore[arg-type]
         memo[id(linear)] = layer.train(model.training)
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear) and name not in plan.replace and name not in plan.keep:

@@ -114,6 +114,7 @@ class BitLinear(nn.Module):
     Args:
         in_features, out_features, bias: as torch.nn.Linear.
         subln: put a SubLN on the input.
+        subln_eps: its epsilon; models use their own `rms_norm_eps`, as other tools' sub-norms do.
         quantize_activations: False is an ablation (ternary weights, full-precision activations).
 
     Attributes:
@@ -128,22 +129,27 @@ class BitLinear(nn.Module):
         bias: bool,
         subln: bool,
         quantize_activations: bool = True,
+        subln_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.subln = SubLN(in_features) if subln else None
+        self.subln = SubLN(in_features, subln_eps) if subln else None
         self.quantize_activations = quantize_activations
         self.quantize_weights = True
         self.ternary_blend = 1.0
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, subln: bool, quantize_activations: bool = True) -> BitLinear:
+    def from_linear(
+        cls, linear: nn.Linear, subln: bool, quantize_activations: bool = True, subln_eps: float = 1e-6
+    ) -> BitLinear:
         """A BitLinear whose latents are a float32 copy of `linear`'s weights (which are not shared)."""
         has_bias = linear.bias is not None
         with torch.device(linear.weight.device):
-            layer = cls(linear.in_features, linear.out_features, has_bias, subln, quantize_activations)
+            layer = cls(
+                linear.in_features, linear.out_features, has_bias, subln, quantize_activations, subln_eps
+            )
         with torch.no_grad():
             layer.weight.copy_(linear.weight)
             if layer.bias is not None:
@@ -194,13 +200,14 @@ class PackedBitLinear(nn.Module):
         bias: bool,
         subln: bool,
         quantize_activations: bool = True,
+        subln_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("codes", torch.zeros(out_features, -(-in_features // 4), dtype=torch.uint8))
         self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
-        self.subln = SubLN(in_features) if subln else None
+        self.subln = SubLN(in_features, subln_eps) if subln else None
         self.quantize_activations = quantize_activations
         self._unpacked: Tensor | None = None
 
