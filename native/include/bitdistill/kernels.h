@@ -140,7 +140,7 @@ struct QuantizedRows {
 };
 
 // q and scale of one row; returns the sum of the codes. Throws nothing: NaN and Inf must be refused by the caller
-// (a NaN gives code 0 at that place, an Inf gives scale Inf).
+// (their codes are unspecified; no memory is harmed).
 int32_t quantize_row(const float* x, int64_t n, int8_t* codes, float* scale);
 // Into rows.row(t), scales[t], sums[t] (after rows.resize).
 void quantize_into(QuantizedRows& rows, int64_t t, const float* x);

@@ -1,0 +1,187 @@
+// The thread pool. One job at a time; workers learn of it by a counter, and sleep on a condition variable when no
+// Burst keeps them awake or the wait gets long.
+
+#include "bitdistill/threads.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bitdistill/errors.h"
+
+namespace bitdistill {
+namespace {
+
+constexpr auto kAwake = std::chrono::microseconds(200);  // longest active wait of a worker inside a Burst
+constexpr int kSpinsBeforeYield = 2000;                   // of a caller that waits for the last part
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// A child of fork has none of its parent's workers: pools of an older generation start new ones.
+std::atomic<int> g_generation{0};
+[[maybe_unused]] const int g_registered = pthread_atfork(nullptr, nullptr, [] { g_generation.fetch_add(1); });
+
+// The thread number inside a body, or -1: a nested parallel_for runs in place.
+thread_local int t_number = -1;
+
+struct Job {
+  const std::function<void(int64_t, int64_t, int)>* body = nullptr;
+  int64_t count = 0, grain = 1;
+};
+
+}  // namespace
+
+struct ThreadPool::Impl {
+  // Everything that a fork in the middle of a job could leave in disorder; replaced whole in the child.
+  struct State {
+    std::mutex callers;  // one job at a time
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::atomic<uint64_t> epoch{0};
+    std::atomic<int> remaining{0}, sleepers{0};
+    std::atomic<bool> stop{false};
+    Job job;
+    std::exception_ptr error;
+    std::mutex error_mutex;
+    std::vector<std::thread> workers;
+  };
+
+  explicit Impl(int n) : threads(n) {}
+
+  int threads;
+  std::atomic<int> bursts{0};
+  std::mutex start_mutex;
+  std::atomic<int> generation{-1};
+  std::unique_ptr<State> state;
+
+  void start() {
+    if (generation.load(std::memory_order_acquire) == g_generation.load()) return;
+    std::lock_guard<std::mutex> lock(start_mutex);
+    if (generation.load() == g_generation.load()) return;
+    if (state) (void)state.release();  // forked: its threads and locks belong to the parent; leaked on purpose
+    auto fresh = std::make_unique<State>();
+    for (int i = 1; i < threads; ++i) fresh->workers.emplace_back([this, i, s = fresh.get()] { work(*s, i); });
+    state = std::move(fresh);
+    generation.store(g_generation.load(), std::memory_order_release);
+  }
+
+  void run_part(State& s, int number) {
+    const Job job = s.job;
+    const int64_t grains = (job.count + job.grain - 1) / job.grain;
+    const auto border = [&](int64_t i) {
+      const int64_t at = grains * i / threads * job.grain;
+      return at < job.count ? at : job.count;
+    };
+    const int64_t begin = border(number), end = border(number + 1);
+    if (begin >= end) return;
+    t_number = number;
+    try {
+      (*job.body)(begin, end, number);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(s.error_mutex);
+      if (!s.error) s.error = std::current_exception();
+    }
+    t_number = -1;
+  }
+
+  // Returns the new epoch.
+  uint64_t wait_for_job(State& s, uint64_t seen) {
+    if (bursts.load(std::memory_order_relaxed) > 0) {
+      const auto until = std::chrono::steady_clock::now() + kAwake;
+      do {
+        for (int i = 0; i < 64; ++i) {
+          const uint64_t now = s.epoch.load(std::memory_order_acquire);
+          if (now != seen) return now;
+          relax();
+        }
+      } while (std::chrono::steady_clock::now() < until);
+    }
+    std::unique_lock<std::mutex> lock(s.mutex);
+    s.sleepers.fetch_add(1);  // before the epoch is read again: the caller writes it, then reads sleepers
+    s.wake.wait(lock, [&] { return s.epoch.load() != seen || s.stop.load(); });
+    s.sleepers.fetch_sub(1);
+    return s.epoch.load();
+  }
+
+  void work(State& s, int number) {
+    uint64_t seen = 0;
+    for (;;) {
+      seen = wait_for_job(s, seen);
+      if (s.stop.load()) return;
+      run_part(s, number);
+      s.remaining.fetch_sub(1, std::memory_order_acq_rel);
+    }
+  }
+
+  void publish(State& s) {
+    s.epoch.fetch_add(1);
+    if (s.sleepers.load() > 0) {
+      { std::lock_guard<std::mutex> lock(s.mutex); }
+      s.wake.notify_all();
+    }
+  }
+
+  ~Impl() {
+    if (!state) return;
+    if (generation.load() != g_generation.load()) {
+      (void)state.release();
+      return;
+    }
+    state->stop.store(true);
+    publish(*state);
+    for (std::thread& worker : state->workers) worker.join();
+  }
+};
+
+ThreadPool::ThreadPool(int threads) {
+  if (threads < 1 || threads > 256)
+    throw ModelError("threads: " + std::to_string(threads) + " is out of range; choose 1 to 256");
+  impl_ = std::make_unique<Impl>(threads);
+  impl_->start();
+}
+
+ThreadPool::~ThreadPool() = default;
+
+int ThreadPool::threads() const { return impl_->threads; }
+
+void ThreadPool::parallel_for(int64_t count, int64_t grain,
+                              const std::function<void(int64_t, int64_t, int)>& body) {
+  if (count <= 0) return;
+  if (grain < 1) grain = 1;
+  if (t_number >= 0) return body(0, count, t_number);
+  if (impl_->threads == 1) return body(0, count, 0);
+  impl_->start();
+  Impl::State& s = *impl_->state;
+  std::lock_guard<std::mutex> lock(s.callers);
+  s.job = {&body, count, grain};
+  s.error = nullptr;
+  s.remaining.store(impl_->threads - 1, std::memory_order_relaxed);
+  impl_->publish(s);
+  impl_->run_part(s, 0);
+  for (int spins = 0; s.remaining.load(std::memory_order_acquire) > 0; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+  if (s.error) std::rethrow_exception(s.error);
+}
+
+ThreadPool::Burst::Burst(ThreadPool& pool) : pool_(pool) { pool_.impl_->bursts.fetch_add(1); }
+ThreadPool::Burst::~Burst() { pool_.impl_->bursts.fetch_sub(1); }
+
+}  // namespace bitdistill
