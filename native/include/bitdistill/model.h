@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -128,6 +129,9 @@ class Model : public std::enable_shared_from_this<Model> {
   void mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const;
   void rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const;
   void attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const;
+  // pool_->parallel_for, or in place when `work` (multiplications, about) is too little to be worth waking a thread.
+  void parallel(std::int64_t count, std::int64_t grain, std::int64_t work,
+                const std::function<void(std::int64_t, std::int64_t, int)>& body) const;
   void norm_rows(const float* x, const std::vector<float>& gain, std::int64_t n, float* y) const;
   // y = linear(x) for each product, all in one parallel region; x has n rows.
   void project(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,

@@ -1,6 +1,5 @@
 #include "bitdistill/json.h"
 
-#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
@@ -109,7 +108,7 @@ class Parser {
       skip_space();
       if (peek() != '"') fail("expected a string as object key");
       std::string key = parse_string();
-      if (!seen.insert(key).second) fail("key '" + printable(key) + "' is there twice");
+      if (!seen.insert(key).second) fail("key '" + key.substr(0, 60) + "' is there twice");
       skip_space();
       expect(':');
       value.members.emplace_back(std::move(key), parse_value(depth + 1));
@@ -271,12 +270,6 @@ class Parser {
         append_utf8(out);
       }
     }
-  }
-
-  static std::string printable(const std::string& key) {
-    std::string shown = key.substr(0, 60);
-    std::replace_if(shown.begin(), shown.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20; }, '?');
-    return shown;
   }
 
   std::string_view text_;

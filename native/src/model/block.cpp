@@ -9,6 +9,9 @@ namespace bitdistill {
 
 namespace {
 
+// Work of a few microseconds: less than handing it over may take.
+constexpr std::int64_t kSmallWork = 1 << 17;
+
 constexpr float kSublnEps = 1e-6f;  // quant/linear.py, SubLN
 
 std::int64_t row_groups(const Linear& linear) { return (linear.spec.out + kGroupRows - 1) / kGroupRows; }
@@ -22,9 +25,15 @@ void add_bias(const Linear& linear, float* y, std::int64_t ldy, std::int64_t n, 
 
 }  // namespace
 
+void Model::parallel(std::int64_t count, std::int64_t grain, std::int64_t work,
+                     const std::function<void(std::int64_t, std::int64_t, int)>& body) const {
+  if (work < kSmallWork) body(0, count, 0);
+  else pool_->parallel_for(count, grain, body);
+}
+
 void Model::norm_rows(const float* x, const std::vector<float>& gain, std::int64_t n, float* y) const {
   const auto width = static_cast<std::int64_t>(gain.size());
-  pool_->parallel_for(n, 1, [&](std::int64_t begin, std::int64_t end, int) {
+  parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t r = begin; r < end; ++r) rmsnorm(x + r * width, gain.data(), width, config().norm_eps, y + r * width);
   });
 }
@@ -40,7 +49,7 @@ void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std:
     }
     const std::int64_t width = product.linear->spec.in;
     s.sub.resize(static_cast<std::size_t>(n * width));
-    pool_->parallel_for(n, 1, [&](std::int64_t begin, std::int64_t end, int) {
+    parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t r = begin; r < end; ++r) {
         rmsnorm(x + r * ldx, product.linear->subln.data(), width, kSublnEps, s.sub.data() + r * width);
       }
@@ -52,19 +61,21 @@ void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std:
 
 void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
                          QuantizedRows& quantized) const {
-  std::int64_t groups = 0;
+  std::int64_t groups = 0, work = 0;
   bool ternary = false;
   for (const Product& product : products) {
     groups += row_groups(*product.linear);
     ternary |= product.linear->ternary;
+    // An integer product is worth about a quarter of a float one.
+    work += n * product.linear->spec.in * product.linear->spec.out / (product.linear->ternary ? 4 : 1);
   }
   if (ternary) {
     quantized.resize(n, products[0].linear->spec.in);
-    pool_->parallel_for(n, 1, [&](std::int64_t begin, std::int64_t end, int) {
+    parallel(n, 1, 8 * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t r = begin; r < end; ++r) quantize_into(quantized, r, x + r * ldx);
     });
   }
-  pool_->parallel_for(groups, 1, [&](std::int64_t begin, std::int64_t end, int) {
+  parallel(groups, 1, work, [&](std::int64_t begin, std::int64_t end, int) {
     std::int64_t first = 0;  // group number of the product's first row
     for (const Product& product : products) {
       const Linear& linear = *product.linear;
@@ -95,7 +106,8 @@ void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Sc
       head[i + half] = high * cosine[i] + low * sine[i];
     }
   };
-  pool_->parallel_for(static_cast<std::int64_t>(rows.size()), 1, [&](std::int64_t begin, std::int64_t end, int) {
+  const auto turned = static_cast<std::int64_t>(rows.size() * (heads + kv_heads) * dim);
+  parallel(static_cast<std::int64_t>(rows.size()), 1, 4 * turned, [&](std::int64_t begin, std::int64_t end, int) {
     for (auto r = static_cast<std::size_t>(begin); r < static_cast<std::size_t>(end); ++r) {
       const Row& row = rows[r];
       for (std::size_t h = 0; h < heads; ++h) turn(s.q.data() + (r * heads + h) * dim, block.q_norm, row);
@@ -126,7 +138,9 @@ void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) 
   const std::int64_t window = weights_->blocks[layer].sliding ? config().sliding_window : 0;
   s.mixed.assign(rows.size() * heads * dim, 0.0f);
   const auto count = static_cast<std::int64_t>(rows.size() * heads);
-  pool_->parallel_for(count, 1, [&](std::int64_t begin, std::int64_t end, int) {
+  std::int64_t positions = 0;
+  for (const Row& row : rows) positions += row.position + 1;
+  parallel(count, 1, 2 * positions * static_cast<std::int64_t>(heads * dim), [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<KvSpan> spans;
     std::vector<float> scores;
     for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
@@ -206,7 +220,7 @@ void Model::mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const {
   const std::vector<float>& gain = config().four_norms ? block.pre_feedforward : block.post_attention;
   norm_rows(s.x.data(), gain, n, s.normed.data());
   project(s.normed.data(), hidden, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
-  pool_->parallel_for(n, 1, [&](std::int64_t begin, std::int64_t end, int) {
+  parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
     float* gate = s.gate.data() + begin * inner;
     const float* up = s.up.data() + begin * inner;
     if (config().activation == Activation::kSilu) silu_mul(gate, up, gate, (end - begin) * inner);

@@ -138,11 +138,11 @@ void Model::head(const float* hidden, std::int64_t n, float* logits) const {
     QuantizedRows& rows = scratch_->quantized;
     rows.resize(n, width);
     for (std::int64_t r = 0; r < n; ++r) quantize_into(rows, r, hidden + r * width);
-    pool_->parallel_rows(vocab, [&](std::int64_t begin, std::int64_t end, int) {
+    parallel(vocab, kGroupRows, n * vocab * width / 4, [&](std::int64_t begin, std::int64_t end, int) {
       matmul(int8_head_, rows, logits, vocab, begin, end);
     });
   } else {
-    pool_->parallel_rows(vocab, [&](std::int64_t begin, std::int64_t end, int) {
+    parallel(vocab, kGroupRows, n * vocab * width, [&](std::int64_t begin, std::int64_t end, int) {
       matmul(weights_->head, hidden, n, width, logits, vocab, begin, end);
     });
   }

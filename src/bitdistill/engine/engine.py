@@ -78,7 +78,9 @@ class Engine:
             raise ModelError(f"{folder}: no such folder; give the folder of a model")
         if isa is not None:
             _native.set_isa(isa)
-        count = len(os.sched_getaffinity(0)) if threads is None and hasattr(os, "sched_getaffinity") else threads
+        count = (
+            len(os.sched_getaffinity(0)) if threads is None and hasattr(os, "sched_getaffinity") else threads
+        )
         self.path = folder
         self.manifest: dict[str, Any] | None = None
         if artifact.exists(folder):
@@ -163,7 +165,9 @@ class Engine:
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise ModelError("the prompt has no tokens; give some text, or a list of token ids")
         if context and ids.size > context:
-            raise ModelError(f"the prompt has {ids.size} tokens, the model's context is {context}; shorten it")
+            raise ModelError(
+                f"the prompt has {ids.size} tokens, the model's context is {context}; shorten it"
+            )
         if ids.min() < 0 or ids.max() >= self.facts["vocab_size"]:
             raise ModelError(
                 f"token id {ids.min() if ids.min() < 0 else ids.max()} is not below the vocabulary of "
