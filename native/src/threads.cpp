@@ -42,6 +42,13 @@ struct Job {
   int64_t count = 0, grain = 1;
 };
 
+// A worker counts as inside only between these two.
+struct Inside {
+  explicit Inside(std::atomic<int>& n) : count(n) { count.fetch_add(1); }
+  ~Inside() { count.fetch_sub(1); }
+  std::atomic<int>& count;
+};
+
 }  // namespace
 
 struct ThreadPool::Impl {
@@ -51,7 +58,9 @@ struct ThreadPool::Impl {
     std::mutex mutex;
     std::condition_variable wake;
     std::atomic<uint64_t> epoch{0};
-    std::atomic<int> remaining{0}, sleepers{0};
+    std::atomic<uint64_t> open{0};  // the epoch of the job that may be entered, or 0
+    std::atomic<int64_t> next{0};   // the first row that nobody has taken
+    std::atomic<int> inside{0}, sleepers{0};
     std::atomic<bool> stop{false};
     Job job;
     std::exception_ptr error;
@@ -78,21 +87,24 @@ struct ThreadPool::Impl {
     generation.store(g_generation.load(), std::memory_order_release);
   }
 
-  void run_part(State& s, int number) {
+  // Takes part after part until none is left. A part is half of an even share of what is left: large at first, small
+  // at the end, so that a thread that started late or lost its core delays the others little.
+  void run_parts(State& s, int number) {
     const Job job = s.job;
-    const int64_t grains = (job.count + job.grain - 1) / job.grain;
-    const auto border = [&](int64_t i) {
-      const int64_t at = grains * i / threads * job.grain;
-      return at < job.count ? at : job.count;
-    };
-    const int64_t begin = border(number), end = border(number + 1);
-    if (begin >= end) return;
+    int64_t begin = s.next.load(std::memory_order_relaxed);
     t_number = number;
-    try {
-      (*job.body)(begin, end, number);
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(s.error_mutex);
-      if (!s.error) s.error = std::current_exception();
+    while (begin < job.count) {
+      const int64_t share = (job.count - begin) / (2 * threads) / job.grain * job.grain;
+      const int64_t size = share > job.grain ? share : job.grain;
+      const int64_t end = begin + size < job.count ? begin + size : job.count;
+      if (!s.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      try {
+        (*job.body)(begin, end, number);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(s.error_mutex);
+        if (!s.error) s.error = std::current_exception();
+      }
+      begin = s.next.load(std::memory_order_relaxed);
     }
     t_number = -1;
   }
@@ -121,12 +133,15 @@ struct ThreadPool::Impl {
     for (;;) {
       seen = wait_for_job(s, seen);
       if (s.stop.load()) return;
-      run_part(s, number);
-      s.remaining.fetch_sub(1, std::memory_order_acq_rel);
+      // The caller closes the job, then waits until nobody is inside: either it sees this thread, or this thread
+      // sees the job closed (both orders sequentially consistent). A worker that comes late is not waited for.
+      const Inside inside(s.inside);
+      if (s.open.load() == seen) run_parts(s, number);
     }
   }
 
   void publish(State& s) {
+    s.open.store(s.epoch.load() + 1);
     s.epoch.fetch_add(1);
     if (s.sleepers.load() > 0) {
       { std::lock_guard<std::mutex> lock(s.mutex); }
@@ -168,10 +183,11 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain,
   std::lock_guard<std::mutex> lock(s.callers);
   s.job = {&body, count, grain};
   s.error = nullptr;
-  s.remaining.store(impl_->threads - 1, std::memory_order_relaxed);
+  s.next.store(0);
   impl_->publish(s);
-  impl_->run_part(s, 0);
-  for (int spins = 0; s.remaining.load(std::memory_order_acquire) > 0; ++spins) {
+  impl_->run_parts(s, 0);
+  s.open.store(0);
+  for (int spins = 0; s.inside.load() > 0; ++spins) {
     if (spins < kSpinsBeforeYield) {
       relax();
     } else {

@@ -47,35 +47,29 @@ constexpr int64_t kTwoBitBlocks = 7;  // between widenings, see above
 template <int T, int H>
 inline void two_bit_halves(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride,
                            int32_t* sums) {  // sums[t * 16 + row]
-  __m256i total[T][H];
-  for (auto& token : total)
-    for (auto& half : token) half = _mm256_setzero_si256();
+  __m256i total[T][H] = {};
   for (int64_t b0 = 0; b0 < blocks; b0 += kTwoBitBlocks) {
     const int64_t b1 = b0 + kTwoBitBlocks < blocks ? b0 + kTwoBitBlocks : blocks;
-    __m256i ones[T][H], fours[T][H];
-    for (int t = 0; t < T; ++t)
-      for (int h = 0; h < H; ++h) ones[t][h] = fours[t][h] = _mm256_setzero_si256();
+    __m256i ones[T][H] = {}, fours[T][H] = {};
     for (int64_t b = b0; b < b1; ++b) {
       if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
-      for (int h = 0; h < H; ++h) {
+      each<H>([&](auto h) BITDISTILL_INLINE {
         const Fields w = two_bit_fields(group + b * 64 + 32 * h);
-        for (int t = 0; t < T; ++t) {
+        each<T>([&](auto t) BITDISTILL_INLINE {
           const int8_t* x = codes + t * stride + 16 * b;
           ones[t][h] = _mm256_add_epi16(ones[t][h], _mm256_maddubs_epi16(w.f0, broadcast4(x)));
           fours[t][h] = _mm256_add_epi16(fours[t][h], _mm256_maddubs_epi16(w.f1, broadcast4(x + 4)));
           ones[t][h] = _mm256_add_epi16(ones[t][h], _mm256_maddubs_epi16(w.f2, broadcast4(x + 8)));
           fours[t][h] = _mm256_add_epi16(fours[t][h], _mm256_maddubs_epi16(w.f3, broadcast4(x + 12)));
-        }
-      }
+        });
+      });
     }
-    for (int t = 0; t < T; ++t)
-      for (int h = 0; h < H; ++h) {
+    each<T>([&](auto t) BITDISTILL_INLINE { each<H>([&](auto h) BITDISTILL_INLINE {
         const __m256i joined = _mm256_add_epi16(ones[t][h], _mm256_srai_epi16(fours[t][h], 2));
         total[t][h] = _mm256_add_epi32(total[t][h], widen(joined));
-      }
+      }); });
   }
-  for (int t = 0; t < T; ++t)
-    for (int h = 0; h < H; ++h) store32(sums + 16 * t + 8 * h, total[t][h]);
+  each<T>([&](auto t) BITDISTILL_INLINE { each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); }); });
 }
 
 // ---------------------------------------------------------------------------------------- base 3, decode
@@ -106,23 +100,20 @@ constexpr int64_t kBase3Blocks = 12;  // 60 pairs between widenings
 
 template <int T>
 inline void base3_half(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
-  __m256i total[T];
-  for (auto& token : total) token = _mm256_setzero_si256();
+  __m256i total[T] = {};
   for (int64_t b0 = 0; b0 < blocks; b0 += kBase3Blocks) {
     const int64_t b1 = b0 + kBase3Blocks < blocks ? b0 + kBase3Blocks : blocks;
-    __m256i sum[T];
-    for (auto& token : sum) token = _mm256_setzero_si256();
+    __m256i sum[T] = {};
     for (int64_t b = b0; b < b1; ++b) {
       const Digits w = base3_digits(load32(group + b * 64));
-      for (int t = 0; t < T; ++t)
-        for (int p = 0; p < 5; ++p) {
+      each<T>([&](auto t) BITDISTILL_INLINE { each<5>([&](auto p) BITDISTILL_INLINE {
           const __m256i four = broadcast4(codes + t * stride + 20 * b + 4 * p);
           sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(w.d[p], four));
-        }
+        }); });
     }
-    for (int t = 0; t < T; ++t) total[t] = _mm256_add_epi32(total[t], widen(sum[t]));
+    each<T>([&](auto t) BITDISTILL_INLINE { total[t] = _mm256_add_epi32(total[t], widen(sum[t])); });
   }
-  for (int t = 0; t < T; ++t) store32(sums + 16 * t, total[t]);
+  each<T>([&](auto t) BITDISTILL_INLINE { store32(sums + 16 * t, total[t]); });
 }
 
 template <int T>
@@ -140,8 +131,7 @@ inline void ternary_group(const TernaryView& w, const ActivationView& x, const O
     two_bit_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
     two_bit_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
   }
-  for (int t = 0; t < T; ++t)
-    store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
+  each<T>([&](auto t) BITDISTILL_INLINE { store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales); });
 }
 
 void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
@@ -163,7 +153,7 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
 void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
   const __m256i three = _mm256_set1_epi8(3);
   for (int64_t b = 0; b < w.blocks; ++b) {
-    for (int h = 0; h < 2; ++h) {
+    each<2>([&](auto h) BITDISTILL_INLINE {
       const __m256i bytes = load32(group + b * 64 + 32 * h);
       uint8_t* half = tile + 32 * h;
       if (w.layout == Layout::kTwoBitRows16) {
@@ -173,42 +163,56 @@ void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
         store32(half + 192, _mm256_and_si256(_mm256_srli_epi16(bytes, 6), three));
       } else {
         const Digits digits = base3_digits(bytes);
-        for (int p = 0; p < 5; ++p) store32(half + 64 * p, digits.d[p]);
+        each<5>([&](auto p) BITDISTILL_INLINE { store32(half + 64 * p, digits.d[p]); });
       }
-    }
+    });
     tile += 16 * block_columns(w.layout);
   }
 }
 
 constexpr int64_t kPairs = 60;
 
+// 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers. The sums have names,
+// and leave their registers by plain stores, because GCC otherwise spills them inside the loop.
+#define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define BITDISTILL_DECLARE(t) __m256i a##t = _mm256_setzero_si256(), b##t = a##t;
+#define BITDISTILL_MULTIPLY(t)                                        \
+  if constexpr (t < T) {                                              \
+    const __m256i four = broadcast4(codes + t * stride);              \
+    a##t = _mm256_add_epi16(a##t, _mm256_maddubs_epi16(low, four));   \
+    b##t = _mm256_add_epi16(b##t, _mm256_maddubs_epi16(high, four));  \
+    asm volatile("" : "+x"(a##t), "+x"(b##t));                        \
+  }
+#define BITDISTILL_STORE(t)                     \
+  if constexpr (t < T) {                        \
+    store32(narrow + 32 * t, a##t);             \
+    store32(narrow + 32 * t + 16, b##t);        \
+  }
 template <int T>
 void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                int64_t row_end, const uint8_t* tile) {
-  const int64_t quads = w.blocks * block_columns(w.layout) / 4;
-  const int8_t* codes = x.codes + t0 * x.stride;
+  const int64_t quads = w.blocks * block_columns(w.layout) / 4, stride = x.stride;
+  const int8_t* codes = x.codes + t0 * stride;
   alignas(32) int32_t sums[T * 16] = {};
   for (int64_t q0 = 0; q0 < quads; q0 += kPairs) {
     const int64_t q1 = q0 + kPairs < quads ? q0 + kPairs : quads;
-    __m256i sum[T][2];
-    for (auto& token : sum) token[0] = token[1] = _mm256_setzero_si256();
-    for (int64_t q = q0; q < q1; ++q) {
-      const __m256i low = load32(tile + q * 64), high = load32(tile + q * 64 + 32);
-      for (int t = 0; t < T; ++t) {
-        const __m256i four = broadcast4(codes + t * x.stride + 4 * q);
-        sum[t][0] = _mm256_add_epi16(sum[t][0], _mm256_maddubs_epi16(low, four));
-        sum[t][1] = _mm256_add_epi16(sum[t][1], _mm256_maddubs_epi16(high, four));
-      }
+    BITDISTILL_TOKENS(BITDISTILL_DECLARE)
+    for (int64_t q = q0; q < q1; ++q, codes += 4, tile += 64) {
+      const __m256i low = load32(tile), high = load32(tile + 32);
+      BITDISTILL_TOKENS(BITDISTILL_MULTIPLY)
     }
-    for (int t = 0; t < T; ++t)
-      for (int h = 0; h < 2; ++h) {
-        int32_t* place = sums + 16 * t + 8 * h;
-        store32(place, _mm256_add_epi32(load32(place), widen(sum[t][h])));
-      }
+    alignas(32) int16_t narrow[T * 32];
+    BITDISTILL_TOKENS(BITDISTILL_STORE)
+    for (int h = 0; h < 2 * T; ++h)
+      store32(sums + 8 * h, _mm256_add_epi32(load32(sums + 8 * h), widen(load32(narrow + 16 * h))));
   }
   for (int t = 0; t < T; ++t)
     store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
 }
+#undef BITDISTILL_STORE
+#undef BITDISTILL_MULTIPLY
+#undef BITDISTILL_DECLARE
+#undef BITDISTILL_TOKENS
 
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
@@ -229,32 +233,29 @@ inline void int8_group(const Int8View& w, const ActivationView& x, const OutputV
                        int64_t row_end) {
   const int8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
-  __m256i sum[T][4];  // part i: rows 4 i .. 4 i + 3, two lanes a row
-  for (auto& token : sum)
-    for (auto& part : token) part = _mm256_setzero_si256();
+  __m256i sum[T][4] = {};  // part i: rows 4 i .. 4 i + 3, two lanes a row
   for (int64_t b = 0; b < w.blocks; ++b) {
     if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
     __m256i four[T];
-    for (int t = 0; t < T; ++t) {
+    each<T>([&](auto t) BITDISTILL_INLINE {
       int32_t bytes;
       __builtin_memcpy(&bytes, codes + t * x.stride + 4 * b, 4);
       four[t] = _mm256_cvtepi8_epi16(_mm_set1_epi32(bytes));
-    }
-    for (int i = 0; i < 4; ++i) {
+    });
+    each<4>([&](auto i) BITDISTILL_INLINE {
       const __m256i part =
           _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + b * 64 + 16 * i)));
-      for (int t = 0; t < T; ++t)
-        sum[t][i] = _mm256_add_epi32(sum[t][i], _mm256_madd_epi16(part, four[t]));
-    }
+      each<T>([&](auto t) BITDISTILL_INLINE { sum[t][i] = _mm256_add_epi32(sum[t][i], _mm256_madd_epi16(part, four[t])); });
+    });
   }
-  for (int t = 0; t < T; ++t) {
+  each<T>([&](auto t) BITDISTILL_INLINE {
     int32_t sums[16];
-    for (int i = 0; i < 4; i += 2) {
-      const __m256i rows = _mm256_hadd_epi32(sum[t][i], sum[t][i + 1]);  // 0 1, 4 5 | 2 3, 6 7
-      store32(sums + 4 * i, _mm256_permute4x64_epi64(rows, 0xd8));
-    }
+    each<2>([&](auto i) BITDISTILL_INLINE {
+      const __m256i rows = _mm256_hadd_epi32(sum[t][2 * i], sum[t][2 * i + 1]);  // 0 1, 4 5 | 2 3, 6 7
+      store32(sums + 8 * i, _mm256_permute4x64_epi64(rows, 0xd8));
+    });
     store_group(out, x, sums, t0 + t, row, row_end, 0, 1.0f, w.row_scales);
-  }
+  });
 }
 
 void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,

@@ -49,19 +49,19 @@ constexpr int64_t kPrefetchBytes = 2048;
 // --------------------------------------------------------------------------------------- 2 bits, decode
 
 template <int T>
-inline void two_bit_block(const uint8_t* block, const int8_t* x, int64_t stride, __m512i sum[T][4]) {
+inline void two_bit_block(const uint8_t* block, const int8_t* x, int64_t stride, __m512i (&sum)[T][4]) {
   const __m512i bytes = load64(block);
   const __m512i p0 = _mm512_and_si512(bytes, _mm512_set1_epi8(0x03));
   const __m512i p1 = _mm512_and_si512(bytes, _mm512_set1_epi8(0x0c));
   const __m512i p2 = _mm512_and_si512(bytes, _mm512_set1_epi8(0x30));
   const __m512i p3 = _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(0xc0)));
-  for (int t = 0; t < T; ++t) {
+  each<T>([&](auto t) BITDISTILL_INLINE {
     const int8_t* row = x + t * stride;
     sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], p0, broadcast4(row));
     sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], p1, broadcast4(row + 4));
     sum[t][2] = _mm512_dpbusd_epi32(sum[t][2], p2, broadcast4(row + 8));
     sum[t][3] = _mm512_dpbusd_epi32(sum[t][3], p3, broadcast4(row + 12));
-  }
+  });
 }
 
 template <int T>
@@ -70,27 +70,24 @@ inline void two_bit_group(const TernaryView& w, const ActivationView& x, const O
   constexpr int kChains = T == 1 ? 2 : 1;  // independent sums enough to hide the latency of dpbusd
   const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
-  __m512i sum[kChains][T][4];
-  for (auto& chain : sum)
-    for (auto& token : chain)
-      for (auto& field : token) field = _mm512_setzero_si512();
+  __m512i sum[kChains][T][4] = {};
   int64_t b = 0;
   for (; b + kChains <= w.blocks; b += kChains)
-    for (int c = 0; c < kChains; ++c) {
+    each<kChains>([&](auto c) BITDISTILL_INLINE {
       if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + (b + c) * 64 + kPrefetchBytes), _MM_HINT_T0);
       two_bit_block<T>(group + (b + c) * 64, codes + 16 * (b + c), x.stride, sum[c]);
-    }
+    });
   for (; b < w.blocks; ++b) two_bit_block<T>(group + b * 64, codes + 16 * b, x.stride, sum[0]);
-  for (int t = 0; t < T; ++t) {
+  each<T>([&](auto t) BITDISTILL_INLINE {
     __m512i field[4];
-    for (int p = 0; p < 4; ++p) {
-      field[p] = sum[0][t][p];
-      for (int c = 1; c < kChains; ++c) field[p] = _mm512_add_epi32(field[p], sum[c][t][p]);
-    }
+    each<4>([&](auto p) BITDISTILL_INLINE {
+      field[p] = _mm512_setzero_si512();
+      each<kChains>([&](auto c) BITDISTILL_INLINE { field[p] = _mm512_add_epi32(field[p], sum[c][t][p]); });
+    });
     const __m512i low = _mm512_add_epi32(field[0], _mm512_srai_epi32(field[1], 2));
     const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(field[2], 4), _mm512_srai_epi32(field[3], 6));
     store_sums(out, x, _mm512_add_epi32(low, high), t0 + t, row, row_end, 1, w.scale, w.row_scales);
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------------------- base 3, decode
@@ -121,9 +118,7 @@ inline void base3_group(const TernaryView& w, const ActivationView& x, const Out
   const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
   const __m512i table_low = load64(kFieldTable.fields), table_high = load64(kFieldTable.fields + 64);
-  __m512i sum[T][5];
-  for (auto& token : sum)
-    for (auto& field : token) field = _mm512_setzero_si512();
+  __m512i sum[T][5] = {};
   for (int64_t b = 0; b < w.blocks; ++b) {
     if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
     __m512i fields, top;
@@ -132,16 +127,16 @@ inline void base3_group(const TernaryView& w, const ActivationView& x, const Out
     const __m512i p1 = _mm512_and_si512(fields, _mm512_set1_epi8(0x0c));
     const __m512i p2 = _mm512_and_si512(fields, _mm512_set1_epi8(0x30));
     const __m512i p3 = _mm512_and_si512(fields, _mm512_set1_epi8(static_cast<char>(0xc0)));
-    for (int t = 0; t < T; ++t) {
+    each<T>([&](auto t) BITDISTILL_INLINE {
       const int8_t* row_x = codes + t * x.stride + 20 * b;
       sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], p0, broadcast4(row_x));
       sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], p1, broadcast4(row_x + 4));
       sum[t][2] = _mm512_dpbusd_epi32(sum[t][2], p2, broadcast4(row_x + 8));
       sum[t][3] = _mm512_dpbusd_epi32(sum[t][3], p3, broadcast4(row_x + 12));
       sum[t][4] = _mm512_dpbusd_epi32(sum[t][4], top, broadcast4(row_x + 16));
-    }
+    });
   }
-  for (int t = 0; t < T; ++t) {
+  each<T>([&](auto t) BITDISTILL_INLINE {
     int32_t tops[16];
     _mm512_storeu_si512(tops, sum[t][4]);
     for (int32_t& v : tops) v /= 81;
@@ -149,7 +144,7 @@ inline void base3_group(const TernaryView& w, const ActivationView& x, const Out
     const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(sum[t][2], 4), _mm512_srai_epi32(sum[t][3], 6));
     const __m512i total = _mm512_add_epi32(_mm512_add_epi32(low, high), load64(tops));
     store_sums(out, x, total, t0 + t, row, row_end, 1, w.scale, w.row_scales);
-  }
+  });
 }
 
 template <int T>
@@ -197,32 +192,42 @@ void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
   }
 }
 
-// G groups of unsigned bytes (`quads` * 64 bytes each) against T tokens.
-template <int G, int T>
-inline void tile_product(const uint8_t* tile, int64_t quads, const int8_t* codes, int64_t stride,
-                         __m512i sum[G][T]) {
-  for (int g = 0; g < G; ++g)
-    for (int t = 0; t < T; ++t) sum[g][t] = _mm512_setzero_si512();
-  for (int64_t q = 0; q < quads; ++q) {
-    __m512i digits[G];
-    for (int g = 0; g < G; ++g) digits[g] = load64(tile + (g * quads + q) * 64);
-    for (int t = 0; t < T; ++t) {
-      const __m512i four = broadcast4(codes + t * stride + 4 * q);
-      for (int g = 0; g < G; ++g) sum[g][t] = _mm512_dpbusd_epi32(sum[g][t], digits[g], four);
-    }
+// G groups of unsigned bytes (`quads` * 64 bytes each) against T tokens. The sums have names, and leave their
+// registers by plain stores, because GCC otherwise spills them inside the loop (half the speed).
+#define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define BITDISTILL_DECLARE(t) __m512i a##t = _mm512_setzero_si512(), b##t = a##t;
+#define BITDISTILL_MULTIPLY(t)                                    \
+  if constexpr (t < T) {                                          \
+    const __m512i four = broadcast4(codes + t * stride);          \
+    a##t = _mm512_dpbusd_epi32(a##t, first, four);                \
+    if constexpr (G == 2) b##t = _mm512_dpbusd_epi32(b##t, second, four); \
   }
-}
-
+#define BITDISTILL_STORE(t)                                                        \
+  if constexpr (t < T) {                                                           \
+    _mm512_store_si512(sums + 16 * t, a##t);                                       \
+    if constexpr (G == 2) _mm512_store_si512(sums + 16 * (T + t), b##t);           \
+  }
 template <int G, int T>
 void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                int64_t row_end, const uint8_t* tile) {
-  const int64_t quads = w.blocks * block_columns(w.layout) / 4;
-  __m512i sum[G][T];
-  tile_product<G, T>(tile, quads, x.codes + t0 * x.stride, x.stride, sum);
-  for (int g = 0; g < G; ++g)
-    for (int t = 0; t < T; ++t)
-      store_sums(out, x, sum[g][t], t0 + t, row + g * kGroupRows, row_end, 1, w.scale, w.row_scales);
+  const int64_t quads = w.blocks * block_columns(w.layout) / 4, stride = x.stride;
+  const int8_t* codes = x.codes + t0 * stride;
+  BITDISTILL_TOKENS(BITDISTILL_DECLARE)
+  for (int64_t q = 0; q < quads; ++q, codes += 4, tile += 64) {
+    const __m512i first = load64(tile), second = G == 2 ? load64(tile + quads * 64) : first;
+    BITDISTILL_TOKENS(BITDISTILL_MULTIPLY)
+  }
+  alignas(64) int32_t sums[G * T * 16];
+  BITDISTILL_TOKENS(BITDISTILL_STORE)
+  for (int64_t g = 0; g < G; ++g)
+    for (int64_t t = 0; t < T; ++t)
+      store_sums(out, x, load64(sums + 16 * (g * T + t)), t0 + t, row + g * kGroupRows, row_end, 1, w.scale,
+                 w.row_scales);
 }
+#undef BITDISTILL_STORE
+#undef BITDISTILL_MULTIPLY
+#undef BITDISTILL_DECLARE
+#undef BITDISTILL_TOKENS
 
 constexpr int kTileTokens = 12;  // 2 * 12 accumulators, 2 digits, 1 broadcast of 32 registers
 
@@ -261,27 +266,23 @@ inline void int8_group(const Int8View& w, const ActivationView& x, const OutputV
   const int8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i sum[kChains][T];
-  for (auto& chain : sum)
-    for (auto& token : chain) token = _mm512_setzero_si512();
+  __m512i sum[kChains][T] = {};
   int64_t b = 0;
   for (; b + kChains <= w.blocks; b += kChains)
-    for (int c = 0; c < kChains; ++c) {
+    each<kChains>([&](auto c) BITDISTILL_INLINE {
       if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + (b + c) * 64 + kPrefetchBytes), _MM_HINT_T0);
       const __m512i digits = _mm512_xor_si512(load64(group + (b + c) * 64), flip);
-      for (int t = 0; t < T; ++t)
-        sum[c][t] = _mm512_dpbusd_epi32(sum[c][t], digits, broadcast4(codes + t * x.stride + 4 * (b + c)));
-    }
+      each<T>([&](auto t) BITDISTILL_INLINE { sum[c][t] = _mm512_dpbusd_epi32(sum[c][t], digits, broadcast4(codes + t * x.stride + 4 * (b + c))); });
+    });
   for (; b < w.blocks; ++b) {
     const __m512i digits = _mm512_xor_si512(load64(group + b * 64), flip);
-    for (int t = 0; t < T; ++t)
-      sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], digits, broadcast4(codes + t * x.stride + 4 * b));
+    each<T>([&](auto t) BITDISTILL_INLINE { sum[0][t] = _mm512_dpbusd_epi32(sum[0][t], digits, broadcast4(codes + t * x.stride + 4 * b)); });
   }
-  for (int t = 0; t < T; ++t) {
-    __m512i total = sum[0][t];
-    for (int c = 1; c < kChains; ++c) total = _mm512_add_epi32(total, sum[c][t]);
+  each<T>([&](auto t) BITDISTILL_INLINE {
+    __m512i total = _mm512_setzero_si512();
+    each<kChains>([&](auto c) BITDISTILL_INLINE { total = _mm512_add_epi32(total, sum[c][t]); });
     store_sums(out, x, total, t0 + t, row, row_end, 128, 1.0f, w.row_scales);
-  }
+  });
 }
 
 void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,

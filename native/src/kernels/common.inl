@@ -1,5 +1,20 @@
 // Included by every instruction set's file, inside its anonymous namespace.
 
+// each<N>(f) is f(0), ..., f(N - 1) with constant arguments: only then are the sums of a tile registers for GCC
+// (a loop, even one that is unrolled, leaves them an array in memory). f is a lambda marked BITDISTILL_INLINE.
+#define BITDISTILL_INLINE __attribute__((always_inline))
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+template <int N, int I = 0, class F>
+BITDISTILL_INLINE inline void each(const F& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    each<N, I + 1>(f);
+  }
+}
+
 // Last step of every integer product: `sums` holds, for the sixteen rows of group g and token t, the sum of
 // unsigned digits times activations; `offset` (a digit of 0 stands for code -offset) takes the surplus away.
 inline void store_group(const OutputView& out, const ActivationView& x, const int32_t* __restrict sums, int64_t t,
