@@ -60,7 +60,7 @@ std::shared_ptr<Model> load(const std::string& folder, int threads, const std::s
   options.threads = threads;
   options.layout = choice<Layout>("layout", layout, {{"2bit", Layout::kTwoBitRows16}, {"base3", Layout::kBase3Rows16}});
   options.kv = choice<KvType>("kv", kv, {{"float32", KvType::kFloat32}, {"float16", KvType::kFloat16}});
-  options.head = choice<HeadType>("head", head, {{"float", HeadType::kFloat}, {"int8", HeadType::kInt8}});
+  options.head = choice<HeadType>("head", head, {{"float", HeadType::kFloat}, {"int8", HeadType::kInt8}, {"screened", HeadType::kScreened}});
   const nb::gil_scoped_release released;
   return Model::load(folder, options);
 }
@@ -109,6 +109,8 @@ nb::dict describe(const Model& model) {
   facts["ternary_bytes"] = model.weights().ternary_bytes();
   facts["dense_bytes"] = model.weights().dense_bytes();
   facts["head_bytes"] = model.head_bytes();
+  facts["screened_tokens"] = model.screened_tokens();
+  facts["rescored_rows"] = model.rescored_rows();
   return facts;
 }
 

@@ -161,17 +161,17 @@ def test_sampling_is_seeded_and_greedy_at_zero(folders: Path) -> None:
 
 
 def test_sampling_frequencies(folders: Path) -> None:
-    """2,000 draws of one next token follow softmax(logits / temperature) (chi-square, 5 sigma)."""
-    engine = Engine(folders / "llama-packed")
+    """1,000 draws of one next token follow softmax(logits / temperature) (chi-square, 5 sigma)."""
+    engine = Engine(folders / "llama-packed", threads=1)
     ids = prompt_ids(8)
     z = engine.logits(ids)[-1].astype(np.float64) / 0.7
     p = np.exp(z - z.max())
     p /= p.sum()
     engine.stop_ids = frozenset()
-    draws = [engine.generate(ids, max_new_tokens=1, temperature=0.7, seed=s).ids[0] for s in range(2000)]
+    draws = [engine.generate(ids, max_new_tokens=1, temperature=0.7, seed=s).ids[0] for s in range(1000)]
     counts = np.bincount(draws, minlength=VOCAB)
-    common = p * 2000 >= 5
-    chi = ((counts - 2000 * p) ** 2 / (2000 * p))[common].sum()
+    common = p * 1000 >= 5
+    chi = ((counts - 1000 * p) ** 2 / (1000 * p))[common].sum()
     freedom = common.sum() - 1
     assert chi < freedom + 5 * np.sqrt(2 * freedom)
 
@@ -273,6 +273,35 @@ def test_int8_head_and_float16_cache_are_close(folders: Path) -> None:
     assert np.abs(Engine(folder, head="int8").logits(ids) - expected).max() < 0.15 * spread
     halved = np.abs(Engine(folder, kv="float16").logits(ids) - expected).max(axis=1)
     assert np.median(halved) < 0.05 * spread
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gemma3_text"])
+def test_screened_head_gives_the_tokens_of_the_stored_head(folders: Path, name: str) -> None:
+    folder = folders / f"{name}-packed"
+    stored, screened = Engine(folder, threads=1), Engine(folder, threads=2, head="screened")
+    for options in ({}, {"temperature": 1.3, "top_k": 7, "seed": 3}, {"temperature": 0.9, "top_k": 1000, "top_p": 0.8}):
+        for seed in range(4):
+            ids = prompt_ids(3, seed=seed)
+            assert screened.generate(ids, max_new_tokens=40, **options) == stored.generate(
+                ids, max_new_tokens=40, **options
+            )
+    facts = screened.model.facts
+    assert facts["screened_tokens"] > 0
+    assert facts["rescored_rows"] < 0.5 * VOCAB * facts["screened_tokens"]
+    ids = prompt_ids(20)
+    np.testing.assert_array_equal(screened.logits(ids), stored.logits(ids))
+
+
+def test_screened_head_with_ties(folders: Path, tmp_path: Path) -> None:
+    """Equal rows of the head: the first of equals wins, screened or not."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[51:] = model.lm_head.weight[: VOCAB - 51].clone()
+    save(model, tmp_path / "m", "teacher")
+    ids = prompt_ids(5)
+    stored = Engine(tmp_path / "m", threads=1).generate(ids, max_new_tokens=30)
+    assert Engine(tmp_path / "m", threads=1, head="screened").generate(ids, max_new_tokens=30) == stored
+    assert max(stored.ids) < 51  # the twins of rows 0 to 49 never win
 
 
 def test_no_torch_and_one_public_name(folders: Path) -> None:

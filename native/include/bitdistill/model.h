@@ -19,7 +19,9 @@
 namespace bitdistill {
 
 enum class KvType { kFloat32, kFloat16 };
-enum class HeadType { kFloat, kInt8 };  // as stored; or quantized to int8 a row at load
+// As stored; quantized to int8 a row; or int8 as a screen, which finds greedy and top-k choices of the stored head
+// exactly from fewer bytes (src/model/head.h).
+enum class HeadType { kFloat, kInt8, kScreened };
 
 struct ModelOptions {
   int threads = 1;
@@ -29,6 +31,7 @@ struct ModelOptions {
 };
 
 class Model;
+struct Int8Head;
 
 // Keys and values [n][head_dim] of consecutive positions.
 struct KvSpan {
@@ -87,7 +90,9 @@ class Model : public std::enable_shared_from_this<Model> {
   const ModelConfig& config() const { return weights_->config; }
   const Weights& weights() const { return *weights_; }
   const ModelOptions& options() const { return options_; }
-  std::int64_t head_bytes() const;  // bytes of the output head that one token reads
+  std::int64_t head_bytes() const;  // bytes of the output head that one token reads (rescored rows not counted)
+  std::int64_t screened_tokens() const { return screened_tokens_; }
+  std::int64_t rescored_rows() const { return rescored_rows_; }  // of all screened tokens together
 
   // Runs the segments and appends their tokens to their sequences. Returns logits [rows][vocab] in the order of the
   // segments: none, one for each segment's last token, or one for every token.
@@ -121,8 +126,11 @@ class Model : public std::enable_shared_from_this<Model> {
   void check(const std::vector<Segment>& segments) const;
   void extend_rope(std::int64_t positions) const;
   // All rows of the segments, in passes of kPassRows; logits of the rows numbered in `wanted` (ascending).
-  std::vector<float> run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted) const;
-  void run_pass(const std::vector<Row>& rows, const std::vector<std::int64_t>& wanted, float* logits) const;
+  // `top`: how many of each row's largest logits are needed (the others may then be -infinity), or null: all.
+  std::vector<float> run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted,
+                         const std::int64_t* top = nullptr) const;
+  void run_pass(const std::vector<Row>& rows, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
+                float* logits) const;
   void embed(const std::vector<Row>& rows, Scratch& s) const;
   void attention_block(std::size_t layer, const std::vector<Row>& all, const std::vector<std::int64_t>* keep,
                        std::vector<Row>& rows, Scratch& s) const;
@@ -138,12 +146,14 @@ class Model : public std::enable_shared_from_this<Model> {
                Scratch& s) const;
   void run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
                     QuantizedRows& quantized) const;
-  void head(const float* hidden, std::int64_t n, float* logits) const;
+  void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits) const;
+  void rescore(const float* hidden, const QuantizedRows& quantized, std::int64_t t, std::int64_t top,
+               float* logits) const;
 
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Weights> weights_;
   ModelOptions options_;
-  Int8Matrix int8_head_;
+  std::unique_ptr<Int8Head> int8_head_;
   mutable std::mutex mutex_;  // one pass at a time: passes share the pool and what follows
   // cos and sin of position * inv_freq: [position][head_dim / 2], for full and sliding layers.
   struct RopeTable {
@@ -152,6 +162,7 @@ class Model : public std::enable_shared_from_this<Model> {
   mutable RopeTable rope_full_, rope_sliding_;
   mutable std::int64_t rope_positions_ = 0;
   mutable std::unique_ptr<Scratch> scratch_;
+  mutable std::int64_t screened_tokens_ = 0, rescored_rows_ = 0;
 
  public:
   ~Model();

@@ -34,6 +34,10 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
+// Lets the system take back the memory of mapped, unchanged file pages that lie wholly in the range; they are read
+// again at the next use. For bytes that were only needed at load.
+void release_pages(const void* data, std::size_t bytes);
+
 // A small text file (config.json, manifests) as a string. Throws ArtifactError if missing or over max_bytes.
 std::string read_text(const std::string& path, std::size_t max_bytes);
 

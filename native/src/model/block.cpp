@@ -130,44 +130,49 @@ void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Sc
   });
 }
 
-// Softmax attention of every (row, head) over its sequence's positions, at most the window's in sliding layers.
+// Softmax attention over each row's positions, at most the window's in sliding layers. The unit of work is a row and a
+// key-value head: the query heads that share it meet the keys in one product.
 void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const {
-  const std::size_t heads = config().heads, dim = config().head_dim, group = heads / config().kv_heads;
-  const auto width = static_cast<std::int64_t>(dim);
+  const std::size_t heads = config().heads, kv_heads = config().kv_heads, dim = config().head_dim;
+  const auto width = static_cast<std::int64_t>(dim), group = static_cast<std::int64_t>(heads / kv_heads);
   const bool half_cache = options_.kv == KvType::kFloat16;
+  const FloatType type = half_cache ? FloatType::kF16 : FloatType::kF32;
   const std::int64_t window = weights_->blocks[layer].sliding ? config().sliding_window : 0;
   s.mixed.assign(rows.size() * heads * dim, 0.0f);
-  const auto count = static_cast<std::int64_t>(rows.size() * heads);
   std::int64_t positions = 0;
   for (const Row& row : rows) positions += row.position + 1;
+  const auto count = static_cast<std::int64_t>(rows.size() * kv_heads);
   parallel(count, 1, 2 * positions * static_cast<std::int64_t>(heads * dim), [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<KvSpan> spans;
-    std::vector<float> scores;
+    std::vector<float> scores;  // [query head of the group][position]
     for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
-      const Row& row = rows[i / heads];
-      const float* q = s.q.data() + i * dim;
-      float* out = s.mixed.data() + i * dim;
+      const Row& row = rows[i / kv_heads];
+      const float* q = s.q.data() + i * static_cast<std::size_t>(group) * dim;
+      float* out = s.mixed.data() + i * static_cast<std::size_t>(group) * dim;
       const std::int64_t last = row.position + 1;
-      const std::int64_t first = window != 0 && last > window ? last - window : 0;
+      const std::int64_t first = window != 0 && last > window ? last - window : 0, n = last - first;
       spans.clear();
-      row.sequence->spans(layer, (i % heads) / group, first, last, spans);
-      scores.resize(static_cast<std::size_t>(last - first));
-      std::size_t n = 0;
+      row.sequence->spans(layer, i % kv_heads, first, last, spans);
+      scores.resize(static_cast<std::size_t>(n * group));
+      std::int64_t done = 0;
       for (const KvSpan& span : spans) {
-        for (std::int64_t t = 0; t < span.n; ++t) {
-          const float product =
-              half_cache ? dot_f16(q, reinterpret_cast<const std::uint16_t*>(span.keys) + t * width, width)
-                         : dot(q, reinterpret_cast<const float*>(span.keys) + t * width, width);
-          scores[n++] = product * config().attention_scale;
-        }
+        matmul(FloatMatrix{span.n, width, type, span.keys}, q, group, width, scores.data() + done, n, 0, span.n);
+        done += span.n;
       }
-      const float inverse = 1.0f / exp_minus_max(scores.data(), last - first);
-      n = 0;
-      for (const KvSpan& span : spans) {
-        for (std::int64_t t = 0; t < span.n; ++t) {
-          const float weight = scores[n++] * inverse;
-          if (half_cache) axpy_f16(weight, reinterpret_cast<const std::uint16_t*>(span.values) + t * width, out, width);
-          else axpy(weight, reinterpret_cast<const float*>(span.values) + t * width, out, width);
+      for (std::int64_t g = 0; g < group; ++g) {
+        float* row_scores = scores.data() + g * n;
+        for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= config().attention_scale;
+        const float inverse = 1.0f / exp_minus_max(row_scores, n);
+        for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= inverse;
+        for (const KvSpan& span : spans) {
+          for (std::int64_t t = 0; t < span.n; ++t) {
+            if (half_cache) {
+              axpy_f16(*row_scores++, reinterpret_cast<const std::uint16_t*>(span.values) + t * width, out + g * width,
+                       width);
+            } else {
+              axpy(*row_scores++, reinterpret_cast<const float*>(span.values) + t * width, out + g * width, width);
+            }
+          }
         }
       }
     }

@@ -1,5 +1,6 @@
 #include "bitdistill/loader.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -25,25 +26,30 @@ FloatType float_type(DType dtype) {
   return dtype == DType::kF32 ? FloatType::kF32 : dtype == DType::kF16 ? FloatType::kF16 : FloatType::kBF16;
 }
 
-// True if no value has all exponent bits set (NaN or infinity). Simple enough to be vectorized.
-bool all_finite(const TensorView& tensor) {
-  const std::size_t n = static_cast<std::size_t>(tensor.elements());
-  bool bad = false;
-  if (tensor.dtype == DType::kF32) {
-    for (std::size_t i = 0; i < n; ++i) {
-      std::uint32_t bits;
-      std::memcpy(&bits, tensor.data + 4 * i, 4);
-      bad |= (bits & 0x7F800000u) == 0x7F800000u;
-    }
-    return !bad;
-  }
-  const std::uint16_t mask = tensor.dtype == DType::kBF16 ? 0x7F80u : 0x7C00u;
+// True if none of n values has all exponent bits set (NaN or infinity). Simple enough to be vectorized.
+template <class Bits>
+bool all_finite(const std::uint8_t* data, std::size_t n, Bits mask) {
+  Bits bad = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    std::uint16_t bits;
-    std::memcpy(&bits, tensor.data + 2 * i, 2);
-    bad |= (bits & mask) == mask;
+    Bits bits;
+    std::memcpy(&bits, data + sizeof(Bits) * i, sizeof(Bits));
+    bad |= static_cast<Bits>((bits & mask) == mask);
   }
-  return !bad;
+  return bad == 0;
+}
+
+// Checks a mapped float matrix in pieces and gives their pages back: most will be read again only when they are used.
+void check_finite(const TensorView& tensor, const std::string& name) {
+  constexpr std::size_t kPiece = std::size_t{4} << 20;
+  for (std::size_t at = 0; at < tensor.bytes; at += kPiece) {
+    const std::size_t size = std::min(kPiece, tensor.bytes - at);
+    const std::uint8_t* piece = tensor.data + at;
+    const bool good = tensor.dtype == DType::kF32 ? all_finite<std::uint32_t>(piece, size / 4, 0x7F800000u)
+                      : tensor.dtype == DType::kBF16 ? all_finite<std::uint16_t>(piece, size / 2, 0x7F80u)
+                                                     : all_finite<std::uint16_t>(piece, size / 2, 0x7C00u);
+    if (!good) to_float32(tensor, name);  // throws, naming the value
+    release_pages(piece, size);
+  }
 }
 
 // Hands out the tensors of the folder, each once, checked; what is left over at the end is an error.
@@ -99,7 +105,7 @@ struct Job {
 };
 
 void run_float(Job& job, FloatMatrix& matrix) {
-  if (!all_finite(job.codes)) to_float32(job.codes, job.name);  // throws, naming the value
+  check_finite(job.codes, job.name);
   matrix.rows = static_cast<std::int64_t>(job.codes.shape[0]);
   matrix.cols = static_cast<std::int64_t>(job.codes.shape[1]);
   matrix.type = float_type(job.codes.dtype);
@@ -133,6 +139,7 @@ void run(Job& job, Layout layout, bool quantize_activations) {
                                job.codes.place(job.name));
     job.linear->ternary = true;
   }
+  if (job.linear != nullptr && job.linear->spec.ternary) release_pages(job.codes.data, job.codes.bytes);
 }
 
 void plan_linear(const LinearSpec& spec, Tensors& tensors, Linear& linear, std::vector<Job>& jobs) {

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "bitdistill/errors.h"
+#include "head.h"
 #include "scratch.h"
 
 namespace bitdistill {
@@ -18,7 +19,7 @@ constexpr std::int64_t kPassRows = 256;
 
 Model::Model(std::unique_ptr<ThreadPool> pool, std::unique_ptr<Weights> weights, const ModelOptions& options)
     : pool_(std::move(pool)), weights_(std::move(weights)), options_(options), scratch_(new Scratch) {
-  if (options_.head == HeadType::kInt8) int8_head_ = quantize_int8(weights_->head);
+  if (options_.head != HeadType::kFloat) int8_head_ = std::make_unique<Int8Head>(quantize_head(weights_->head, *pool_));
 }
 
 Model::~Model() = default;
@@ -32,7 +33,7 @@ std::shared_ptr<Model> Model::load(const std::string& folder, const ModelOptions
 
 std::int64_t Model::head_bytes() const {
   const FloatMatrix& head = weights_->head;
-  return head.rows * head.cols * (options_.head == HeadType::kInt8 ? 1 : float_bytes(head.type));
+  return head.rows * head.cols * (options_.head == HeadType::kFloat ? float_bytes(head.type) : 1);
 }
 
 void Model::check(const std::vector<Segment>& segments) const {
@@ -74,7 +75,8 @@ void Model::extend_rope(std::int64_t positions) const {
   rope_positions_ = target;
 }
 
-std::vector<float> Model::run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted) const {
+std::vector<float> Model::run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted,
+                              const std::int64_t* top) const {
   std::vector<Row> rows;
   std::int64_t positions = 0;
   for (const Segment& segment : segments) {
@@ -94,7 +96,7 @@ std::vector<float> Model::run(const std::vector<Segment>& segments, const std::v
     const std::int64_t end = std::min(start + kPassRows, static_cast<std::int64_t>(rows.size()));
     std::vector<std::int64_t> here;
     for (std::size_t i = done; i < wanted.size() && wanted[i] < end; ++i) here.push_back(wanted[i] - start);
-    run_pass({rows.begin() + start, rows.begin() + end}, here, logits.data() + done * config().vocab);
+    run_pass({rows.begin() + start, rows.begin() + end}, here, top == nullptr ? nullptr : top + done, logits.data() + done * config().vocab);
     done += here.size();
   }
   for (const Segment& segment : segments) {
@@ -104,7 +106,8 @@ std::vector<float> Model::run(const std::vector<Segment>& segments, const std::v
   return logits;
 }
 
-void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t>& wanted, float* logits) const {
+void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
+                     float* logits) const {
   Scratch& s = *scratch_;
   std::vector<Row> rows = all;
   embed(rows, s);
@@ -117,7 +120,7 @@ void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t
   }
   const auto n = static_cast<std::int64_t>(rows.size());
   norm_rows(s.x.data(), weights_->final_norm, n, s.normed.data());
-  head(s.normed.data(), n, logits);
+  head(s.normed.data(), n, top, logits);
 }
 
 void Model::embed(const std::vector<Row>& rows, Scratch& s) const {
@@ -129,25 +132,6 @@ void Model::embed(const std::vector<Row>& rows, Scratch& s) const {
     if (config().embedding_scale != 1.0f) {
       for (std::size_t i = 0; i < hidden; ++i) x[i] *= config().embedding_scale;
     }
-  }
-}
-
-void Model::head(const float* hidden, std::int64_t n, float* logits) const {
-  const std::int64_t vocab = config().vocab, width = config().hidden;
-  if (options_.head == HeadType::kInt8) {
-    QuantizedRows& rows = scratch_->quantized;
-    rows.resize(n, width);
-    for (std::int64_t r = 0; r < n; ++r) quantize_into(rows, r, hidden + r * width);
-    parallel(vocab, kGroupRows, n * vocab * width / 4, [&](std::int64_t begin, std::int64_t end, int) {
-      matmul(int8_head_, rows, logits, vocab, begin, end);
-    });
-  } else {
-    parallel(vocab, kGroupRows, n * vocab * width, [&](std::int64_t begin, std::int64_t end, int) {
-      matmul(weights_->head, hidden, n, width, logits, vocab, begin, end);
-    });
-  }
-  if (const float cap = config().logit_softcap; cap != 0.0f) {
-    for (std::int64_t i = 0; i < n * vocab; ++i) logits[i] = std::tanh(logits[i] / cap) * cap;
   }
 }
 
@@ -166,8 +150,20 @@ std::vector<float> Model::forward(const std::vector<Segment>& segments, Wanted w
 
 std::vector<std::int32_t> Model::step(const std::vector<Segment>& segments, const std::vector<Draw>& draws) const {
   if (draws.size() != segments.size()) throw ModelError("step: one draw for each sequence is needed");
-  for (const Draw& draw : draws) bitdistill::check(draw.options);
-  const std::vector<float> logits = forward(segments, Wanted::kLast);
+  std::vector<std::int64_t> rows, top;
+  std::int64_t next = 0;
+  bool whole = false;  // a draw from the whole distribution needs every logit
+  for (std::size_t i = 0; i < draws.size(); ++i) {
+    const SamplerOptions& options = draws[i].options;
+    bitdistill::check(options);
+    next += segments[i].count;
+    rows.push_back(next - 1);
+    top.push_back(options.temperature == 0.0 ? 1 : options.top_k);
+    whole |= top.back() == 0;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  check(segments);
+  const std::vector<float> logits = run(segments, rows, whole ? nullptr : top.data());
   std::vector<std::int32_t> chosen;
   for (std::size_t i = 0; i < draws.size(); ++i) {
     chosen.push_back(sample(logits.data() + i * config().vocab, config().vocab, draws[i].options, draws[i].stream,

@@ -35,6 +35,7 @@ class HeadName(StrEnum):
     """Type of the output head."""
 
     float = "float"
+    screened = "screened"
     int8 = "int8"
 
 
@@ -56,7 +57,7 @@ Isa = Annotated[
 ]
 LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="Packed codes in memory: 2 or 1.6 bits.")]
 Kv = Annotated[KvName, typer.Option(help="Type of keys and values.")]
-Head = Annotated[HeadName, typer.Option(help="Output head as stored, or int8 (smaller, rounded).")]
+Head = Annotated[HeadName, typer.Option(help="Output head as stored; screened (the same tokens from fewer bytes); int8 (rounded).")]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0: all.")]

@@ -42,7 +42,8 @@ def measure(
         seconds, each = _decode(engine, prompt[:1], decode_tokens, sequences)
         decodes.append(seconds)
         steps += each
-    facts = engine.facts
+    facts = engine.model.facts
+    screened = facts["screened_tokens"]
     return {
         "model": str(engine.path),
         "isa": engine.isa,
@@ -57,6 +58,7 @@ def measure(
         "block_bytes": facts["ternary_bytes"] + facts["dense_bytes"],
         "head_bytes": facts["head_bytes"],
         "weight_bytes_per_step": facts["ternary_bytes"] + facts["dense_bytes"] + facts["head_bytes"],
+        "rescored_rows_per_token": facts["rescored_rows"] / screened if screened else 0.0,
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

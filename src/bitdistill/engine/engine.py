@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Layout = Literal["2bit", "base3"]
 KvType = Literal["float32", "float16"]
-HeadType = Literal["float", "int8"]
+HeadType = Literal["float", "screened", "int8"]
 FinishReason = Literal["stop", "length", "callback"]
 
 
@@ -54,7 +54,8 @@ class Engine:
         isa: instruction set of the kernels, for the whole process; None: as it is (BITDISTILL_ISA, else the best).
         layout: packed codes in memory, "2bit" or "base3" (1.6 bits). Results do not depend on it.
         kv: keys and values in "float32", or "float16" (half the memory, rounded).
-        head: output head as stored ("float") or quantized to "int8" a row (smaller, rounded).
+        head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the stored
+            head exactly from half its bytes or fewer; "int8": only the int8 copy is read (smaller, rounded).
         verify: check every file of a bitdistill folder against its SHA-256.
 
     Raises:
