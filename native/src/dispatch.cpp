@@ -8,6 +8,9 @@
 #include "bitdistill/kernels.h"
 #include "kernels/table.h"
 
+#if defined(BITDISTILL_X86)
+#include <cpuid.h>
+#endif
 #if defined(BITDISTILL_ARM64) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -20,6 +23,7 @@ struct Row {
   const KernelTable* table;
   const char* name;
   bool (*runs)();
+  bool automatic;  // false: only by name, until it has run on its own hardware or under emulation
 };
 
 bool always() { return true; }
@@ -29,6 +33,17 @@ bool always() { return true; }
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
+#if defined(BITDISTILL_AVXVNNI_AS_EVEX)
+bool has_avxvnni() {  // a test build, see kernels/avxvnni.cpp
+  return has_avx2() && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#else
+// Not among the names of __builtin_cpu_supports in the oldest compilers: cpuid leaf 7, subleaf 1, eax bit 4.
+bool has_avxvnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
+#endif
 bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -47,13 +62,14 @@ bool has_dot_product() {
 
 // Best last.
 const Row kRows[] = {
-    {&kScalarKernels, "scalar", always},
+    {&kScalarKernels, "scalar", always, true},
 #if defined(BITDISTILL_X86)
-    {&kAvx2Kernels, "avx2", has_avx2},
-    {&kAvx512VnniKernels, "avx512vnni", has_avx512vnni},
+    {&kAvx2Kernels, "avx2", has_avx2, true},
+    {&kAvxVnniKernels, "avxvnni", has_avxvnni, false},
+    {&kAvx512VnniKernels, "avx512vnni", has_avx512vnni, true},
 #endif
 #if defined(BITDISTILL_ARM64)
-    {&kNeonDotKernels, "neondot", has_dot_product},
+    {&kNeonDotKernels, "neondot", has_dot_product, true},
 #endif
 };
 
@@ -67,7 +83,7 @@ std::string available_names() {
 const KernelTable* find(const std::string& name, const char* where) {
   const KernelTable* found = nullptr;
   for (const Row& row : kRows)
-    if ((name == "auto" || name == row.name) && row.runs()) found = row.table;
+    if ((name == "auto" ? row.automatic : name == row.name) && row.runs()) found = row.table;
   if (!found)
     throw ModelError(std::string(where) + ": instruction set '" + name +
                      "' is unknown or not available on this CPU; choose one of " + available_names());

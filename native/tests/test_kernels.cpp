@@ -371,6 +371,7 @@ void check_packing() {
 int main(int argc, char** argv) {
   const int64_t shapes = argc > 1 ? std::atoll(argv[1]) : 2000;
   check_packing();
+  if (argc > 2) set_isa(std::string(argv[2]));  // one that this CPU lacks ends the program with an error
   for (const Isa isa : available_isas()) {
     if (argc > 2 && std::string(argv[2]) != isa_name(isa)) continue;
     set_isa(isa);

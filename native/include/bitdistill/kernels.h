@@ -26,7 +26,8 @@ namespace bitdistill {
 enum class Isa { kScalar, kAvx2, kAvxVnni, kAvx512Vnni, kNeonDot };
 
 const char* isa_name(Isa isa);  // "scalar", "avx2", "avxvnni", "avx512vnni", "neondot"
-// Instruction sets that are compiled in and that this CPU and operating system can run, best last.
+// Instruction sets that are compiled in and that this CPU and operating system can run, best last. "auto" takes the
+// best of those that were tested on hardware or under emulation: avxvnni, so far, only runs when asked for by name.
 std::vector<Isa> available_isas();
 // The instruction set in use: the best available, or the one named by the environment variable BITDISTILL_ISA
 // when the library is first used, or the one of the last set_isa call. A name that is unknown or that this CPU

@@ -5,6 +5,7 @@
 #define BITDISTILL_INLINE __attribute__((always_inline))
 template <int I>
 struct Index {
+  static constexpr int value = I;
   constexpr operator int() const { return I; }
 };
 template <int N, int I = 0, class F>
