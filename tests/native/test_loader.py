@@ -17,12 +17,10 @@ import pytest
 import torch
 
 from bitdistill.errors import ArtifactError, ModelError
-from tests.models.conftest import tiny_model
+from bitdistill.models.student import pack
 from tests.models.test_student import save, trained_student
 
 _native = pytest.importorskip("bitdistill.engine._native", reason="the native engine is not built")
-
-from bitdistill.models.student import pack
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -167,7 +165,7 @@ TEXTS: dict[str, bytes] = {
     "a number": b"12",
     "not JSON": b"{]",
     "open": b'{"a": {',
-    "duplicate": b'{"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}, "a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+    "duplicate": b"{%s, %s}" % ((b'"a": {"dtype":"U8","shape":[0],"data_offsets":[0,0]}',) * 2),
     "not UTF-8": b'{"\xff\xfe": 1}',
     "overlong UTF-8": b'{"\xc0\xaf": 1}',
     "surrogate": b'{"\\ud800": 1}',
@@ -363,5 +361,5 @@ def test_random_damage(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(damaged)
         try:
             load(folder)
-        except (ArtifactError, ModelError) as error:
-            assert str(error)
+        except (ArtifactError, ModelError):
+            continue

@@ -34,10 +34,23 @@ struct Block {
   bool sliding = false;
 };
 
+// A float matrix in a mapped file, to read whole through the mapping, or row by row without making it resident.
+struct Table {
+  FloatMatrix matrix;
+  const MappedFile* file = nullptr;
+
+  std::int64_t row_bytes() const { return matrix.cols * float_bytes(matrix.type); }
+  // Copies a row as it is stored.
+  void read_row(std::int64_t row, void* out) const {
+    const auto start = static_cast<std::size_t>(static_cast<const std::uint8_t*>(matrix.data) - file->data());
+    file->read(start + static_cast<std::size_t>(row * row_bytes()), static_cast<std::size_t>(row_bytes()), out);
+  }
+};
+
 struct Weights {
   ModelConfig config;
-  FloatMatrix embedding;
-  FloatMatrix head;  // the embedding itself when tied
+  Table embedding;
+  Table head;  // the embedding itself when tied
   std::vector<float> final_norm;
   std::vector<Block> blocks;
   std::vector<std::unique_ptr<SafetensorsFile>> files;

@@ -16,7 +16,7 @@ namespace bitdistill {
 
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;
 
-// A whole file, mapped read-only; unmapped by the destructor.
+// A whole file, mapped read-only and open; unmapped and closed by the destructor.
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path);
@@ -27,9 +27,13 @@ class MappedFile {
   const std::uint8_t* data() const { return data_; }
   std::size_t size() const { return size_; }
   const std::string& path() const { return path_; }
+  // Copies bytes without mapping them into memory: for single rows of a large table. Throws ArtifactError if the file
+  // has become shorter or cannot be read.
+  void read(std::size_t offset, std::size_t bytes, void* out) const;
 
  private:
   std::string path_;
+  int descriptor_ = -1;
   const std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
 };
@@ -53,6 +57,7 @@ struct TensorView {
   std::size_t bytes = 0;
   std::size_t offset = 0;  // of the first data byte in the file
   std::string file;
+  const MappedFile* mapped = nullptr;
 
   std::uint64_t elements() const;
   std::string place(const std::string& name) const;  // "<file>: <name> (byte <offset>)"

@@ -91,28 +91,36 @@ TensorView read_entry(const json::Value& entry, const std::string& place, std::u
 
 }  // namespace
 
-MappedFile::MappedFile(const std::string& path) : path_(path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) refuse(path, std::string("cannot be opened (") + std::strerror(errno) + ")");
+MappedFile::MappedFile(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  const auto fail = [&](const std::string& what) {
+    if (descriptor_ >= 0) ::close(descriptor_);
+    refuse(path, what);
+  };
+  if (descriptor_ < 0) fail(std::string("cannot be opened (") + std::strerror(errno) + ")");
   struct stat status = {};
-  if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode)) {
-    ::close(descriptor);
-    refuse(path, "is no regular file");
-  }
+  if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) fail("is no regular file");
   size_ = static_cast<std::size_t>(status.st_size);
-  if (size_ > 0) {
-    void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    const int reason = errno;
-    ::close(descriptor);
-    if (mapped == MAP_FAILED) refuse(path, std::string("cannot be mapped (") + std::strerror(reason) + ")");
-    data_ = static_cast<const std::uint8_t*>(mapped);
-  } else {
-    ::close(descriptor);
-  }
+  if (size_ == 0) return;
+  void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor_, 0);
+  if (mapped == MAP_FAILED) fail(std::string("cannot be mapped (") + std::strerror(errno) + ")");
+  data_ = static_cast<const std::uint8_t*>(mapped);
 }
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::uint8_t*>(data_), size_);
+  ::close(descriptor_);
+}
+
+void MappedFile::read(std::size_t offset, std::size_t bytes, void* out) const {
+  auto* to = static_cast<std::uint8_t*>(out);
+  while (bytes > 0) {
+    const ssize_t got = ::pread(descriptor_, to, bytes, static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) refuse(path_, "byte " + std::to_string(offset) + ": cannot be read any more");
+    to += got;
+    offset += static_cast<std::size_t>(got);
+    bytes -= static_cast<std::size_t>(got);
+  }
 }
 
 void release_pages(const void* data, std::size_t bytes) {
@@ -179,6 +187,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(std::make_shar
     view.offset += data_start;
     view.data = file_->data() + view.offset;
     view.file = path;
+    view.mapped = file_.get();
     order.back().second = &tensors_.emplace(name, std::move(view)).first->first;
   }
   // Empty tensors may share their begin with the next one, so they come first.

@@ -143,7 +143,7 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
     for (std::int64_t r = 0; screened && r < n; ++r) rescore(hidden + r * width, rows, r, top[r], logits + r * vocab);
   } else {
     parallel(vocab, kGroupRows, n * vocab * width, [&](std::int64_t begin, std::int64_t end, int) {
-      matmul(weights_->head, hidden, n, width, logits, vocab, begin, end);
+      matmul(weights_->head.matrix, hidden, n, width, logits, vocab, begin, end);
     });
   }
   if (const float cap = config().logit_softcap; cap != 0.0f) {
@@ -153,16 +153,16 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
 
 void Model::rescore(const float* hidden, const QuantizedRows& quantized, std::int64_t t, std::int64_t top,
                     float* logits) const {
-  const FloatMatrix& head = weights_->head;
+  const FloatMatrix& head = weights_->head.matrix;
   const std::vector<Candidate> found = candidates(*int8_head_, logits, hidden, quantized, t, top);
   std::fill_n(logits, head.rows, -INFINITY);
-  const std::int64_t stride = head.cols * float_bytes(head.type);
+  std::vector<std::uint8_t> stored(static_cast<std::size_t>(weights_->head.row_bytes()));
+  const FloatMatrix row = {1, head.cols, head.type, stored.data()};
   std::priority_queue<float, std::vector<float>, std::greater<float>> best;  // the `top` largest so far
   for (const Candidate& candidate : found) {
     const bool full = static_cast<std::int64_t>(best.size()) == top;
     if (full && candidate.upper < best.top()) break;
-    const FloatMatrix row = {1, head.cols, head.type,
-                             static_cast<const std::uint8_t*>(head.data) + candidate.row * stride};
+    weights_->head.read_row(candidate.row, stored.data());
     matmul(row, hidden, 1, head.cols, logits + candidate.row, 1, 0, 1);  // the bits of the full product
     best.push(logits[candidate.row]);
     if (full) best.pop();

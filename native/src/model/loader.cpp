@@ -98,7 +98,7 @@ class Tensors {
 // A matrix to check, and to repack or map, by one of the pool's threads.
 struct Job {
   Linear* linear = nullptr;
-  FloatMatrix* matrix = nullptr;
+  Table* table = nullptr;
   std::string name;
   TensorView codes;
   float scale = 1.0f;
@@ -128,8 +128,9 @@ void run_dequantized(Job& job, Linear& linear) {
 }
 
 void run(Job& job, Layout layout, bool quantize_activations) {
-  if (job.matrix != nullptr) {
-    run_float(job, *job.matrix);
+  if (job.table != nullptr) {
+    run_float(job, job.table->matrix);
+    job.table->file = job.codes.mapped;
   } else if (!job.linear->spec.ternary) {
     run_float(job, job.linear->dense);
   } else if (!quantize_activations) {
@@ -192,10 +193,10 @@ void plan_block(const ModelConfig& config, std::size_t index, Tensors& tensors, 
   plan_linear(spec.down, tensors, block.down, jobs);
 }
 
-void plan_matrix(const std::string& name, Tensors& tensors, const ModelConfig& config, FloatMatrix& matrix,
-                 std::vector<Job>& jobs) {
+void plan_table(const std::string& name, Tensors& tensors, const ModelConfig& config, Table& table,
+                std::vector<Job>& jobs) {
   Job job;
-  job.matrix = &matrix;
+  job.table = &table;
   job.name = name;
   job.codes = tensors.take(name, {config.vocab, config.hidden}, true);
   jobs.push_back(std::move(job));
@@ -233,11 +234,11 @@ std::unique_ptr<Weights> load_weights(const std::string& folder, Layout layout, 
   weights->files = open_weight_files(folder);
   Tensors tensors(folder, weights->files);
   std::vector<Job> jobs;
-  plan_matrix("model.embed_tokens.weight", tensors, config, weights->embedding, jobs);
+  plan_table("model.embed_tokens.weight", tensors, config, weights->embedding, jobs);
   weights->blocks.resize(config.layers);
   for (std::size_t i = 0; i < config.layers; ++i) plan_block(config, i, tensors, weights->blocks[i], jobs);
   weights->final_norm = tensors.vector("model.norm.weight", config.hidden, config.norm_offset);
-  if (!config.tied) plan_matrix("lm_head.weight", tensors, config, weights->head, jobs);
+  if (!config.tied) plan_table("lm_head.weight", tensors, config, weights->head, jobs);
   tensors.finish();
   pool.parallel_for(static_cast<std::int64_t>(jobs.size()), 1, [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t i = begin; i < end; ++i) run(jobs[static_cast<std::size_t>(i)], layout, config.quantize_activations);

@@ -19,7 +19,7 @@ constexpr std::int64_t kPassRows = 256;
 
 Model::Model(std::unique_ptr<ThreadPool> pool, std::unique_ptr<Weights> weights, const ModelOptions& options)
     : pool_(std::move(pool)), weights_(std::move(weights)), options_(options), scratch_(new Scratch) {
-  if (options_.head != HeadType::kFloat) int8_head_ = std::make_unique<Int8Head>(quantize_head(weights_->head, *pool_));
+  if (options_.head != HeadType::kFloat) int8_head_ = std::make_unique<Int8Head>(quantize_head(weights_->head.matrix, *pool_));
 }
 
 Model::~Model() = default;
@@ -32,7 +32,7 @@ std::shared_ptr<Model> Model::load(const std::string& folder, const ModelOptions
 }
 
 std::int64_t Model::head_bytes() const {
-  const FloatMatrix& head = weights_->head;
+  const FloatMatrix& head = weights_->head.matrix;
   return head.rows * head.cols * (options_.head == HeadType::kFloat ? float_bytes(head.type) : 1);
 }
 
@@ -125,10 +125,14 @@ void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t
 
 void Model::embed(const std::vector<Row>& rows, Scratch& s) const {
   const std::size_t hidden = config().hidden;
+  const Table& table = weights_->embedding;
   s.x.resize(rows.size() * hidden);
+  std::vector<std::uint8_t> stored(static_cast<std::size_t>(table.row_bytes()));
+  const FloatMatrix row = {1, table.matrix.cols, table.matrix.type, stored.data()};
   for (std::size_t r = 0; r < rows.size(); ++r) {
     float* x = s.x.data() + r * hidden;
-    dequantize_row(weights_->embedding, rows[r].token, x);
+    table.read_row(rows[r].token, stored.data());
+    dequantize_row(row, 0, x);
     if (config().embedding_scale != 1.0f) {
       for (std::size_t i = 0; i < hidden; ++i) x[i] *= config().embedding_scale;
     }

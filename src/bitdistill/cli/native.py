@@ -57,7 +57,10 @@ Isa = Annotated[
 ]
 LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="Packed codes in memory: 2 or 1.6 bits.")]
 Kv = Annotated[KvName, typer.Option(help="Type of keys and values.")]
-Head = Annotated[HeadName, typer.Option(help="Output head as stored; screened (the same tokens from fewer bytes); int8 (rounded).")]
+Head = Annotated[
+    HeadName,
+    typer.Option(help="Output head: as stored, screened (same tokens, fewer bytes), int8 (rounded)."),
+]
 MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0: all.")]
@@ -129,7 +132,7 @@ def chat(
     kv: Kv = KvName.float32,
     head: Head = HeadName.float,
 ) -> None:
-    """Talk with a model that has a chat template. One message a line; an empty line or end of input ends it."""
+    """Talk with a model that has a chat template. One message a line; an empty line ends it."""
     engine = _engine(model, threads, isa, layout, kv, head)
     if engine.tokenizer.chat_template is None:
         raise ModelError(f"{model}: no chat template; use `bitdistill generate`")

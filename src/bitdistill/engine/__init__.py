@@ -3,7 +3,7 @@
     engine = bd.Engine("runs/demo/packed", threads=2)
     print(engine.generate("Once upon a time", max_new_tokens=64).text)
 
-The extension module `_native` holds the kernels and the model (sources in native/); docs/engine.md describes both.
+The extension module `_native` holds the kernels and the model (sources in native/); see docs/engine.md.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def measure(
 
     Args:
         engine: what is measured.
-        prefill_tokens: prompt of each prefill run; only the last token's logits are made.
+        prefill_tokens: prompt of each prefill run, up to its first greedy token.
         decode_tokens: greedy tokens after a prompt of one token.
         sequences: decoded together; tokens/s counts all of them.
         repeats: runs of each, interleaved.
@@ -65,8 +65,9 @@ def measure(
 
 def _prefill(engine: Engine, prompt: Any) -> float:
     sequence = _native.Sequence(engine.model)
+    sampler = _native.Sampler(0.0, 0, 1.0, 0)
     start = time.perf_counter()
-    engine.model.forward([(sequence, prompt)], "last")
+    engine.model.step([(sequence, prompt)], sampler, [0], [0])
     return time.perf_counter() - start
 
 

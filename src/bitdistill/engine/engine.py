@@ -46,16 +46,18 @@ class Generation:
 class Engine:
     """A packed student or a plain full-precision model, ready to run on the CPU. No torch.
 
-    Calls may come from several threads; they are served one after the other. The GIL is free while the model runs.
+    Calls may come from several threads; they are served one after the other. The GIL is free while the model
+    runs.
 
     Args:
         path: a model folder (docs/format.md), or a Hugging Face folder of a supported family.
         threads: compute threads; None: as many as CPUs this process may use. Results do not depend on it.
-        isa: instruction set of the kernels, for the whole process; None: as it is (BITDISTILL_ISA, else the best).
+        isa: instruction set of the kernels, for the whole process; None: as it is (BITDISTILL_ISA, else the
+            best).
         layout: packed codes in memory, "2bit" or "base3" (1.6 bits). Results do not depend on it.
         kv: keys and values in "float32", or "float16" (half the memory, rounded).
-        head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the stored
-            head exactly from half its bytes or fewer; "int8": only the int8 copy is read (smaller, rounded).
+        head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the
+            stored head exactly from half its bytes or fewer; "int8": only the int8 copy is read (rounded).
         verify: check every file of a bitdistill folder against its SHA-256.
 
     Raises:
@@ -177,7 +179,7 @@ class Engine:
         return np.ascontiguousarray(ids, dtype=np.int32)
 
     def _sequences(self, prompts: list[NDArray[np.int32]]) -> tuple[list[Any], list[int]]:
-        """A sequence for each prompt; a single prompt goes on where the last single sequence agrees with it."""
+        """A sequence for each prompt; a single one goes on where the last single sequence agrees with it."""
         if len(prompts) != 1:
             return [_native.Sequence(self.model) for _ in prompts], [0] * len(prompts)
         sequence, self._last = self._last, None  # an error below must not leave a half-run sequence behind

@@ -1,7 +1,7 @@
 """Classification by label words through the engine: the same scores as `bitdistill.eval.classify`.
 
-All label words of a task form a tree of tokens. The engine runs each prompt and the tree's inner nodes once, in one
-pass, and scores every next token of every word there.
+All label words of a task form a tree of tokens. The engine runs each prompt and the tree's inner nodes once,
+in one pass, and scores every next token of every word there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bitdistill.eval.prediction import Prediction
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `probabilities` maps label values to shares that add up to 1 (softmax over the label words)."""
+    """One answer; `probabilities` maps label values to shares that add up to 1 (softmax over the words)."""
 
     where: str
     text: str
@@ -100,7 +100,8 @@ class Classifier:
         fields = tasks.template_fields(self.task)
         if len(fields) != 1:
             raise DataError(
-                f"{where}: task {self.task.name} needs the fields {', '.join(fields)}, not one text; give a mapping"
+                f"{where}: task {self.task.name} needs the fields {', '.join(fields)}, not one text; "
+                "give a mapping"
             )
         return Row({fields[0]: value}, where)
 
@@ -149,7 +150,8 @@ def stored_task(manifest: Mapping[str, Any] | None, place: str) -> tuple[Task, i
         return Task.model_validate(recipe["task"]), int(recipe["data"]["max_length"])
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise ArtifactError(
-            f"{place}: its manifest holds no task ({' '.join(str(error).split())[:100]}); pass task= or export again"
+            f"{place}: its manifest holds no task ({' '.join(str(error).split())[:100]}); "
+            "pass task= or export again"
         ) from error
 
 

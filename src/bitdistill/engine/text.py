@@ -1,7 +1,7 @@
 """The tokenizer of a model folder through the `tokenizers` package; chat templates through jinja2.
 
-`FolderTokenizer` answers the questions that `bitdistill.data` asks of a Hugging Face tokenizer, so that tasks are
-encoded by the same code with either. No torch, no transformers, no code of the folder.
+`FolderTokenizer` answers the questions that `bitdistill.data` asks of a Hugging Face tokenizer, so that tasks
+are encoded by the same code with either. No torch, no transformers, no code of the folder.
 """
 
 from __future__ import annotations
