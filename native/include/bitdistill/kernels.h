@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bitdistill {
@@ -38,20 +39,27 @@ void set_isa(const std::string& name);  // also "auto"
 
 // ----------------------------------------------------------------------------------------------- storage
 
-// Owning, 64-byte aligned, zero-initialised bytes.
+// Owning, 64-byte aligned, zero-initialised bytes; move-only. Large ones lie in huge pages where there are any.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   explicit AlignedBuffer(size_t bytes);
-  uint8_t* data() { return data_.get(); }
-  const uint8_t* data() const { return data_.get(); }
+  // For weights that stay: buffers of any size share huge pages, which are given back when all of them are gone.
+  static AlignedBuffer for_weights(size_t bytes);
+  AlignedBuffer(AlignedBuffer&& other) noexcept { *this = std::move(other); }
+  AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
+    owner_ = std::move(other.owner_);
+    data_ = std::exchange(other.data_, nullptr);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
+  uint8_t* data() { return data_; }
+  const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
 
  private:
-  struct Free {
-    void operator()(uint8_t* p) const;
-  };
-  std::unique_ptr<uint8_t, Free> data_;
+  std::shared_ptr<void> owner_;
+  uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
 

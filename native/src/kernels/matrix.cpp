@@ -1,9 +1,8 @@
 // Packing: from the student's 2-bit rows to groups of sixteen rows, int8 rows, and their slow inverses.
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "bitdistill/errors.h"
 #include "bitdistill/kernels.h"
@@ -55,17 +54,6 @@ float to_float(const FloatMatrix& m, int64_t index) {
 
 }  // namespace
 
-AlignedBuffer::AlignedBuffer(size_t bytes) : size_(bytes) {
-  if (bytes == 0) return;
-  const size_t rounded = (bytes + 63) / 64 * 64;
-  void* p = rounded < bytes ? nullptr : std::aligned_alloc(64, rounded);
-  if (!p) throw std::bad_alloc();
-  std::memset(p, 0, rounded);
-  data_.reset(static_cast<uint8_t*>(p));
-}
-
-void AlignedBuffer::Free::operator()(uint8_t* p) const { std::free(p); }
-
 TernaryMatrix repack(const uint8_t* codes_2bit, int64_t rows, int64_t cols, Layout layout, float scale,
                      const std::string& name) {
   check_size("a ternary matrix", name, rows, cols, kMaxColumns);
@@ -74,7 +62,7 @@ TernaryMatrix repack(const uint8_t* codes_2bit, int64_t rows, int64_t cols, Layo
   m.cols = cols;
   m.layout = layout;
   m.scale = scale;
-  m.storage = AlignedBuffer(static_cast<size_t>(m.bytes()));
+  m.storage = AlignedBuffer::for_weights(static_cast<size_t>(m.bytes()));
   m.codes = m.storage.data();
   const int64_t row_bytes = (cols + 3) / 4, padded = m.block_count() * block_columns(layout);
   std::vector<uint8_t> digits(static_cast<size_t>(padded + 4), 1);
@@ -119,7 +107,7 @@ TernaryMatrix stack_rows(std::vector<TernaryMatrix> parts) {
     for (int64_t row = 0; row < part.rows; ++row)
       m.row_scales.push_back(part.row_scales.empty() ? part.scale : part.row_scales[static_cast<size_t>(row)]);
   }
-  m.storage = AlignedBuffer(static_cast<size_t>(m.bytes()));
+  m.storage = AlignedBuffer::for_weights(static_cast<size_t>(m.bytes()));
   m.codes = m.storage.data();
   size_t offset = 0;
   for (const TernaryMatrix& part : parts) {
@@ -152,7 +140,7 @@ Int8Matrix quantize_int8(const FloatMatrix& matrix) {
   m.rows = matrix.rows;
   m.cols = matrix.cols;
   m.row_scales.resize(static_cast<size_t>(m.rows));
-  m.storage = AlignedBuffer(static_cast<size_t>(m.group_count() * m.group_bytes()));
+  m.storage = AlignedBuffer::for_weights(static_cast<size_t>(m.group_count() * m.group_bytes()));
   m.codes = reinterpret_cast<const int8_t*>(m.storage.data());
   std::vector<float> values(static_cast<size_t>(m.cols));
   for (int64_t row = 0; row < m.rows; ++row) {
