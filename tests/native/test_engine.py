@@ -151,6 +151,17 @@ def test_batches_and_prefix_reuse(folders: Path) -> None:
     assert again.ids == Engine(folders / "qwen3-packed").generate(longer, max_new_tokens=10).ids
 
 
+def test_callers_in_several_threads(folders: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine = Engine(folders / "qwen2-packed", threads=2)
+    prompts = [prompt_ids(3 + n % 5, seed=n) for n in range(24)]
+    alone = [engine.generate(p, max_new_tokens=12).ids for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda p: engine.generate(p, max_new_tokens=12).ids, prompts))
+    assert together == alone
+
+
 def test_sampling_is_seeded_and_greedy_at_zero(folders: Path) -> None:
     engine = Engine(folders / "llama-packed")
     ids = prompt_ids(8)
@@ -255,8 +266,9 @@ def test_requests_out_of_range(folders: Path) -> None:
             engine.generate([5], **options)
     with pytest.raises(ModelError, match="mmx"):
         Engine(folders / "llama-packed", isa="mmx")
-    with pytest.raises(ModelError, match="thread"):
-        Engine(folders / "llama-packed", threads=100_000)
+    for threads in (0, 100_000):
+        with pytest.raises(ModelError, match="thread"):
+            Engine(folders / "llama-packed", threads=threads)
     summary = Task(name="g", kind="generation", template="{text}", target_field="y")
     with pytest.raises(DataError):
         engine.classify(["w4"], task=summary)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,18 @@ Layout = Literal["2bit", "base3"]
 KvType = Literal["float32", "float16"]
 HeadType = Literal["float", "screened", "int8"]
 FinishReason = Literal["stop", "length", "callback"]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `Engine.generate`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: str | Sequence[str | int]
+    stream: Callable[[int, str], bool | None] | None
 
 
 @dataclass(frozen=True)
@@ -81,16 +93,14 @@ class Engine:
             raise ModelError(f"{folder}: no such folder; give the folder of a model")
         if isa is not None:
             _native.set_isa(isa)
-        count = (
-            len(os.sched_getaffinity(0)) if threads is None and hasattr(os, "sched_getaffinity") else threads
-        )
+        if threads is None:
+            here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+            threads = len(here)
         self.path = folder
         self.manifest: dict[str, Any] | None = None
         if artifact.exists(folder):
             self.manifest = artifact.verify(folder) if verify else artifact.read_manifest(folder)
-        self.model = _native.Model.load(
-            str(folder), threads=count or os.cpu_count() or 1, layout=layout, kv=kv, head=head
-        )
+        self.model = _native.Model.load(str(folder), threads=threads, layout=layout, kv=kv, head=head)
         self.facts: dict[str, Any] = self.model.facts
         self.tokenizer = FolderTokenizer(folder)
         self.stop_ids = stop_ids(folder, self.tokenizer, self.facts["eos_ids"])
@@ -109,9 +119,11 @@ class Engine:
         return ids
 
     @overload
-    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation: ...
     @overload
-    def generate(self, prompt: list[str] | list[list[int]], **options: Any) -> list[Generation]: ...
+    def generate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[Options]
+    ) -> list[Generation]: ...
     def generate(
         self,
         prompt: Any,
@@ -216,7 +228,7 @@ class Engine:
         if len(sequences) == 1:
             self._last = sequences[0]
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Generation:
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Generation:
         """Answer a conversation of {"role", "content"} messages through the model's chat template."""
         text = self.tokenizer.render_chat(messages)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
