@@ -20,7 +20,8 @@ namespace bitdistill {
 namespace {
 
 constexpr auto kAwake = std::chrono::microseconds(200);  // longest active wait of a worker inside a Burst
-constexpr int kSpinsBeforeYield = 2000;                   // of a caller that waits for the last part
+// Both sides of an active wait offer their core now and then: on a busy machine the other side may be waiting for it.
+constexpr int kSpinsBeforeYield = 64;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -87,15 +88,15 @@ struct ThreadPool::Impl {
     generation.store(g_generation.load(), std::memory_order_release);
   }
 
-  // Takes part after part until none is left. A part is half of an even share of what is left: large at first, small
-  // at the end, so that a thread that started late or lost its core delays the others little.
+  // Takes part after part until none is left. Two even parts a thread: few enough to keep reads of memory in long
+  // streams, enough to go on when a thread starts late or loses its core.
   void run_parts(State& s, int number) {
     const Job job = s.job;
+    const int64_t grains = (job.count + job.grain - 1) / job.grain, parts = 2 * threads;
+    const int64_t size = (grains + parts - 1) / parts * job.grain;
     int64_t begin = s.next.load(std::memory_order_relaxed);
     t_number = number;
     while (begin < job.count) {
-      const int64_t share = (job.count - begin) / (2 * threads) / job.grain * job.grain;
-      const int64_t size = share > job.grain ? share : job.grain;
       const int64_t end = begin + size < job.count ? begin + size : job.count;
       if (!s.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       try {
@@ -114,11 +115,12 @@ struct ThreadPool::Impl {
     if (bursts.load(std::memory_order_relaxed) > 0) {
       const auto until = std::chrono::steady_clock::now() + kAwake;
       do {
-        for (int i = 0; i < 64; ++i) {
+        for (int i = 0; i < kSpinsBeforeYield; ++i) {
           const uint64_t now = s.epoch.load(std::memory_order_acquire);
           if (now != seen) return now;
           relax();
         }
+        std::this_thread::yield();
       } while (std::chrono::steady_clock::now() < until);
     }
     std::unique_lock<std::mutex> lock(s.mutex);
