@@ -6,6 +6,7 @@
     model = bd.load("runs/demo/packed")               # a model from any bitdistill folder
     codes, scale = bd.ternarize(weight)
     result = bd.run(bd.load_recipe("recipe.yaml"))    # every stage
+    engine = bd.Engine("runs/demo/packed")            # the same model natively, without torch
 
 Importing this package also lets `transformers.AutoModelForCausalLM.from_pretrained` read bitdistill folders.
 Neither torch nor transformers is imported until a name needs it.
@@ -22,6 +23,7 @@ from bitdistill.version import __version__
 
 if TYPE_CHECKING:
     from bitdistill.config import Recipe
+    from bitdistill.engine.engine import Engine
     from bitdistill.models.student import load
     from bitdistill.models.surgery import refine
     from bitdistill.pipeline import run
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from bitdistill.recipe import load_recipe
 
 __all__ = [
+    "Engine",
     "Recipe",
     "__version__",
     "load",
@@ -41,6 +44,7 @@ __all__ = [
 
 # Public name -> module that defines it (PEP 562: imported at first use).
 _HOMES = {
+    "Engine": "bitdistill.engine.engine",
     "Recipe": "bitdistill.config",
     "load": "bitdistill.models.student",
     "load_recipe": "bitdistill.recipe",

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitdistill.cli import artifacts, plan, predict, runs, start
+from bitdistill.cli import artifacts, native, plan, predict, runs, start
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("report", artifacts.report),
         ("inspect", artifacts.inspect),
     ],
+    "Native engine": native.COMMANDS,
     "More": [("tokenize", artifacts.tokenize), ("tasks", artifacts.tasks), ("version", artifacts.version)],
 }
 

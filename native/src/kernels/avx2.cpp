@@ -1,0 +1,254 @@
+// AVX2 with FMA's companions F16C (Haswell, Zen and later).
+//
+// vpmaddubsw: 32 products u8 x i8, added in pairs into 16 int16 lanes with saturation; a row of the group has two
+// lanes. It must never saturate:
+//   digits 0..2 x i8:  |pair| <= 2 * 2 * 128 = 512, so int16 holds 63 pairs; kPairs = 60 are added before widening.
+//   4 * digits x i8:   |pair| <= 2048, so int16 holds 15 pairs; field 1 and 3 add 14 (7 blocks), and 14 * 512 + 14 *
+//                      2048 / 4 = 14336 fits when both sums are joined.
+// Widening: vpmaddwd with ones joins the two lanes of a row into int32 (2 * 32767 at most a step).
+// Zen 4: maddubs 2 a cycle, add/and 4 a cycle, shift 2 a cycle.
+
+#include <immintrin.h>
+
+#include "table.h"
+
+namespace bitdistill {
+namespace {
+
+#include "common.inl"
+#include "float.inl"
+
+inline __m256i broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store32(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline __m256i widen(__m256i sum16) { return _mm256_madd_epi16(sum16, _mm256_set1_epi16(1)); }
+
+constexpr int64_t kPrefetchBytes = 2048;
+
+// --------------------------------------------------------------------------------------- 2 bits, decode
+
+struct Fields {
+  __m256i f0, f1, f2, f3;  // f1 and f3 are four times the digit
+};
+inline Fields two_bit_fields(const uint8_t* half_block) {
+  const __m256i bytes = load32(half_block), shifted = _mm256_srli_epi16(bytes, 4);
+  const __m256i m0 = _mm256_set1_epi8(0x03), m1 = _mm256_set1_epi8(0x0c);
+  return {_mm256_and_si256(bytes, m0), _mm256_and_si256(bytes, m1), _mm256_and_si256(shifted, m0),
+          _mm256_and_si256(shifted, m1)};
+}
+
+constexpr int64_t kTwoBitBlocks = 7;  // between widenings, see above
+
+// H halves (8 rows each) of a block at once.
+template <int T, int H>
+inline void two_bit_halves(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride,
+                           int32_t* sums) {  // sums[t * 16 + row]
+  __m256i total[T][H] = {};
+  for (int64_t b0 = 0; b0 < blocks; b0 += kTwoBitBlocks) {
+    const int64_t b1 = b0 + kTwoBitBlocks < blocks ? b0 + kTwoBitBlocks : blocks;
+    __m256i ones[T][H] = {}, fours[T][H] = {};
+    for (int64_t b = b0; b < b1; ++b) {
+      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+      each<H>([&](auto h) BITDISTILL_INLINE {
+        const Fields w = two_bit_fields(group + b * 64 + 32 * h);
+        each<T>([&](auto t) BITDISTILL_INLINE {
+          const int8_t* x = codes + t * stride + 16 * b;
+          ones[t][h] = _mm256_add_epi16(ones[t][h], _mm256_maddubs_epi16(w.f0, broadcast4(x)));
+          fours[t][h] = _mm256_add_epi16(fours[t][h], _mm256_maddubs_epi16(w.f1, broadcast4(x + 4)));
+          ones[t][h] = _mm256_add_epi16(ones[t][h], _mm256_maddubs_epi16(w.f2, broadcast4(x + 8)));
+          fours[t][h] = _mm256_add_epi16(fours[t][h], _mm256_maddubs_epi16(w.f3, broadcast4(x + 12)));
+        });
+      });
+    }
+    each<T>([&](auto t) BITDISTILL_INLINE { each<H>([&](auto h) BITDISTILL_INLINE {
+        const __m256i joined = _mm256_add_epi16(ones[t][h], _mm256_srai_epi16(fours[t][h], 2));
+        total[t][h] = _mm256_add_epi32(total[t][h], widen(joined));
+      }); });
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE { each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); }); });
+}
+
+// ---------------------------------------------------------------------------------------- base 3, decode
+
+#include "base3_256.inl"
+
+constexpr int64_t kBase3Blocks = 12;  // 60 pairs between widenings
+
+template <int T>
+inline void base3_half(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
+  __m256i total[T] = {};
+  for (int64_t b0 = 0; b0 < blocks; b0 += kBase3Blocks) {
+    const int64_t b1 = b0 + kBase3Blocks < blocks ? b0 + kBase3Blocks : blocks;
+    __m256i sum[T] = {};
+    for (int64_t b = b0; b < b1; ++b) {
+      const Digits w = base3_digits(load32(group + b * 64));
+      each<T>([&](auto t) BITDISTILL_INLINE { each<5>([&](auto p) BITDISTILL_INLINE {
+          const __m256i four = broadcast4(codes + t * stride + 20 * b + 4 * p);
+          sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(w.d[p], four));
+        }); });
+    }
+    each<T>([&](auto t) BITDISTILL_INLINE { total[t] = _mm256_add_epi32(total[t], widen(sum[t])); });
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE { store32(sums + 16 * t, total[t]); });
+}
+
+template <int T>
+inline void ternary_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
+                          int64_t row, int64_t row_end) {
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const int8_t* codes = x.codes + t0 * x.stride;
+  int32_t sums[T * 16];
+  if (w.layout == Layout::kBase3Rows16) {
+    base3_half<T>(group, w.blocks, codes, x.stride, sums);
+    base3_half<T>(group + 32, w.blocks, codes, x.stride, sums + 8);
+  } else if (T == 1) {
+    two_bit_halves<T, 2>(group, w.blocks, codes, x.stride, sums);
+  } else {
+    two_bit_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
+    two_bit_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE { store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales); });
+}
+
+void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                  int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) ternary_group<4>(w, x, out, t, row, row_end);
+    switch (x.tokens - t) {
+      case 3: ternary_group<3>(w, x, out, t, row, row_end); break;
+      case 2: ternary_group<2>(w, x, out, t, row, row_end); break;
+      case 1: ternary_group<1>(w, x, out, t, row, row_end); break;
+      default: break;
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------- tiles, prefill
+
+void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
+  const __m256i three = _mm256_set1_epi8(3);
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    each<2>([&](auto h) BITDISTILL_INLINE {
+      const __m256i bytes = load32(group + b * 64 + 32 * h);
+      uint8_t* half = tile + 32 * h;
+      if (w.layout == Layout::kTwoBitRows16) {
+        store32(half, _mm256_and_si256(bytes, three));
+        store32(half + 64, _mm256_and_si256(_mm256_srli_epi16(bytes, 2), three));
+        store32(half + 128, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), three));
+        store32(half + 192, _mm256_and_si256(_mm256_srli_epi16(bytes, 6), three));
+      } else {
+        const Digits digits = base3_digits(bytes);
+        each<5>([&](auto p) BITDISTILL_INLINE { store32(half + 64 * p, digits.d[p]); });
+      }
+    });
+    tile += 16 * block_columns(w.layout);
+  }
+}
+
+constexpr int64_t kPairs = 60;
+
+// 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers. The sums have names,
+// and leave their registers by plain stores, because GCC otherwise spills them inside the loop.
+#define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define BITDISTILL_DECLARE(t) __m256i a##t = _mm256_setzero_si256(), b##t = a##t;
+#define BITDISTILL_MULTIPLY(t)                                        \
+  if constexpr (t < T) {                                              \
+    const __m256i four = broadcast4(codes + t * stride);              \
+    a##t = _mm256_add_epi16(a##t, _mm256_maddubs_epi16(low, four));   \
+    b##t = _mm256_add_epi16(b##t, _mm256_maddubs_epi16(high, four));  \
+    asm volatile("" : "+x"(a##t), "+x"(b##t));                        \
+  }
+#define BITDISTILL_STORE(t)                     \
+  if constexpr (t < T) {                        \
+    store32(narrow + 32 * t, a##t);             \
+    store32(narrow + 32 * t + 16, b##t);        \
+  }
+template <int T>
+void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+               int64_t row_end, const uint8_t* tile) {
+  const int64_t quads = w.blocks * block_columns(w.layout) / 4, stride = x.stride;
+  const int8_t* codes = x.codes + t0 * stride;
+  alignas(32) int32_t sums[T * 16] = {};
+  for (int64_t q0 = 0; q0 < quads; q0 += kPairs) {
+    const int64_t q1 = q0 + kPairs < quads ? q0 + kPairs : quads;
+    BITDISTILL_TOKENS(BITDISTILL_DECLARE)
+    for (int64_t q = q0; q < q1; ++q, codes += 4, tile += 64) {
+      const __m256i low = load32(tile), high = load32(tile + 32);
+      BITDISTILL_TOKENS(BITDISTILL_MULTIPLY)
+    }
+    alignas(32) int16_t narrow[T * 32];
+    BITDISTILL_TOKENS(BITDISTILL_STORE)
+    for (int h = 0; h < 2 * T; ++h)
+      store32(sums + 8 * h, _mm256_add_epi32(load32(sums + 8 * h), widen(load32(narrow + 16 * h))));
+  }
+  for (int t = 0; t < T; ++t)
+    store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
+}
+#undef BITDISTILL_STORE
+#undef BITDISTILL_MULTIPLY
+#undef BITDISTILL_DECLARE
+#undef BITDISTILL_TOKENS
+
+void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                  int64_t row_end, uint8_t* tile) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    unpack_group(w, w.codes + row / kGroupRows * w.blocks * kBlockBytes, tile);
+    int64_t t = 0;
+    for (; t + 6 <= x.tokens; t += 6) gemm_tile<6>(w, x, out, t, row, row_end, tile);
+    for (; t + 2 <= x.tokens; t += 2) gemm_tile<2>(w, x, out, t, row, row_end, tile);
+    if (t < x.tokens) gemm_tile<1>(w, x, out, t, row, row_end, tile);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- int8
+
+// Both sides widened to int16: vpmaddwd pairs are at most 2 * 128 * 128 = 2^15 and exact in int32.
+template <int T>
+inline void int8_group(const Int8View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+                       int64_t row_end) {
+  const int8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const int8_t* codes = x.codes + t0 * x.stride;
+  __m256i sum[T][4] = {};  // part i: rows 4 i .. 4 i + 3, two lanes a row
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+    __m256i four[T];
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      int32_t bytes;
+      __builtin_memcpy(&bytes, codes + t * x.stride + 4 * b, 4);
+      four[t] = _mm256_cvtepi8_epi16(_mm_set1_epi32(bytes));
+    });
+    each<4>([&](auto i) BITDISTILL_INLINE {
+      const __m256i part =
+          _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + b * 64 + 16 * i)));
+      each<T>([&](auto t) BITDISTILL_INLINE { sum[t][i] = _mm256_add_epi32(sum[t][i], _mm256_madd_epi16(part, four[t])); });
+    });
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE {
+    int32_t sums[16];
+    each<2>([&](auto i) BITDISTILL_INLINE {
+      const __m256i rows = _mm256_hadd_epi32(sum[t][2 * i], sum[t][2 * i + 1]);  // 0 1, 4 5 | 2 3, 6 7
+      store32(sums + 8 * i, _mm256_permute4x64_epi64(rows, 0xd8));
+    });
+    store_group(out, x, sums, t0 + t, row, row_end, 0, 1.0f, w.row_scales);
+  });
+}
+
+void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                 int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    int64_t t = 0;
+    for (; t + 2 <= x.tokens; t += 2) int8_group<2>(w, x, out, t, row, row_end);
+    if (t < x.tokens) int8_group<1>(w, x, out, t, row, row_end);
+  }
+}
+
+}  // namespace
+
+const KernelTable kAvx2Kernels = {Isa::kAvx2, ternary_gemv, ternary_gemm, 1, int8_matmul, BITDISTILL_FLOAT_KERNELS};
+
+}  // namespace bitdistill

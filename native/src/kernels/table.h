@@ -1,0 +1,89 @@
+// What one instruction set provides. One file an instruction set fills one table; dispatch.cpp chooses.
+//
+// Files of an instruction set are compiled with its flags, so nothing here may have a body that the linker could
+// merge with another file's: plain types only, helpers in anonymous namespaces (common.inl, float.inl).
+#pragma once
+
+#include <cstdint>
+
+#include "bitdistill/kernels.h"
+
+namespace bitdistill {
+
+struct TernaryView {
+  const uint8_t* codes;
+  int64_t rows, blocks;
+  Layout layout;
+  float scale;
+  const float* row_scales;  // or null
+};
+
+struct Int8View {
+  const int8_t* codes;
+  int64_t rows, blocks;
+  const float* row_scales;
+};
+
+struct ActivationView {
+  const int8_t* codes;
+  int64_t stride;
+  const float* scales;
+  const int32_t* sums;
+  int64_t tokens;
+};
+
+// Exactly one of y and sums is not null.
+struct OutputView {
+  float* y;
+  int32_t* sums;
+  int64_t ld;
+};
+
+struct FloatView {
+  const void* data;
+  int64_t rows, cols;
+  FloatType type;
+};
+
+struct KernelTable {
+  Isa isa;
+
+  // Integer products over rows [row_begin, row_end); see kernels.h for what may be assumed.
+  void (*ternary_gemv)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
+                       int64_t row_end);
+  // `tile` holds gemm_tile_groups * 16 * block_columns * blocks bytes, 64-byte aligned.
+  void (*ternary_gemm)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
+                       int64_t row_end, uint8_t* tile);
+  int64_t gemm_tile_groups;
+  void (*int8_matmul)(const Int8View&, const ActivationView&, const OutputView&, int64_t row_begin,
+                      int64_t row_end);
+
+  // Float kernels; the same bits on every instruction set (float.inl).
+  void (*float_matmul)(const FloatView&, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
+                       int64_t row_begin, int64_t row_end);
+  int32_t (*quantize_row)(const float* x, int64_t n, int8_t* codes, float* scale);
+  void (*rmsnorm)(const float* x, const float* gain, int64_t n, float eps, float* y);
+  float (*dot)(const float* a, const float* b, int64_t n);
+  float (*dot_f16)(const float* a, const uint16_t* b, int64_t n);
+  void (*axpy)(float alpha, const float* x, float* y, int64_t n);
+  void (*axpy_f16)(float alpha, const uint16_t* x, float* y, int64_t n);
+  void (*to_f16)(const float* x, uint16_t* y, int64_t n);
+  void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*gelu_tanh_mul)(const float* gate, const float* up, float* y, int64_t n);
+  float (*exp_minus_max)(float* x, int64_t n);
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(BITDISTILL_X86)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvxVnniKernels;
+extern const KernelTable kAvx512VnniKernels;
+#endif
+#if defined(BITDISTILL_ARM64)
+extern const KernelTable kNeonDotKernels;
+#endif
+
+// The table in use (current_isa()).
+const KernelTable& kernels();
+
+}  // namespace bitdistill

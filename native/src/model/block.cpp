@@ -1,0 +1,239 @@
+// One transformer block: norms, projections, rotary positions, attention, MLP.
+#include <algorithm>
+#include <cmath>
+
+#include "bitdistill/errors.h"
+#include "scratch.h"
+
+namespace bitdistill {
+
+namespace {
+
+// Work of a few microseconds: less than handing it over may take.
+constexpr std::int64_t kSmallWork = 1 << 17;
+
+constexpr float kSublnEps = 1e-6f;  // quant/linear.py, SubLN
+
+std::int64_t row_groups(const Linear& linear) { return (linear.spec.out + kGroupRows - 1) / kGroupRows; }
+
+void add_bias(const Linear& linear, float* y, std::int64_t ldy, std::int64_t n, std::int64_t begin, std::int64_t end) {
+  if (linear.bias.empty()) return;
+  for (std::int64_t t = 0; t < n; ++t) {
+    for (std::int64_t o = begin; o < end; ++o) y[t * ldy + o] += linear.bias[static_cast<std::size_t>(o)];
+  }
+}
+
+}  // namespace
+
+void Model::parallel(std::int64_t count, std::int64_t grain, std::int64_t work,
+                     const std::function<void(std::int64_t, std::int64_t, int)>& body) const {
+  if (work < kSmallWork) body(0, count, 0);
+  else pool_->parallel_for(count, grain, body);
+}
+
+void Model::norm_rows(const float* x, const std::vector<float>& gain, std::int64_t n, float* y) const {
+  const auto width = static_cast<std::int64_t>(gain.size());
+  parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t r = begin; r < end; ++r) rmsnorm(x + r * width, gain.data(), width, config().norm_eps, y + r * width);
+  });
+}
+
+void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
+                    Scratch& s) const {
+  // A linear with a SubLN of its own has its own input; the others share one.
+  std::vector<Product> shared;
+  for (const Product& product : products) {
+    if (product.linear->subln.empty()) {
+      shared.push_back(product);
+      continue;
+    }
+    const std::int64_t width = product.linear->spec.in;
+    s.sub.resize(static_cast<std::size_t>(n * width));
+    parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t r = begin; r < end; ++r) {
+        rmsnorm(x + r * ldx, product.linear->subln.data(), width, kSublnEps, s.sub.data() + r * width);
+      }
+    });
+    run_products(s.sub.data(), width, n, {product}, s.own);
+  }
+  if (!shared.empty()) run_products(x, ldx, n, shared, s.quantized);
+}
+
+void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
+                         QuantizedRows& quantized) const {
+  std::int64_t groups = 0, work = 0;
+  bool ternary = false;
+  for (const Product& product : products) {
+    groups += row_groups(*product.linear);
+    ternary |= product.linear->ternary;
+    // An integer product is worth about a quarter of a float one.
+    work += n * product.linear->spec.in * product.linear->spec.out / (product.linear->ternary ? 4 : 1);
+  }
+  if (ternary) {
+    quantized.resize(n, products[0].linear->spec.in);
+    parallel(n, 1, 8 * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t r = begin; r < end; ++r) quantize_into(quantized, r, x + r * ldx);
+    });
+  }
+  parallel(groups, 1, work, [&](std::int64_t begin, std::int64_t end, int) {
+    std::int64_t first = 0;  // group number of the product's first row
+    for (const Product& product : products) {
+      const Linear& linear = *product.linear;
+      const std::int64_t from = std::max(begin - first, std::int64_t{0}) * kGroupRows;
+      const std::int64_t to = std::min((end - first) * kGroupRows, std::int64_t{linear.spec.out});
+      first += row_groups(linear);
+      if (from >= to) continue;
+      if (linear.ternary) matmul(linear.codes, quantized, product.y, product.ldy, from, to);
+      else matmul(linear.dense, x, n, ldx, product.y, product.ldy, from, to);
+      add_bias(linear, product.y, product.ldy, n, from, to);
+    }
+  });
+}
+
+// Normalizes q and k heads (q/k-norm), turns them by their positions, and writes keys and values to the caches.
+void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const {
+  const Block& block = weights_->blocks[layer];
+  const std::size_t heads = config().heads, kv_heads = config().kv_heads, dim = config().head_dim, half = dim / 2;
+  const RopeTable& table = block.sliding ? rope_sliding_ : rope_full_;
+  const bool half_cache = options_.kv == KvType::kFloat16;
+  const auto turn = [&](float* head, const std::vector<float>& gain, const Row& row) {
+    if (!gain.empty()) rmsnorm(head, gain.data(), static_cast<std::int64_t>(dim), config().norm_eps, head);
+    const float* cosine = table.cos.data() + static_cast<std::size_t>(row.position) * half;
+    const float* sine = table.sin.data() + static_cast<std::size_t>(row.position) * half;
+    for (std::size_t i = 0; i < half; ++i) {
+      const float low = head[i], high = head[i + half];
+      head[i] = low * cosine[i] - high * sine[i];
+      head[i + half] = high * cosine[i] + low * sine[i];
+    }
+  };
+  const auto turned = static_cast<std::int64_t>(rows.size() * (heads + kv_heads) * dim);
+  parallel(static_cast<std::int64_t>(rows.size()), 1, 4 * turned, [&](std::int64_t begin, std::int64_t end, int) {
+    for (auto r = static_cast<std::size_t>(begin); r < static_cast<std::size_t>(end); ++r) {
+      const Row& row = rows[r];
+      for (std::size_t h = 0; h < heads; ++h) turn(s.q.data() + (r * heads + h) * dim, block.q_norm, row);
+      for (std::size_t h = 0; h < kv_heads; ++h) {
+        float* key = s.k.data() + (r * kv_heads + h) * dim;
+        turn(key, block.k_norm, row);
+        const float* parts[2] = {key, s.v.data() + (r * kv_heads + h) * dim};
+        for (int part = 0; part < 2; ++part) {
+          const std::size_t offset = static_cast<std::size_t>(row.slot) * dim;
+          if (half_cache) {
+            to_f16(parts[part], reinterpret_cast<std::uint16_t*>(row.sequence->cache(layer, part, h)) + offset,
+                   static_cast<std::int64_t>(dim));
+          } else {
+            std::copy(parts[part], parts[part] + dim,
+                      reinterpret_cast<float*>(row.sequence->cache(layer, part, h)) + offset);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Softmax attention over each row's positions, at most the window's in sliding layers. The unit of work is a row and a
+// key-value head: the query heads that share it meet the keys in one product.
+void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const {
+  const std::size_t heads = config().heads, kv_heads = config().kv_heads, dim = config().head_dim;
+  const auto width = static_cast<std::int64_t>(dim), group = static_cast<std::int64_t>(heads / kv_heads);
+  const bool half_cache = options_.kv == KvType::kFloat16;
+  const FloatType type = half_cache ? FloatType::kF16 : FloatType::kF32;
+  const std::int64_t window = weights_->blocks[layer].sliding ? config().sliding_window : 0;
+  s.mixed.assign(rows.size() * heads * dim, 0.0f);
+  std::int64_t positions = 0;
+  for (const Row& row : rows) positions += row.position + 1;
+  const auto count = static_cast<std::int64_t>(rows.size() * kv_heads);
+  parallel(count, 1, 2 * positions * static_cast<std::int64_t>(heads * dim), [&](std::int64_t begin, std::int64_t end, int) {
+    std::vector<KvSpan> spans;
+    std::vector<float> scores;  // [query head of the group][position]
+    for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+      const Row& row = rows[i / kv_heads];
+      const float* q = s.q.data() + i * static_cast<std::size_t>(group) * dim;
+      float* out = s.mixed.data() + i * static_cast<std::size_t>(group) * dim;
+      const std::int64_t last = row.position + 1;
+      const std::int64_t first = window != 0 && last > window ? last - window : 0, n = last - first;
+      spans.clear();
+      row.sequence->spans(layer, i % kv_heads, first, last, spans);
+      scores.resize(static_cast<std::size_t>(n * group));
+      std::int64_t done = 0;
+      for (const KvSpan& span : spans) {
+        matmul(FloatMatrix{span.n, width, type, span.keys}, q, group, width, scores.data() + done, n, 0, span.n);
+        done += span.n;
+      }
+      for (std::int64_t g = 0; g < group; ++g) {
+        float* row_scores = scores.data() + g * n;
+        for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= config().attention_scale;
+        const float inverse = 1.0f / exp_minus_max(row_scores, n);
+        for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= inverse;
+        for (const KvSpan& span : spans) {
+          for (std::int64_t t = 0; t < span.n; ++t) {
+            if (half_cache) {
+              axpy_f16(*row_scores++, reinterpret_cast<const std::uint16_t*>(span.values) + t * width, out + g * width,
+                       width);
+            } else {
+              axpy(*row_scores++, reinterpret_cast<const float*>(span.values) + t * width, out + g * width, width);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// x += o(attention(norm(x))). With `keep`, only those rows of the pass go on after their keys and values are stored.
+void Model::attention_block(std::size_t layer, const std::vector<Row>& all, const std::vector<std::int64_t>* keep,
+                            std::vector<Row>& rows, Scratch& s) const {
+  const Block& block = weights_->blocks[layer];
+  const std::size_t hidden = config().hidden, queries = std::size_t{config().heads} * config().head_dim;
+  const std::size_t keys = std::size_t{config().kv_heads} * config().head_dim;
+  auto n = static_cast<std::int64_t>(all.size());
+  s.normed.resize(all.size() * hidden);
+  s.q.resize(all.size() * queries);
+  s.k.resize(all.size() * keys);
+  s.v.resize(all.size() * keys);
+  norm_rows(s.x.data(), block.input_norm, n, s.normed.data());
+  project(s.normed.data(), static_cast<std::int64_t>(hidden), n,
+          {{&block.q, s.q.data(), static_cast<std::int64_t>(queries)},
+           {&block.k, s.k.data(), static_cast<std::int64_t>(keys)},
+           {&block.v, s.v.data(), static_cast<std::int64_t>(keys)}},
+          s);
+  rotate_and_store(layer, all, s);
+  if (keep != nullptr) {
+    rows.clear();
+    for (std::size_t to = 0; to < keep->size(); ++to) {
+      const auto from = static_cast<std::size_t>((*keep)[to]);  // ascending, so never overwritten before it is read
+      rows.push_back(all[from]);
+      std::copy_n(s.x.data() + from * hidden, hidden, s.x.data() + to * hidden);
+      std::copy_n(s.q.data() + from * queries, queries, s.q.data() + to * queries);
+    }
+    n = static_cast<std::int64_t>(rows.size());
+    if (n == 0) return;
+  }
+  attend(layer, rows, s);
+  s.out.resize(rows.size() * hidden);
+  project(s.mixed.data(), static_cast<std::int64_t>(queries), n,
+          {{&block.o, s.out.data(), static_cast<std::int64_t>(hidden)}}, s);
+  if (config().four_norms) norm_rows(s.out.data(), block.post_attention, n, s.out.data());
+  axpy(1.0f, s.out.data(), s.x.data(), n * static_cast<std::int64_t>(hidden));
+}
+
+// x += down(act(gate(norm(x))) * up(norm(x)))
+void Model::mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const {
+  const Block& block = weights_->blocks[layer];
+  const auto hidden = static_cast<std::int64_t>(config().hidden), inner = static_cast<std::int64_t>(config().intermediate);
+  s.gate.resize(static_cast<std::size_t>(n * inner));
+  s.up.resize(static_cast<std::size_t>(n * inner));
+  const std::vector<float>& gain = config().four_norms ? block.pre_feedforward : block.post_attention;
+  norm_rows(s.x.data(), gain, n, s.normed.data());
+  project(s.normed.data(), hidden, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
+  parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
+    float* gate = s.gate.data() + begin * inner;
+    const float* up = s.up.data() + begin * inner;
+    if (config().activation == Activation::kSilu) silu_mul(gate, up, gate, (end - begin) * inner);
+    else gelu_tanh_mul(gate, up, gate, (end - begin) * inner);
+  });
+  project(s.gate.data(), inner, n, {{&block.down, s.out.data(), hidden}}, s);
+  if (config().four_norms) norm_rows(s.out.data(), block.post_feedforward, n, s.out.data());
+  axpy(1.0f, s.out.data(), s.x.data(), n * hidden);
+}
+
+}  // namespace bitdistill

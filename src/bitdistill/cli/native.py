@@ -1,0 +1,210 @@
+"""`bitdistill generate`, `chat` and `bench`: the native engine on the command line. No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bitdistill.cli.options import AsJson, print_json, stdout
+from bitdistill.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from bitdistill.engine import Engine
+
+
+class LayoutName(StrEnum):
+    """Packed codes in memory."""
+
+    two_bit = "2bit"
+    base3 = "base3"
+
+
+class KvName(StrEnum):
+    """Type of keys and values."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class HeadName(StrEnum):
+    """Type of the output head."""
+
+    float = "float"
+    screened = "screened"
+    int8 = "int8"
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A packed student, or a full-precision model's folder.", show_default=False
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Compute threads; default: the CPUs of this process.", show_default=False),
+]
+Isa = Annotated[
+    str | None,
+    typer.Option(
+        help="Instruction set of the kernels; default: BITDISTILL_ISA, else the best.", show_default=False
+    ),
+]
+LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="Packed codes in memory: 2 or 1.6 bits.")]
+Kv = Annotated[KvName, typer.Option(help="Type of keys and values.")]
+Head = Annotated[
+    HeadName,
+    typer.Option(help="Output head: as stored, screened (same tokens, fewer bytes), int8 (rounded)."),
+]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the tokens that reach this probability.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeat.", show_default=False)
+]
+
+
+def generate(
+    model: Folder,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="Text to continue; default: stdin.", show_default=False),
+    ] = None,
+    max_new_tokens: MaxNew = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    threads: Threads = None,
+    isa: Isa = None,
+    layout: LayoutOption = LayoutName.two_bit,
+    kv: Kv = KvName.float32,
+    head: Head = HeadName.float,
+    json_: AsJson = False,
+) -> None:
+    """Continue a text with the native engine."""
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text:
+        raise DataError("generate: no prompt; give a text or pipe one in")
+    engine = _engine(model, threads, isa, layout, kv, head)
+    result = engine.generate(
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        stream=None if json_ else _write,
+    )
+    if json_:
+        print_json(
+            {
+                "text": result.text,
+                "ids": list(result.ids),
+                "prompt_tokens": result.prompt_tokens,
+                "finish_reason": result.finish_reason,
+            }
+        )
+    else:
+        typer.echo()
+
+
+def chat(
+    model: Folder,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+    max_new_tokens: MaxNew = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    isa: Isa = None,
+    layout: LayoutOption = LayoutName.two_bit,
+    kv: Kv = KvName.float32,
+    head: Head = HeadName.float,
+) -> None:
+    """Talk with a model that has a chat template. One message a line; an empty line ends it."""
+    engine = _engine(model, threads, isa, layout, kv, head)
+    if engine.tokenizer.chat_template is None:
+        raise ModelError(f"{model}: no chat template; use `bitdistill generate`")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    while line := _ask():
+        messages.append({"role": "user", "content": line})
+        answer = engine.chat(
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stream=_write,
+        )
+        typer.echo()
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def bench(
+    model: Folder,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded one at a time.")] = 128,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; the medians are reported.")] = 5,
+    threads: Threads = None,
+    isa: Isa = None,
+    layout: LayoutOption = LayoutName.two_bit,
+    kv: Kv = KvName.float32,
+    head: Head = HeadName.float,
+    json_: AsJson = False,
+) -> None:
+    """Measure prefill and decode speed, memory, and bytes read per token."""
+    from bitdistill.engine.bench import measure
+
+    engine = _engine(model, threads, isa, layout, kv, head)
+    facts = measure(
+        engine,
+        prefill_tokens=prefill_tokens,
+        decode_tokens=decode_tokens,
+        sequences=sequences,
+        repeats=repeats,
+    )
+    if json_:
+        print_json(facts)
+        return
+    console = stdout()
+    for name, value in facts.items():
+        shown = (
+            f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        )
+        console.print(f"{name:28} {shown}", markup=False)
+
+
+def _engine(
+    model: Path, threads: int | None, isa: str | None, layout: LayoutName, kv: KvName, head: HeadName
+) -> Engine:
+    from bitdistill.engine import Engine
+
+    return Engine(model, threads=threads, isa=isa, layout=layout.value, kv=kv.value, head=head.value)
+
+
+def _write(_: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ask() -> str:
+    if sys.stdin.isatty():
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+    return sys.stdin.readline().strip()
+
+
+COMMANDS: list[tuple[str, Callable[..., Any]]] = [("generate", generate), ("chat", chat), ("bench", bench)]

@@ -1,0 +1,346 @@
+"""`Engine`: generate, score and classify with a model folder, natively."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitdistill import artifact
+from bitdistill.engine import _native
+from bitdistill.engine.text import FolderTokenizer, stop_ids
+from bitdistill.errors import ModelError
+
+if TYPE_CHECKING:
+    from bitdistill.config import Task
+    from bitdistill.data.readers import Row
+    from bitdistill.engine.labels import Answer, Classifier
+
+Prompt = str | Sequence[int]
+Layout = Literal["2bit", "base3"]
+KvType = Literal["float32", "float16"]
+HeadType = Literal["float", "screened", "int8"]
+FinishReason = Literal["stop", "length", "callback"]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `Engine.generate`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: str | Sequence[str | int]
+    stream: Callable[[int, str], bool | None] | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote after one prompt."""
+
+    text: str
+    """New tokens as text, without special tokens; ends before a stop string."""
+    ids: tuple[int, ...]
+    """New token ids; an end-of-text id is not among them."""
+    prompt_tokens: int
+    reused_tokens: int
+    """Prompt tokens whose keys and values were still there from the last call."""
+    finish_reason: FinishReason
+
+
+class Engine:
+    """A packed student or a plain full-precision model, ready to run on the CPU. No torch.
+
+    Calls may come from several threads; they are served one after the other. The GIL is free while the model
+    runs.
+
+    Args:
+        path: a model folder (docs/format.md), or a Hugging Face folder of a supported family.
+        threads: compute threads; None: as many as CPUs this process may use. Results do not depend on it.
+        isa: instruction set of the kernels, for the whole process; None: as it is (BITDISTILL_ISA, else the
+            best).
+        layout: packed codes in memory, "2bit" or "base3" (1.6 bits). Results do not depend on it.
+        kv: keys and values in "float32", or "float16" (half the memory, rounded).
+        head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the
+            stored head exactly from half its bytes or fewer; "int8": only the int8 copy is read (rounded).
+        verify: check every file of a bitdistill folder against its SHA-256.
+
+    Raises:
+        ArtifactError: a file is missing, corrupt or malformed.
+        ModelError: the model is not supported, or the CPU lacks the instruction set.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        layout: Layout = "2bit",
+        kv: KvType = "float32",
+        head: HeadType = "float",
+        verify: bool = True,
+    ) -> None:
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: no such folder; give the folder of a model")
+        if isa is not None:
+            _native.set_isa(isa)
+        if threads is None:
+            here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+            threads = len(here)
+        self.path = folder
+        self.manifest: dict[str, Any] | None = None
+        if artifact.exists(folder):
+            self.manifest = artifact.verify(folder) if verify else artifact.read_manifest(folder)
+        self.model = _native.Model.load(str(folder), threads=threads, layout=layout, kv=kv, head=head)
+        self.facts: dict[str, Any] = self.model.facts
+        self.tokenizer = FolderTokenizer(folder)
+        self.stop_ids = stop_ids(folder, self.tokenizer, self.facts["eos_ids"])
+        self._lock = threading.Lock()
+        self._last: Any = None  # the last single sequence, kept for prompts that continue it
+        self._classifiers: dict[str, Classifier] = {}
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use."""
+        return str(_native.current_isa())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[Options]
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str | int] = (),
+        stream: Callable[[int, str], bool | None] | None = None,
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several prompts together.
+
+        A sequence of a batch gives the same tokens as alone (with the same place in the batch, if sampled).
+
+        Args:
+            prompt: text or token ids; a list of them for a batch.
+            max_new_tokens: at most; the model's context also ends it.
+            temperature: 0 is greedy; else softmax(logits / temperature) is sampled.
+            top_k: sample among this many; 0: all.
+            top_p: sample among the likeliest tokens that together reach this probability.
+            seed: of the draws.
+            stop: strings (cut off) and token ids that end a sequence, besides the model's end-of-text ids.
+            stream: called with (place in the batch, new text); returning False ends that sequence.
+
+        Raises:
+            ModelError: an empty prompt, one longer than the context, or an option out of range.
+        """
+        single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int | np.integer)
+        prompts = [self._ids(p) for p in ([prompt] if single else prompt)]
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        if any(s == "" for s in stops):
+            raise ModelError("stop: an empty string would end every text at once; leave it out")
+        if max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens {max_new_tokens} is not 1 or more")
+        sampler = _native.Sampler(temperature, top_k, top_p, seed)
+        words = [s for s in stops if isinstance(s, str)]
+        ends = self.stop_ids | {int(s) for s in stops if not isinstance(s, str)}
+        context = self.facts["max_positions"]
+        with self._lock:
+            sequences, reused = self._sequences(prompts)
+            texts = []
+            for n, ids in enumerate(prompts):
+                room = max_new_tokens if not context else min(max_new_tokens, context - len(ids))
+                texts.append(_Text(self.tokenizer, n, words, ends, room, stream))
+            self._decode(sequences, prompts, reused, texts, sampler)
+        results = [text.result(len(ids), had) for text, ids, had in zip(texts, prompts, reused, strict=True)]
+        return results[0] if single else results
+
+    def _ids(self, prompt: Prompt) -> NDArray[np.int32]:
+        ids = np.asarray(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        context = self.facts["max_positions"]
+        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise ModelError("the prompt has no tokens; give some text, or a list of token ids")
+        if context and ids.size > context:
+            raise ModelError(
+                f"the prompt has {ids.size} tokens, the model's context is {context}; shorten it"
+            )
+        if ids.min() < 0 or ids.max() >= self.facts["vocab_size"]:
+            raise ModelError(
+                f"token id {ids.min() if ids.min() < 0 else ids.max()} is not below the vocabulary of "
+                f"{self.facts['vocab_size']}; use the model's own tokenizer"
+            )
+        return np.ascontiguousarray(ids, dtype=np.int32)
+
+    def _sequences(self, prompts: list[NDArray[np.int32]]) -> tuple[list[Any], list[int]]:
+        """A sequence for each prompt; a single one goes on where the last single sequence agrees with it."""
+        if len(prompts) != 1:
+            return [_native.Sequence(self.model) for _ in prompts], [0] * len(prompts)
+        sequence, self._last = self._last, None  # an error below must not leave a half-run sequence behind
+        if sequence is None:
+            sequence = _native.Sequence(self.model)
+        old = np.asarray(sequence.tokens, dtype=np.int32)
+        # The last prompt token always runs again: its logits choose the next one.
+        n = min(len(old), len(prompts[0]) - 1)
+        differs = np.flatnonzero(old[:n] != prompts[0][:n])
+        common = int(differs[0]) if differs.size else n
+        sequence.truncate(common)
+        return [sequence], [common]
+
+    def _decode(
+        self,
+        sequences: list[Any],
+        prompts: list[NDArray[np.int32]],
+        reused: list[int],
+        texts: list[_Text],
+        sampler: Any,
+    ) -> None:
+        """Run the prompts, then all unfinished sequences together, one token each at a time."""
+        segments = [(s, ids[had:]) for s, ids, had in zip(sequences, prompts, reused, strict=True)]
+        active = [n for n, text in enumerate(texts) if text.room > 0]
+        step = 0
+        while active:
+            given = [segments[n] for n in active]
+            chosen = self.model.step(given, sampler, active, [step] * len(active))
+            step += 1
+            for n, token in zip(active, chosen, strict=True):
+                texts[n].add(token)
+                segments[n] = (sequences[n], np.array([token], dtype=np.int32))
+            active = [n for n in active if texts[n].finish_reason is None]
+        if len(sequences) == 1:
+            self._last = sequences[0]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Generation:
+        """Answer a conversation of {"role", "content"} messages through the model's chat template."""
+        text = self.tokenizer.render_chat(messages)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.generate(ids, **options)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [T, V] after each token of a sequence."""
+        with self._lock:
+            values: NDArray[np.float32] = self.model.forward(
+                [(_native.Sequence(self.model), self._ids(ids))], "all"
+            )
+        return values
+
+    def classify(
+        self,
+        inputs: Sequence[str | Mapping[str, Any] | Row],
+        *,
+        task: Task | None = None,
+        max_length: int | None = None,
+    ) -> list[Answer]:
+        """Label each input by the likelihood of the task's label words.
+
+        Args:
+            inputs: texts (for tasks with one field), mappings from field to value, or rows.
+            task: None: the task that the student was made for, from its manifest.
+            max_length: longest prompt with its answer; None: the student's own, or the model's context.
+
+        Raises:
+            ArtifactError: no task is stored.
+            DataError: a field is missing, or a text is given to a task with several fields.
+        """
+        classifier = self.classifier(task, max_length)
+        examples = classifier.encode(inputs, self.facts["vocab_size"])
+        with self._lock:
+            predictions = classifier.predictions(self.model, examples)
+        return classifier.answers(examples, predictions)
+
+    def classifier(self, task: Task | None = None, max_length: int | None = None) -> Classifier:
+        """The prepared task; see `classify`."""
+        from bitdistill.engine.labels import Classifier, stored_task
+
+        if task is None:
+            task, stored_length = stored_task(self.manifest, str(self.path))
+        else:
+            stored_length = self.facts["max_positions"] or 4096
+        length = max_length or stored_length
+        key = f"{task.model_dump_json()} {length}"
+        if key not in self._classifiers:
+            self._classifiers[key] = Classifier(task, self.tokenizer, length)
+        return self._classifiers[key]
+
+
+class _Text:
+    """One sequence's new tokens on their way to text: stop ids, stop strings, streaming."""
+
+    def __init__(
+        self,
+        tokenizer: FolderTokenizer,
+        place: int,
+        words: list[str],
+        ends: frozenset[int],
+        room: int,
+        stream: Callable[[int, str], bool | None] | None,
+    ) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self.tokenizer, self.place, self.words, self.ends, self.room = tokenizer, place, words, ends, room
+        self.stream = stream
+        self.ids: list[int] = []
+        self.finish_reason: FinishReason | None = None if room > 0 else "length"
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._text, self._sent, self._cut = "", 0, -1
+
+    def add(self, token: int) -> None:
+        """Take one new token."""
+        if token in self.ends:
+            self.finish_reason = "stop"
+        else:
+            self.ids.append(token)
+            self._text += self._decoder.step(self.tokenizer.backend, token) or ""
+            self._look_for_stop()
+            if self.finish_reason is None and len(self.ids) >= self.room:
+                self.finish_reason = "length"
+        self._send()
+
+    def _look_for_stop(self) -> None:
+        found = [at for at in (self._text.find(word) for word in self.words) if at >= 0]
+        if found:
+            self._cut, self.finish_reason = min(found), "stop"
+
+    def _send(self) -> None:
+        """Stream the text that can no longer be part of a stop string."""
+        if self.stream is None:
+            return
+        end = self._cut if self._cut >= 0 else len(self._text)
+        if self.finish_reason is None:
+            end -= max((_overlap(self._text, word) for word in self.words), default=0)
+        if end > self._sent:
+            new, self._sent = self._text[self._sent : end], end
+            if self.stream(self.place, new) is False and self.finish_reason is None:
+                self.finish_reason = "callback"
+
+    def result(self, prompt_tokens: int, reused_tokens: int) -> Generation:
+        """The finished generation."""
+        text = self._text[: self._cut] if self._cut >= 0 else self.tokenizer.decode(self.ids)
+        assert self.finish_reason is not None
+        return Generation(text, tuple(self.ids), prompt_tokens, reused_tokens, self.finish_reason)
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of `text` that begins `word`."""
+    for n in range(min(len(text), len(word) - 1), 0, -1):
+        if word.startswith(text[-n:]):
+            return n
+    return 0

@@ -1,0 +1,162 @@
+"""Classification by label words through the engine: the same scores as `bitdistill.eval.classify`.
+
+All label words of a task form a tree of tokens. The engine runs each prompt and the tree's inner nodes once,
+in one pass, and scores every next token of every word there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitdistill.config import Task
+from bitdistill.data import tasks
+from bitdistill.data.readers import Row
+from bitdistill.data.tasks import Example, label_token_ids
+from bitdistill.errors import ArtifactError, DataError
+from bitdistill.eval.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; `probabilities` maps label values to shares that add up to 1 (softmax over the words)."""
+
+    where: str
+    text: str
+    label: str | None
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LabelTree:
+    """Label words as a token tree.
+
+    tokens, parents: inner nodes; -1 is the root (the prompt).
+    queries: (node, token) pairs to score. words: for each label, its queries' positions.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    queries: list[tuple[int, int]]
+    words: list[list[int]]
+
+
+def label_tree(label_ids: Sequence[tuple[int, ...]]) -> LabelTree:
+    """The tree of all label words' proper prefixes, parents first."""
+    nodes: dict[tuple[int, ...], int] = {(): -1}
+    tokens: list[int] = []
+    parents: list[int] = []
+    queries: dict[tuple[int, int], int] = {}
+    words: list[list[int]] = []
+    for ids in label_ids:
+        used = []
+        for end, token in enumerate(ids):
+            prefix = ids[:end]
+            if prefix not in nodes:
+                nodes[prefix] = len(tokens)
+                tokens.append(ids[end - 1])
+                parents.append(nodes[prefix[:-1]])
+            used.append(queries.setdefault((nodes[prefix], token), len(queries)))
+        words.append(used)
+    return LabelTree(tokens, parents, list(queries), words)
+
+
+class Classifier:
+    """A task with its label words encoded once.
+
+    Args:
+        task: a classification task.
+        tokenizer: of the model.
+        max_length: longest prompt with its answer, in tokens.
+
+    Raises:
+        DataError: not a classification task, or label words that cannot be told apart.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int) -> None:
+        if task.kind != "classification":
+            raise DataError(f"task {task.name} is {task.kind}, not classification; use generate")
+        self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.tree = label_tree(label_token_ids(task, tokenizer))
+
+    def encode(self, inputs: Sequence[str | Mapping[str, Any] | Row], vocab_size: int) -> list[Example]:
+        """Inputs as examples: texts (for tasks with one field), mappings from field to value, or rows."""
+        rows = [self._row(value, number) for number, value in enumerate(inputs, start=1)]
+        return tasks.encode(
+            self.task, rows, self.tokenizer, self.max_length, require_answers=False, vocab_size=vocab_size
+        )
+
+    def _row(self, value: str | Mapping[str, Any] | Row, number: int) -> Row:
+        if isinstance(value, Row):
+            return value
+        where = f"input {number}"
+        if not isinstance(value, str):
+            return Row(dict(value), where)
+        fields = tasks.template_fields(self.task)
+        if len(fields) != 1:
+            raise DataError(
+                f"{where}: task {self.task.name} needs the fields {', '.join(fields)}, not one text; "
+                "give a mapping"
+            )
+        return Row({fields[0]: value}, where)
+
+    def predictions(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
+        """The most likely label of each example, the first of equals."""
+        tree = self.tree
+        prompts = [list(example.prompt_ids) for example in examples]
+        log_probs: NDArray[np.float32] = model.score_tree(prompts, tree.tokens, tree.parents, tree.queries)
+        scores = np.zeros((len(prompts), len(tree.words)), dtype=np.float32)
+        for label, used in enumerate(tree.words):
+            for query in used:
+                scores[:, label] += log_probs[:, query]
+        names = [word.strip() for word in self.task.labels.values()]
+        best = scores.argmax(axis=1).tolist() if len(prompts) else []
+        return [
+            Prediction(index, label, tuple(row), names[label])
+            for index, (label, row) in enumerate(zip(best, scores.tolist(), strict=True))
+        ]
+
+    def answers(self, examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[Answer]:
+        """Predictions with label values and their shares."""
+        values = list(self.task.labels)
+        return [
+            Answer(
+                where=example.where,
+                text=prediction.text,
+                label=None if prediction.label is None else values[prediction.label],
+                probabilities=dict(zip(values, _softmax(prediction.scores), strict=True)),
+            )
+            for example, prediction in zip(examples, predictions, strict=True)
+        ]
+
+
+def stored_task(manifest: Mapping[str, Any] | None, place: str) -> tuple[Task, int]:
+    """The task and max_length in the recipe of a student's manifest.
+
+    Raises:
+        ArtifactError: there is no manifest, or no readable recipe in it.
+    """
+    from pydantic import ValidationError
+
+    recipe = None if manifest is None else manifest.get("recipe")
+    try:
+        if not isinstance(recipe, Mapping):
+            raise TypeError("no recipe")
+        return Task.model_validate(recipe["task"]), int(recipe["data"]["max_length"])
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise ArtifactError(
+            f"{place}: its manifest holds no task ({' '.join(str(error).split())[:100]}); "
+            "pass task= or export again"
+        ) from error
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    top = max(scores)
+    weights = [math.exp(score - top) for score in scores]
+    total = sum(weights)
+    return [weight / total for weight in weights]
