@@ -52,6 +52,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_subln_uses_the_models_epsilon(tmp_path: Path) -> None:
+    student = bd.refine(tiny_model("llama", rms_norm_eps=0.5), torch.tensor([prompt_ids(13)]))
+    save(pack(student, "bfloat16"), tmp_path / "m", "packed", float_dtype="bfloat16")
+    ids = prompt_ids(2)
+    want = torch_logits(load_student(tmp_path / "m")[0], ids)
+    assert np.abs(Engine(tmp_path / "m", threads=1).logits(ids) - want).max() < STEP
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_float_logits(folders: Path, name: str) -> None:
     folder, ids = folders / f"{name}-float", prompt_ids(60)

@@ -12,8 +12,6 @@ namespace {
 // Work of a few microseconds: less than handing it over may take.
 constexpr std::int64_t kSmallWork = 1 << 17;
 
-constexpr float kSublnEps = 1e-6f;  // quant/linear.py, SubLN
-
 std::int64_t row_groups(const Linear& linear) { return (linear.spec.out + kGroupRows - 1) / kGroupRows; }
 
 void add_bias(const Linear& linear, float* y, std::int64_t ldy, std::int64_t n, std::int64_t begin, std::int64_t end) {
@@ -51,7 +49,7 @@ void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std:
     s.sub.resize(static_cast<std::size_t>(n * width));
     parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t r = begin; r < end; ++r) {
-        rmsnorm(x + r * ldx, product.linear->subln.data(), width, kSublnEps, s.sub.data() + r * width);
+        rmsnorm(x + r * ldx, product.linear->subln.data(), width, config().norm_eps, s.sub.data() + r * width);
       }
     });
     run_products(s.sub.data(), width, n, {product}, s.own);
