@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import bitdistill as bd
 from bitdistill.config import Task
 from bitdistill.errors import ArtifactError, DataError, ModelError
 from tests.models.conftest import TINY, VOCAB, make_tokenizer, tiny_model
