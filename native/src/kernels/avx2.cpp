@@ -64,12 +64,16 @@ inline void two_bit_halves(const uint8_t* group, int64_t blocks, const int8_t* c
         });
       });
     }
-    each<T>([&](auto t) BITDISTILL_INLINE { each<H>([&](auto h) BITDISTILL_INLINE {
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      each<H>([&](auto h) BITDISTILL_INLINE {
         const __m256i joined = _mm256_add_epi16(ones[t][h], _mm256_srai_epi16(fours[t][h], 2));
         total[t][h] = _mm256_add_epi32(total[t][h], widen(joined));
-      }); });
+      });
+    });
   }
-  each<T>([&](auto t) BITDISTILL_INLINE { each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); }); });
+  each<T>([&](auto t) BITDISTILL_INLINE {
+    each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); });
+  });
 }
 
 // ---------------------------------------------------------------------------------------- base 3, decode
@@ -111,7 +115,8 @@ inline void ternary_group(const TernaryView& w, const ActivationView& x, const O
     two_bit_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
     two_bit_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
   }
-  each<T>([&](auto t) BITDISTILL_INLINE { store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales); });
+  for (int t = 0; t < T; ++t)
+    store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
 }
 
 void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
@@ -225,7 +230,9 @@ inline void int8_group(const Int8View& w, const ActivationView& x, const OutputV
     each<4>([&](auto i) BITDISTILL_INLINE {
       const __m256i part =
           _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group + b * 64 + 16 * i)));
-      each<T>([&](auto t) BITDISTILL_INLINE { sum[t][i] = _mm256_add_epi32(sum[t][i], _mm256_madd_epi16(part, four[t])); });
+      each<T>([&](auto t) BITDISTILL_INLINE {
+        sum[t][i] = _mm256_add_epi32(sum[t][i], _mm256_madd_epi16(part, four[t]));
+      });
     });
   }
   each<T>([&](auto t) BITDISTILL_INLINE {

@@ -159,7 +159,8 @@ Int8Matrix quantize_int8(const FloatMatrix& matrix) {
     uint8_t* group = m.storage.data() + row / kGroupRows * m.group_bytes() + 4 * (row % kGroupRows);
     for (int64_t c = 0; c < m.cols; ++c) {
       const float q = std::nearbyint(values[static_cast<size_t>(c)] / scale);
-      group[c / 4 * kBlockBytes + c % 4] = static_cast<uint8_t>(static_cast<int8_t>(std::fmin(std::fmax(q, -127.0f), 127.0f)));
+      const auto code = static_cast<int8_t>(std::fmin(std::fmax(q, -127.0f), 127.0f));
+      group[c / 4 * kBlockBytes + c % 4] = static_cast<uint8_t>(code);
     }
   }
   return m;
