@@ -12,6 +12,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.bitdistill-installed
+NATIVE := $(shell find native -type f)
 SEED ?= 0
 
 .PHONY: demo test results lint setup clean help
@@ -27,7 +28,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: what the environment has already is kept, and the other packages follow it.
-$(STAMP): pyproject.toml | $(BIN)/python
+$(STAMP): pyproject.toml $(NATIVE) | $(BIN)/python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
