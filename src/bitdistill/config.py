@@ -85,7 +85,7 @@ class DataConfig(Strict):
     limit_train: Count | None = None
     limit_test: Count | None = None
     max_length: Count = 512
-    """Tokens of prompt and answer together; longer prompts are cut at the left of the row text."""
+    """Tokens of prompt and answer together; of a longer prompt the end of its longest field is cut."""
 
 
 class Optim(Strict):
@@ -225,8 +225,6 @@ class EvalConfig(Strict):
     batch_rows: Count = 64
     split: Literal["test", "validation"] = "test"
     bootstrap_seed: int = 0
-    benchmark_tokens: Count = 4096
-    """Tokens of the throughput measurement (prefill of task prompts), on the evaluation device."""
 
 
 class ExportConfig(Strict):
