@@ -120,6 +120,9 @@ class Loop(Strict):
     """Compute precision of everything but quantizers and losses. auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile per transformer block. auto: on a GPU only."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Replay forward and backward of each batch shape as one CUDA graph: short rows are bound by kernel launches.
+    auto: on a GPU, without gradient checkpointing. The mathematics is the same."""
     gradient_checkpointing: bool = False
     log_every_steps: Count = 10
     checkpoint_every_steps: Count | None = None

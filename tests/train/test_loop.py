@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from bitdistill.config import Loop, Optim
-from bitdistill.data.batches import Batch
+from bitdistill.data.batches import Batch, index_of
 from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, StorageError
 from bitdistill.train import checkpoint
-from bitdistill.train.loop import FitResult, StepOutput, Totals, fit
+from bitdistill.train.loop import FitResult, fit
 from bitdistill.train.optim import build_optimizer, learning_rate_at
+from bitdistill.train.step import StepOutput, Totals
 from bitdistill.train.tracking import Tracker, truncate_log
 
 VOCABULARY, LENGTH = 17, 6
@@ -48,6 +49,8 @@ class RandomBatches:
                 indices=list(range(i, i + self.micro_rows)),
                 weight=self.micro_rows / self.rows,
                 tokens=self.micro_rows * LENGTH,
+                answer_index_N=index_of(answers[i : i + self.micro_rows]),
+                real_index_N=index_of(mask[i : i + self.micro_rows]),
             )
             for i in starts
         ]

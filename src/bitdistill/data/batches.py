@@ -40,6 +40,11 @@ class Batch:
     of weight * loss over a step does not depend on micro_batch_rows."""
     tokens: int
     """Real tokens, padding left out."""
+    answer_index_N: Tensor
+    """int64: b * T + t of the answer tokens at t >= 1, in order. Fixed-size gathers by index instead of by mask need
+    no read-back from the device. Entries of -1 (at the end) are filling, and count for nothing."""
+    real_index_N: Tensor
+    """int64: b * T + t of the real tokens, likewise."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
@@ -49,7 +54,26 @@ class Batch:
             attention_mask_BT=self.attention_mask_BT.to(device, non_blocking=non_blocking),
             answer_mask_BT=self.answer_mask_BT.to(device, non_blocking=non_blocking),
             labels_B=self.labels_B.to(device, non_blocking=non_blocking),
+            answer_index_N=self.answer_index_N.to(device, non_blocking=non_blocking),
+            real_index_N=self.real_index_N.to(device, non_blocking=non_blocking),
         )
+
+    def with_filled_index(self, multiple: int) -> Batch:
+        """The same batch (on the host) with both indices filled up with -1 to a multiple: fewer shapes."""
+        return replace(
+            self,
+            answer_index_N=_filled(self.answer_index_N, multiple),
+            real_index_N=_filled(self.real_index_N, multiple),
+        )
+
+
+def index_of(mask_BT: Tensor) -> Tensor:
+    """int64 positions b * T + t of the True entries, in order."""
+    return torch.from_numpy(np.flatnonzero(mask_BT.numpy()))
+
+
+def _filled(index_N: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(index_N, (0, -len(index_N) % multiple), value=-1)
 
 
 class TokenStream(Protocol):
@@ -172,14 +196,18 @@ class TaskBatches:
             ids[n, : lengths[n]] = self._ids[self._starts[row] : self._starts[row + 1]]
         positions = np.arange(width)
         real = positions < lengths[:, None]
+        answers = real & (positions >= prompts[:, None])
+        predicted = answers & (positions > 0)
         return Batch(
             input_ids_BT=torch.from_numpy(ids),
             attention_mask_BT=torch.from_numpy(real),
-            answer_mask_BT=torch.from_numpy(real & (positions >= prompts[:, None])),
+            answer_mask_BT=torch.from_numpy(answers),
             labels_B=torch.from_numpy(self._labels[rows]),
             indices=rows.tolist(),
             weight=int(self._answers[rows].sum()) / step_answers,
             tokens=int(lengths.sum()),
+            answer_index_N=torch.from_numpy(np.flatnonzero(predicted)),
+            real_index_N=torch.from_numpy(np.flatnonzero(real)),
         )
 
 
@@ -258,4 +286,6 @@ class PackedBatches:
             indices=indices,
             weight=len(samples) / self.batch_rows,
             tokens=ids.size,
+            answer_index_N=index_of(answers),
+            real_index_N=torch.arange(ids.size),
         )

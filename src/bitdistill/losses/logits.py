@@ -16,12 +16,17 @@ from torch import Tensor
 
 
 def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Sum over N of -log softmax(logits)[target], float32 (paper, Eq. 9)."""
+    """Sum over N of -log softmax(logits)[target], float32 (paper, Eq. 9); targets of -100 count for nothing."""
     return torch.nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
 
 
 def logits_distillation_sum(
-    student_NV: Tensor, teacher_NV: Tensor, *, temperature: float, tau_squared: bool = False
+    student_NV: Tensor,
+    teacher_NV: Tensor,
+    *,
+    temperature: float,
+    tau_squared: bool = False,
+    counted_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over N of KL(softmax(teacher / tau) || softmax(student / tau)), float32 (paper, Eq. 10 and 11).
 
@@ -29,6 +34,7 @@ def logits_distillation_sum(
         student_NV, teacher_NV: logits, any float dtype; the teacher's get no gradient.
         temperature: tau > 0.
         tau_squared: multiply by tau^2 (the common convention, and PR 382's; not the paper's).
+        counted_N: bool, False where a row is filling; None: all count.
 
     Raises:
         ValueError: shapes differ (teacher and student need the same vocabulary).
@@ -39,7 +45,10 @@ def logits_distillation_sum(
         )
     log_student = torch.log_softmax(student_NV.float() / temperature, dim=-1)
     log_teacher = torch.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
-    kl = torch.nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    kl_N = torch.nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=-1)
+    if counted_N is not None:
+        kl_N = torch.where(counted_N, kl_N, 0.0)
+    kl = kl_N.sum()
     return kl * (temperature**2) if tau_squared else kl
 
 

@@ -21,7 +21,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import ModelError
+from bitdistill.models.attention import CAUSAL_NAME, causal_attention
 
+FUNCTIONS = {"sdpa": sdpa_attention_forward, CAUSAL_NAME: causal_attention}
 ATTENTION_NAME = "bitdistill_capture"
 _SINK = "_bitdistill_capture_sink"
 
@@ -31,10 +33,10 @@ States = dict[int, tuple[Tensor, Tensor, Tensor]]
 def _capturing_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa attention that also records its inputs."""
-    states, layer = getattr(module, _SINK)
+    """The model's own attention (sdpa, or `attention.causal_attention`), which also records its inputs."""
+    states, layer, attention_function = getattr(module, _SINK)
     states[layer] = (query, key, value)
-    result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+    result: tuple[Tensor, Tensor | None] = attention_function(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
@@ -66,7 +68,7 @@ def capture_states(model: Any, layers: Sequence[int]) -> Iterator[States]:
     plain = [attention.config for attention in attentions.values()]
     try:
         for layer, attention in attentions.items():
-            setattr(attention, _SINK, (states, layer))
+            setattr(attention, _SINK, (states, layer, FUNCTIONS[attention.config._attn_implementation]))
             attention.config = _with_attention(attention.config)
         yield states
     finally:
@@ -80,7 +82,7 @@ def _attentions(model: Any, layers: Sequence[int]) -> dict[int, Any]:
     """The attention module of each requested layer."""
     blocks = list(model.get_submodule("model.layers").children())
     implementation = model.config._attn_implementation
-    if implementation != "sdpa":
+    if implementation not in FUNCTIONS:
         raise ModelError(
             f"attention implementation is {implementation!r}; states are captured with sdpa only"
         )
@@ -102,6 +104,6 @@ def _with_attention(config: Any) -> Any:
     """A shallow copy of a configuration that names the capturing attention."""
     copied = copy.copy(config)
     copied._attn_implementation = ATTENTION_NAME
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation == ATTENTION_NAME:
         raise ModelError("a shallow copy of the configuration shares its attention name; report this")
     return copied

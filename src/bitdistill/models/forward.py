@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+IGNORED = -100
+"""Target of a position that counts for nothing (the convention of torch's cross-entropy)."""
+
 
 def final_hidden(model: Any, input_ids_BT: Tensor) -> Tensor:
     """Final hidden states [B, T, H] (after the last norm). Rows are right-padded or full: no mask is needed."""
@@ -31,8 +34,17 @@ def logits_at(model: Any, hidden_NH: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def answer_positions(answer_mask_BT: Tensor) -> Tensor:
-    """Boolean [B, T] of the positions whose logits predict an answer token: the mask moved left by one."""
-    positions = torch.zeros_like(answer_mask_BT)
-    positions[:, :-1] = answer_mask_BT[:, 1:]
-    return positions
+def predicting(hidden_BTH: Tensor, answer_index_N: Tensor) -> Tensor:
+    """Hidden states [N, H] that predict the tokens at `answer_index_N` (those one position before)."""
+    return rows_at(hidden_BTH, answer_index_N - 1)
+
+
+def rows_at(hidden_BTH: Tensor, index_N: Tensor) -> Tensor:
+    """Hidden states [N, H] at flat positions b * T + t; negative entries (filling) give row 0."""
+    return hidden_BTH.flatten(0, 1).index_select(0, index_N.clamp_min(0))
+
+
+def tokens_at(input_ids_BT: Tensor, index_N: Tensor) -> Tensor:
+    """Token ids [N] at flat positions; IGNORED where the index is filling."""
+    tokens = input_ids_BT.flatten().index_select(0, index_N.clamp_min(0))
+    return torch.where(index_N < 0, IGNORED, tokens)

@@ -18,13 +18,13 @@ from bitdistill.losses.balance import GammaBalancer, gradient_norm
 from bitdistill.losses.logits import cross_entropy_sum, logits_distillation_sum
 from bitdistill.losses.relation import attention_distillation_sum
 from bitdistill.models.capture import capture_states
-from bitdistill.models.forward import answer_positions, final_hidden, logits_at
+from bitdistill.models.forward import final_hidden, logits_at, predicting, rows_at, tokens_at
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
-from bitdistill.train.loop import StepOutput, Totals, autocast
+from bitdistill.train.step import StepOutput, Totals, autocast
 
 
 class DistillStep:
@@ -36,8 +36,16 @@ class DistillStep:
         fixed = None if config.gamma == "auto" else float(config.gamma)
         self.balancer = GammaBalancer(target_ratio=config.gamma_ratio, fixed=fixed)
         self.measure = False
+        # On the device, so that a replayed CUDA graph sees the value of its step
+        self.gamma = torch.tensor(self.balancer.gamma, device=next(student.parameters()).device)
+        self.ratio = torch.zeros_like(self.gamma)
         attention = [student.get_submodule(f"model.layers.{i}.self_attn") for i in self.layers]
         self.probes = [getattr(a, name).weight for a in attention for name in ("q_proj", "k_proj", "v_proj")]
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the next call may be a CUDA graph's replay: a measurement reads gradient norms back."""
+        return not self.measure
 
     def before_step(self, step: int) -> None:
         """Gradient norms are measured every `gamma_every_steps` steps, on the step's first micro-batch."""
@@ -49,13 +57,13 @@ class DistillStep:
             teacher_hidden, teacher_states = _forward(self.teacher, batch.input_ids_BT, self.layers)
         hidden, states = _forward(self.student, batch.input_ids_BT, self.layers)
 
-        answers = answer_positions(batch.answer_mask_BT)
-        logits_NV = logits_at(self.student, hidden[answers])
-        ce = cross_entropy_sum(logits_NV, batch.input_ids_BT[batch.answer_mask_BT]) / totals.answers
+        logits_NV = logits_at(self.student, predicting(hidden, batch.answer_index_N))
+        targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
+        ce = cross_entropy_sum(logits_NV, targets_N) / totals.answers
         metrics: dict[str, Any] = {"ce": ce.detach()}
         loss = config.ce_weight * ce
         if config.lambda_:
-            ld = self._logits_loss(batch, totals, hidden, teacher_hidden, logits_NV, answers)
+            ld = self._logits_loss(batch, totals, hidden, teacher_hidden, logits_NV)
             loss = loss + config.lambda_ * ld
             metrics["ld"] = ld.detach()
         if self.layers:
@@ -63,31 +71,35 @@ class DistillStep:
             if self.measure:
                 self.balancer.update(gradient_norm(ce, self.probes), gradient_norm(ad, self.probes))
                 self.measure = False
-            loss = loss + self.balancer.gamma * ad
+                self._publish()
+            loss = loss + self.gamma * ad
             # gamma and ratio are per step, not per micro-batch: spread so that the loop's sum gives them once
             share = batch.input_ids_BT.shape[0] / totals.rows
-            metrics |= {"ad": ad.detach(), "gamma": self.balancer.gamma * share}
-            metrics["ad_ce_ratio"] = self.balancer.ratio * share
+            metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
         return StepOutput(loss, metrics)
 
+    def _publish(self) -> None:
+        """Copy the balance to the device."""
+        self.gamma.fill_(self.balancer.gamma)
+        self.ratio.fill_(self.balancer.ratio)
+
     def _logits_loss(
-        self,
-        batch: Batch,
-        totals: Totals,
-        hidden: Tensor,
-        teacher_hidden: Tensor,
-        logits_NV: Tensor,
-        answers: Tensor,
+        self, batch: Batch, totals: Totals, hidden: Tensor, teacher_hidden: Tensor, logits_NV: Tensor
     ) -> Tensor:
         config = self.config
         options: dict[str, Any] = {"temperature": config.temperature, "tau_squared": config.tau_squared}
-        with torch.no_grad():
-            chosen = answers if config.distilled_tokens == "answer" else batch.attention_mask_BT
-            teacher_NV = logits_at(self.teacher, teacher_hidden[chosen])
         if config.distilled_tokens == "answer":
-            return logits_distillation_sum(logits_NV, teacher_NV, **options) / totals.answers
-        all_NV = logits_at(self.student, hidden[chosen])
-        return logits_distillation_sum(all_NV, teacher_NV, **options) / totals.tokens
+            index_N = batch.answer_index_N
+            with torch.no_grad():
+                teacher_NV = logits_at(self.teacher, predicting(teacher_hidden, index_N))
+            kl = logits_distillation_sum(logits_NV, teacher_NV, counted_N=index_N >= 0, **options)
+            return kl / totals.answers
+        index_N = batch.real_index_N
+        with torch.no_grad():
+            teacher_NV = logits_at(self.teacher, rows_at(teacher_hidden, index_N))
+        all_NV = logits_at(self.student, rows_at(hidden, index_N))
+        kl = logits_distillation_sum(all_NV, teacher_NV, counted_N=index_N >= 0, **options)
+        return kl / totals.tokens
 
     def _relation_loss(self, mask_BT: Tensor, totals: Totals, states: Any, teacher_states: Any) -> Tensor:
         relation = self.config.relation
@@ -103,6 +115,7 @@ class DistillStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.balancer.load_state_dict(state)
+        self._publish()
 
 
 def relation_options(relation: RelationConfig) -> dict[str, Any]:
@@ -216,6 +229,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         loop=config.loop,
         epochs=config.epochs,
         make_step=lambda _: step,
+        frozen=[teacher],
         state=step,
         before_step=step.before_step,
     )

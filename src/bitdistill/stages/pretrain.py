@@ -18,6 +18,7 @@ from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
+from bitdistill.models.attention import causal_only
 from bitdistill.models.forward import final_hidden, head_weight
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
@@ -25,7 +26,8 @@ from bitdistill.quant.linear import BitLinear
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
-from bitdistill.train.loop import StepFunction, StepOutput, Totals, fit
+from bitdistill.train.loop import fit
+from bitdistill.train.step import StepFunction, StepOutput, Totals
 
 
 def language_model_step(
@@ -142,19 +144,20 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
     before_step = None
     if config.ternary_warmup_fraction > 0:
         before_step = ternary_warmup(student, total_steps, config.ternary_warmup_fraction)
-    return fit(
-        student,
-        batches,
-        language_model_step(student, teacher, config, compiling),
-        optim=config.optim,
-        loop=loop,
-        total_steps=total_steps,
-        device=run.device,
-        tracker=run.tracker("pretrain", total_steps),
-        checkpoint_root=run.checkpoints("pretrain"),
-        key=run.keys["pretrain"],
-        before_step=before_step,
-    )
+    with causal_only(student, *([] if teacher is None else [teacher])):
+        return fit(
+            student,
+            batches,
+            language_model_step(student, teacher, config, compiling),
+            optim=config.optim,
+            loop=loop,
+            total_steps=total_steps,
+            device=run.device,
+            tracker=run.tracker("pretrain", total_steps),
+            checkpoint_root=run.checkpoints("pretrain"),
+            key=run.keys["pretrain"],
+            before_step=before_step,
+        )
 
 
 def _given_base(run: Run, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,29 @@ from bitdistill.data.batches import Batch
 from bitdistill.data.tasks import check_tokenizer
 from bitdistill.losses.logits import cross_entropy_sum
 from bitdistill.models import surgery
-from bitdistill.models.forward import answer_positions, final_hidden, logits_at
+from bitdistill.models.attention import causal_only
+from bitdistill.models.forward import final_hidden, logits_at, predicting, tokens_at
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
-from bitdistill.train.loop import FitResult, StepFunction, StepOutput, Totals, fit
+from bitdistill.train.loop import FitResult, fit
+from bitdistill.train.step import StepFunction, StepOutput, Totals
 
 
-def cross_entropy_step(model: Any) -> StepFunction:
+class CrossEntropyStep:
     """Step function: mean cross-entropy over the answer tokens (paper, Eq. 9)."""
 
-    def step(batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(model, batch.input_ids_BT)
-        logits_NV = logits_at(model, hidden[answer_positions(batch.answer_mask_BT)])
-        targets_N = batch.input_ids_BT[batch.answer_mask_BT]
-        return StepOutput(cross_entropy_sum(logits_NV, targets_N) / totals.answers)
+    replayable = True
 
-    return step
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
+        hidden = final_hidden(self.model, batch.input_ids_BT)
+        logits_NV = logits_at(self.model, predicting(hidden, batch.answer_index_N))
+        targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
+        return StepOutput(cross_entropy_sum(logits_NV, targets_N) / totals.answers)
 
 
 def train_on_task(
@@ -42,10 +47,11 @@ def train_on_task(
     optim: Optim,
     loop: Loop,
     epochs: float,
-    make_step: Callable[[Any], StepFunction] = cross_entropy_step,
+    make_step: Callable[[Any], StepFunction] = CrossEntropyStep,
+    frozen: Sequence[Any] = (),
     **fit_options: Any,
 ) -> FitResult:
-    """Run `fit` over the task's training rows for `epochs`."""
+    """Run `fit` over the task's training rows for `epochs`; `frozen` are the other models that the step runs."""
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
     batches = run.task_batches(
         run.train_examples(tokenizer), loop, pad_token_id(tokenizer), run.compiling(loop)
@@ -53,19 +59,20 @@ def train_on_task(
     total_steps = max(1, round(epochs * batches.steps_per_epoch))
     if loop.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return fit(
-        model,
-        batches,
-        make_step(model),
-        optim=optim,
-        loop=loop,
-        total_steps=total_steps,
-        device=run.device,
-        tracker=run.tracker(stage, total_steps),
-        checkpoint_root=run.checkpoints(stage),
-        key=run.keys[stage],
-        **fit_options,
-    )
+    with causal_only(model, *frozen):
+        return fit(
+            model,
+            batches,
+            make_step(model),
+            optim=optim,
+            loop=loop,
+            total_steps=total_steps,
+            device=run.device,
+            tracker=run.tracker(stage, total_steps),
+            checkpoint_root=run.checkpoints(stage),
+            key=run.keys[stage],
+            **fit_options,
+        )
 
 
 def sft(run: Run) -> Path:

@@ -11,8 +11,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,27 +23,17 @@ from bitdistill.config import Loop, Optim
 from bitdistill.data.batches import Batch
 from bitdistill.errors import DivergenceError, Interrupted
 from bitdistill.train import checkpoint
+from bitdistill.train.gradients import (
+    EagerGradients,
+    Gradients,
+    ReplayedGradients,
+    wants_graphs,
+)
 from bitdistill.train.optim import OptimizerSet, build_optimizer, learning_rate_at
+from bitdistill.train.step import StepFunction, Totals
 from bitdistill.train.tracking import Tracker, truncate_log
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Counts of one whole optimizer step; a step function divides its sums by them."""
-
-    rows: int
-    tokens: int
-    answers: int
-
-
-@dataclass
-class StepOutput:
-    """Loss of one micro-batch, already divided by the step's totals, and scalars for the log."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)
 
 
 class Batches(Protocol):
@@ -60,9 +50,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-StepFunction = Callable[[Batch, Totals], StepOutput]
-
-
 @dataclass(frozen=True)
 class FitResult:
     """What a stage did: optimizer steps, tokens seen (over all resumes), seconds of training."""
@@ -72,19 +59,6 @@ class FitResult:
     elapsed_s: float
     skipped_steps: int
     final_loss: float
-
-
-def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The compute dtype of a stage: auto means bfloat16 on a GPU and float32 on a CPU."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast for the stage's precision; does nothing in float32."""
-    dtype = resolve_precision(precision, device)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 class _Signals:
@@ -146,6 +120,9 @@ def fit(
         state.load_state_dict(done["extra"])
     truncate_log(tracker.path, progress.step)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients: Gradients = EagerGradients(step_function, device, loop.precision)
+    if wants_graphs(loop, device):
+        gradients = ReplayedGradients(step_function, parameters, device, loop.precision)
     saved_at = time.monotonic()
 
     def save() -> None:
@@ -153,7 +130,7 @@ def fit(
         checkpoint.save(checkpoint_root, progress.step, model, optimizer, {**vars(progress), **extra}, key)
 
     model.train()
-    with _Signals().installed() as signals, tracker:
+    with _Signals().installed() as signals, tracker, gradients.stream():
         tracker.advance(progress.step)
         while progress.step < total_steps:
             started = time.perf_counter()
@@ -161,17 +138,7 @@ def fit(
                 before_step(progress.step)
             micro_batches = batches.micro_batches(progress.step)
             rate = learning_rate_at(progress.step, total_steps, optim)
-            metrics = _update(
-                model,
-                parameters,
-                optimizer,
-                micro_batches,
-                step_function,
-                rate,
-                optim.grad_clip,
-                device,
-                loop.precision,
-            )
+            metrics = _update(parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip)
             _note_nonfinite(metrics, progress, loop, micro_batches)
             progress.step += 1
             progress.tokens += sum(b.tokens for b in micro_batches)
@@ -215,39 +182,40 @@ def _due(loop: Loop, step: int, saved_at: float) -> bool:
 
 
 def _update(
-    model: nn.Module,
     parameters: list[nn.Parameter],
     optimizer: OptimizerSet,
     micro_batches: list[Batch],
-    step_function: StepFunction,
+    gradients: Gradients,
     learning_rate: float,
     grad_clip: float,
-    device: torch.device,
-    precision: str,
 ) -> dict[str, float]:
     """One optimizer step; the update is left out when loss or gradient is not finite."""
     totals = Totals(
         rows=sum(b.input_ids_BT.shape[0] for b in micro_batches),
         tokens=sum(b.tokens for b in micro_batches),
-        answers=sum(int(b.answer_mask_BT.sum()) for b in micro_batches),
+        answers=sum(len(b.answer_index_N) for b in micro_batches),
     )
     sums: dict[str, Tensor | float] = {}
     for batch in micro_batches:
-        with autocast(device, precision):
-            output = step_function(batch.to(device), totals)
-        output.loss.backward()
-        for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+        for name, value in gradients.add(batch, totals).items():
             sums[name] = sums.get(name, 0.0) + value
     limit = grad_clip if grad_clip > 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    metrics = {name: float(value) for name, value in sums.items()}
-    metrics["grad_norm"] = float(norm)
+    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    metrics = _to_host(sums)
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    gradients.clear(optimizer)
     return metrics
+
+
+def _to_host(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Scalars as floats, with one transfer for all that lie on the device."""
+    tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+    host = torch.stack([t.detach().double() for t in tensors.values()]).tolist()
+    read = dict(zip(tensors, host, strict=True))
+    return {name: read[name] if name in read else float(v) for name, v in values.items()}
 
 
 def _note_nonfinite(metrics: dict[str, float], progress: _Progress, loop: Loop, batches: list[Batch]) -> None:
