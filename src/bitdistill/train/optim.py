@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.config import Optim
+from bitdistill.train.muon import Muon
 
 
 def learning_rate_at(step: int, total_steps: int, optim: Optim) -> float:
@@ -85,12 +86,11 @@ def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
     optimizers: list[torch.optim.Optimizer] = []
     if optim.name == "muon":
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
-                lr=optim.learning_rate,
+                learning_rate=optim.learning_rate,
                 weight_decay=optim.weight_decay,
                 momentum=optim.momentum,
-                adjust_lr_fn="match_rms_adamw",
             )
         )
     else:
