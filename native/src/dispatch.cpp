@@ -31,7 +31,10 @@ bool always() { return true; }
 #if defined(BITDISTILL_X86)
 // __builtin_cpu_supports asks cpuid and, for the wide registers, whether the operating system saves them (xgetbv).
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // f16c is not among clang 14's names: cpuid leaf 1, ecx bit 29.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
 }
 #if defined(BITDISTILL_AVXVNNI_AS_EVEX)
 bool has_avxvnni() {  // a test build, see kernels/avxvnni.cpp
