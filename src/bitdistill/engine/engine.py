@@ -16,10 +16,12 @@ from bitdistill import artifact
 from bitdistill.engine import _native
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
+from bitdistill.eval.prediction import Prediction
 
 if TYPE_CHECKING:
     from bitdistill.config import Task
     from bitdistill.data.readers import Row
+    from bitdistill.data.tasks import Example
     from bitdistill.engine.labels import Answer, Classifier
 
 Prompt = str | Sequence[int]
@@ -265,6 +267,33 @@ class Engine:
         with self._lock:
             predictions = classifier.predictions(self.model, examples)
         return classifier.answers(examples, predictions)
+
+    def predict(self, task: Task, examples: Sequence[Example], *, batch_rows: int = 32) -> list[Prediction]:
+        """Answers to encoded rows: the twin of `eval.classify.classify` and `eval.generate.generate`.
+
+        Args:
+            task: classification (label words scored) or generation (greedy, up to `task.max_new_tokens`; the
+                model's context also ends an answer).
+            examples: from `data.tasks.encode` with this engine's tokenizer.
+            batch_rows: prompts decoded together (generation).
+
+        Raises:
+            ModelError: a prompt longer than the context; DataError: label words that cannot be told apart.
+        """
+        if task.kind == "classification":
+            with self._lock:
+                return self.classifier(task).predictions(self.model, examples)
+        # Rows of a batch end together when they are as long as each other.
+        order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
+        texts = [""] * len(examples)
+        for start in range(0, len(order), batch_rows):
+            batch = order[start : start + batch_rows]
+            prompts = [list(examples[n].prompt_ids) for n in batch]
+            for n, result in zip(
+                batch, self.generate(prompts, max_new_tokens=task.max_new_tokens), strict=True
+            ):
+                texts[n] = result.text.strip()
+        return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
 
     def classifier(self, task: Task | None = None, max_length: int | None = None) -> Classifier:
         """The prepared task; see `classify`."""

@@ -1,0 +1,30 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def demo_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped ternary base, packed: a trained student whose likely tokens stand out."""
+    from bitdistill.models.hf import plan_of
+    from bitdistill.models.student import load_student, pack, save_student
+    from bitdistill.stages.demo import demo_folder
+
+    folder = tmp_path_factory.mktemp("demo") / "packed"
+    latent, tokenizer, _ = load_student(demo_folder() / "base")
+    plan = plan_of(latent)
+    save_student(
+        pack(latent, "bfloat16"),
+        tokenizer,
+        folder,
+        kind="packed",
+        plan=plan,
+        recipe={"name": "demo"},
+        extra={"key": "k"},
+        float_dtype="bfloat16",
+    )
+    return folder
