@@ -10,6 +10,7 @@
 using namespace bitdistill;
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  const Stopwatch stopwatch;
   if (size < 4) return 0;
   const std::int64_t rows = data[0] % 67 + 1, cols = data[1] + 1, tokens = data[2] % 9 + 1;
   const Layout layout = data[3] & 1 ? Layout::kBase3Rows16 : Layout::kTwoBitRows16;

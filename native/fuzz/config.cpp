@@ -6,6 +6,7 @@
 using namespace bitdistill;
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  const Stopwatch stopwatch;
   try {
     const json::Value root = json::parse({reinterpret_cast<const char*>(data), size}, "config.json", "mend it");
     const ModelConfig config = parse_config(root, "config.json");

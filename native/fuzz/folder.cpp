@@ -38,6 +38,7 @@ struct Folder {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  const Stopwatch stopwatch;
   static const Folder folder;
   if (size < 1) return 0;
   const unsigned choice = data[0];

@@ -18,6 +18,7 @@ std::size_t count(const json::Value& value) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  const Stopwatch stopwatch;
   try {
     const json::Value value = json::parse({reinterpret_cast<const char*>(data), size}, "input", "mend it");
     require(count(value) >= 1, "a value has no nodes");

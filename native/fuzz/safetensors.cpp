@@ -6,6 +6,7 @@
 using namespace bitdistill;
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  const Stopwatch stopwatch;
   static MemoryFile file;
   file.write(data, size);
   try {

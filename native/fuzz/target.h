@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <string>
 
 inline void require(bool good, const char* what) {
@@ -23,6 +24,23 @@ inline void require_message(const char* text) {
   require(std::strchr(text, ';') != nullptr, "an error message without a remedy");
   require(std::strlen(text) < 2000, "an endless error message");
 }
+
+// No input takes more than a second of processor time (of wall time it may: the machine has other work).
+class Stopwatch {
+ public:
+  Stopwatch() : start_(now()) {}
+  ~Stopwatch() { require(now() - start_ < 1.0, "an input took more than a second"); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  static double now() {
+    timespec time = {};
+    ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+  }
+  double start_;
+};
 
 class MemoryFile {
  public:

@@ -232,11 +232,13 @@ float dot(const float* a, const float* b, int64_t n) { return kernels().dot(a, b
 float dot_f16(const float* a, const uint16_t* b, int64_t n) { return kernels().dot_f16(a, b, n); }
 void axpy(float alpha, const float* x, float* y, int64_t n) { kernels().axpy(alpha, x, y, n); }
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) { kernels().axpy_f16(alpha, x, y, n); }
+void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n) { kernels().axpy_i8(alpha, x, y, n); }
 void to_f16(const float* x, uint16_t* y, int64_t n) { kernels().to_f16(x, y, n); }
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().silu_mul(gate, up, y, n); }
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n) {
   kernels().gelu_tanh_mul(gate, up, y, n);
 }
+void relu2_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().relu2_mul(gate, up, y, n); }
 float exp_minus_max(float* x, int64_t n) { return kernels().exp_minus_max(x, n); }
 
 }  // namespace bitdistill
