@@ -17,9 +17,10 @@ from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
+from bitdistill.kernels.runtime import wants_kernels
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only
-from bitdistill.models.forward import final_hidden, head_weight
+from bitdistill.models.forward import final_hidden, head_weight, next_tokens
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
@@ -31,24 +32,24 @@ from bitdistill.train.step import StepFunction, StepOutput, Totals
 
 
 def language_model_step(
-    student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool
+    student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool, kernels: bool = False
 ) -> StepFunction:
     """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens."""
     lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
     kl_weight = 1.0 - lm_weight
-    chunk = compiled(language_model_chunk, compiling)
+    chunk = _fused_chunk() if kernels else compiled(language_model_chunk, compiling)
 
     def step(batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(student, batch.input_ids_BT)[:, :-1]
+        hidden = final_hidden(student, batch.input_ids_BT)
         teacher_hidden = teacher_head = None
         if teacher is not None:
             with torch.no_grad():
-                teacher_hidden = final_hidden(teacher, batch.input_ids_BT)[:, :-1].flatten(0, 1)
+                teacher_hidden = final_hidden(teacher, batch.input_ids_BT).flatten(0, 1)
             teacher_head = head_weight(teacher)
         loss, lm_sum, kl_sum = chunked_language_model_loss(
             hidden.flatten(0, 1),
             head_weight(student),
-            batch.input_ids_BT[:, 1:].flatten(),
+            next_tokens(batch.input_ids_BT).flatten(),
             teacher_hidden_NH=teacher_hidden,
             teacher_head_VH=teacher_head,
             lm_weight=lm_weight,
@@ -61,6 +62,12 @@ def language_model_step(
         return StepOutput(loss / totals.answers, metrics)
 
     return step
+
+
+def _fused_chunk() -> Any:
+    from bitdistill.kernels.head import fused_language_model_chunk  # needs triton
+
+    return fused_language_model_chunk
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
@@ -135,6 +142,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
     )
     total_steps = max(1, round(config.budget_tokens / (loop.batch_rows * config.sequence_length)))
     compiling = run.compiling(loop)
+    kernels = wants_kernels(loop.kernels, run.device)
     if loop.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if compiling:
@@ -148,7 +156,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
         return fit(
             student,
             batches,
-            language_model_step(student, teacher, config, compiling),
+            language_model_step(student, teacher, config, compiling, kernels),
             optim=config.optim,
             loop=loop,
             total_steps=total_steps,
