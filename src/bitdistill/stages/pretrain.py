@@ -6,6 +6,7 @@ determines it and serves every later task.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from bitdistill.kernels.runtime import wants_kernels
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only
 from bitdistill.models.forward import final_hidden, head_weight, next_tokens
+from bitdistill.models.fused import FusedLayers, fused_layers
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
@@ -62,6 +64,28 @@ def language_model_step(
         return StepOutput(loss / totals.answers, metrics)
 
     return step
+
+
+class FusedAfterWarmup:
+    """Before each step: make the weight codes anew, once for all its micro-batches.
+
+    Layers are fused when the ternary warm-up is over; until then their weights are blends.
+    """
+
+    def __init__(
+        self, student: Any, stack: contextlib.ExitStack, warmup: Callable[[int], None] | None
+    ) -> None:
+        self.student, self.stack, self.warmup = student, stack, warmup
+        self.layers = [m for m in student.modules() if isinstance(m, BitLinear)]
+        self.fused: FusedLayers | None = None
+
+    def __call__(self, step: int) -> None:
+        if self.warmup is not None:
+            self.warmup(step)
+        if self.fused is not None:
+            self.fused.refresh()
+        elif all(layer.ternary_blend == 1.0 for layer in self.layers):
+            self.fused = self.stack.enter_context(fused_layers(self.student))
 
 
 def _fused_chunk() -> Any:
@@ -143,16 +167,22 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
     total_steps = max(1, round(config.budget_tokens / (loop.batch_rows * config.sequence_length)))
     compiling = run.compiling(loop)
     kernels = wants_kernels(loop.kernels, run.device)
+    if kernels and not all(m.quantize_activations for m in student.modules() if isinstance(m, BitLinear)):
+        log.info("kernels: the reference path is used, refine.quantize_activations is off")
+        kernels = False
     if loop.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if compiling:
         compile_blocks(student)
         if teacher is not None:
             compile_blocks(teacher)
-    before_step = None
+    before_step: Callable[[int], None] | None = None
     if config.ternary_warmup_fraction > 0:
         before_step = ternary_warmup(student, total_steps, config.ternary_warmup_fraction)
-    with causal_only(student, *([] if teacher is None else [teacher])):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
+        if kernels:
+            before_step = FusedAfterWarmup(student, stack, before_step)
         return fit(
             student,
             batches,
