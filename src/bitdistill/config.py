@@ -123,6 +123,9 @@ class Loop(Strict):
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Replay forward and backward of each batch shape as one CUDA graph: short rows are bound by kernel launches.
     auto: on a GPU, without gradient checkpointing. The mathematics is the same."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Stage 2. auto: the fused Triton kernels on a GPU that runs them. reference: plain torch everywhere. Quantizers
+    and forward products are the same integers; gradients differ by bfloat16 roundings."""
     gradient_checkpointing: bool = False
     log_every_steps: Count = 10
     checkpoint_every_steps: Count | None = None
