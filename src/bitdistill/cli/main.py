@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitdistill.cli import artifacts, native, plan, predict, runs, start
+from bitdistill.cli import artifacts, compare, native, plan, predict, runs, start
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "Use and look": [
         ("predict", predict.predict),
         ("results", artifacts.results),
+        ("compare", compare.compare),
         ("report", artifacts.report),
         ("inspect", artifacts.inspect),
     ],

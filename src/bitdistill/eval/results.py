@@ -54,6 +54,10 @@ class ResultRow(BaseModel):
     versions: dict[str, str] = {}
     hardware: dict[str, Any] = {}
     predictions_sha256: str | None = None
+    references_sha256: str | None = None
+    """Hash of the rows' answers: equal where two rows were scored on the same data."""
+    row_scores: str | None = None
+    """Headline score of each test row (eval.row_scores); None where it is no mean over rows (F1, BLEU)."""
     train_tokens: int | None = None
     train_s: float | None = None
 
@@ -93,6 +97,11 @@ def predictions_hash(predictions: Sequence[Prediction]) -> str:
     """Hex SHA-256 of all answers in row order (labels, texts; scores differ in the last bits by device)."""
     rows = sorted((p.index, p.label if p.label is not None else -1, p.text) for p in predictions)
     return artifact.hash_json([list(r) for r in rows])
+
+
+def references_hash(examples: Sequence[Example]) -> str:
+    """Hex SHA-256 of the right answers in row order."""
+    return artifact.hash_json([[e.label, list(e.references)] for e in examples])
 
 
 def write_predictions(

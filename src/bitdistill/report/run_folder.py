@@ -167,7 +167,7 @@ def read_run(run_dir: str | Path) -> RunFolder:
     manifests, base_path = _read_manifests(path)
     logs = {name: log for name in TRAINED if (log := _read_log(path / "logs" / f"{name}.jsonl", name))}
     stats = {name: layers for name in STATS if (layers := read_stats(path, name))}
-    answers = {row.name: found for row in rows if (found := _read_answers(path, row.name))}
+    answers = {row.name: found for row in rows if (found := read_answers(path, row.name))}
     missing += _missing_pieces(recipe, rows, manifests, base_path, logs, stats, answers)
     return RunFolder(path, recipe, text, info, rows, logs, stats, manifests, base_path, answers, missing)
 
@@ -284,7 +284,12 @@ def _read_log(path: Path, stage: str) -> StageLog | None:
     return StageLog(stage, records, nonfinite) if records else None
 
 
-def _read_answers(run: Path, row: str) -> list[Answer] | None:
+def read_answers(run: Path, row: str) -> list[Answer] | None:
+    """Lines of predictions/<row>.jsonl; None when there is no such file.
+
+    Raises:
+        ArtifactError: a line that is not a prediction.
+    """
     path = run / "predictions" / f"{row}.jsonl"
     if not path.is_file():
         return None

@@ -16,16 +16,18 @@ from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example
 from bitdistill.eval.classify import Prediction, classify
 from bitdistill.eval.generate import generate
-from bitdistill.eval.metrics import METRICS, Score, agreement
+from bitdistill.eval.metrics import MEAN_OVER_ROWS, METRICS, Score, agreement, row_scores
 from bitdistill.eval.results import (
     ResultRow,
     hardware,
     predictions_hash,
     read_results,
+    references_hash,
     versions,
     write_predictions,
     write_results,
 )
+from bitdistill.eval.row_scores import encode
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
 from bitdistill.stages.common import Run, git_commit, log, pad_token_id
@@ -169,6 +171,10 @@ def _evaluate_one(
         versions=versions(),
         hardware=hardware(run.device),
         predictions_sha256=predictions_hash(predictions),
+        references_sha256=references_hash(examples),
+        row_scores=encode(row_scores(headline)(predictions, examples))
+        if headline in MEAN_OVER_ROWS
+        else None,
         train_tokens=training.get("tokens"),
         train_s=training.get("elapsed_s"),
     )
