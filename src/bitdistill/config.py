@@ -59,6 +59,11 @@ class Task(Strict):
     licence: str | None = None
     source: str | None = None
 
+    @property
+    def shown_labels(self) -> list[str]:
+        """Labels as people read them: the data's own, or the label word where the data only number them."""
+        return [word.strip() if label.isdigit() else label for label, word in self.labels.items()]
+
     @model_validator(mode="after")
     def _fits_kind(self) -> Task:
         if self.kind == "classification":

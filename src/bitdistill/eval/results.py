@@ -56,6 +56,8 @@ class ResultRow(BaseModel):
     predictions_sha256: str | None = None
     references_sha256: str | None = None
     """Hash of the rows' answers: equal where two rows were scored on the same data."""
+    score_key: str | None = None
+    """Hash of everything that determines the score: the model's files, rows, task, eval settings, device."""
     row_scores: str | None = None
     """Headline score of each test row (eval.row_scores); None where it is no mean over rows (F1, BLEU)."""
     train_tokens: int | None = None
@@ -118,7 +120,7 @@ def write_predictions(
     """
     judged = task.kind == "classification" or task.metrics[:1] == ("exact_match",)
     right: Sequence[bool | None] = correct(predictions, examples) if judged else [None] * len(predictions)
-    names = [word.strip() if label.isdigit() else label for label, word in task.labels.items()]
+    names = task.shown_labels
     lines = []
     for prediction, example, is_right in zip(predictions, examples, right, strict=True):
         reference = example.references[0] if example.references else None

@@ -216,15 +216,20 @@ def gather(rows: Mapping[int, tuple[ResultRow, Path | None]], name: str, where: 
 
 
 def read_models(path: Path, *, seeds: bool = False) -> dict[str, Scored]:
-    """Models of a run folder or results.json by row name, in the order of the file.
+    """Models of a run folder, results.json or sweep results by name, in the order of the file.
+
+    Names are row names; of a sweep, cells (`CELL` for the student, else `CELL/ROW`), with the recipe before them
+    (`RECIPE/CELL`) when the sweep has several.
 
     Args:
-        path: a run's folder, or a results file.
+        path: a run's folder, or a results file (a sweep's holds all its seeds).
         seeds: take the same run's other seeds (`NAME-seedN` beside NAME) too.
 
     Raises:
         ArtifactError: no results there, or rows without scores.
     """
+    if path.is_file() and _is_sweep_file(path):
+        return _read_sweep(path)
     paths = _seed_folders(path) if seeds else [path]
     found: dict[str, dict[int, tuple[ResultRow, Path | None]]] = {}
     for one in paths:
@@ -232,6 +237,27 @@ def read_models(path: Path, *, seeds: bool = False) -> dict[str, Scored]:
         run = file.parent if (file.parent / "predictions").is_dir() else None
         for row in read_results(file):
             found.setdefault(row.name, {})[row.seed or 0] = (row, run)
+    return {name: gather(rows, name, str(path)) for name, rows in found.items()}
+
+
+def _is_sweep_file(path: Path) -> bool:
+    from bitdistill.report.sweep_results import FORMAT
+
+    with path.open("rb") as handle:
+        return FORMAT.encode() in handle.read(256)
+
+
+def _read_sweep(path: Path) -> dict[str, Scored]:
+    from bitdistill.report import sweep_results
+
+    results = sweep_results.read(path)
+    many = len({run.recipe for run in results.runs}) > 1
+    found: dict[str, dict[int, tuple[ResultRow, Path | None]]] = {}
+    for run in results.runs:
+        for row in run.rows:
+            cell = f"{run.recipe}/{run.cell}" if many else run.cell
+            name = cell if row.name == "bitdistill" else f"{cell}/{row.name}"
+            found.setdefault(name, {})[run.seed] = (row, None)
     return {name: gather(rows, name, str(path)) for name, rows in found.items()}
 
 
