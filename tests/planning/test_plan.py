@@ -12,8 +12,11 @@ from bitdistill.errors import BitDistillError, DataError, ModelError, RecipeErro
 from bitdistill.planning import check
 from bitdistill.planning.plan import make_plan
 from bitdistill.recipe import load_recipe
+from bitdistill.stages import branch
+from bitdistill.sweep.spec import expand, load_sweep
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+SWEEPS = Path(__file__).parents[2] / "recipes" / "sweeps"
 HUB = [path for path in RECIPES if "model:\n  path: ../" not in path.read_text("utf-8")]
 
 
@@ -69,6 +72,36 @@ def test_paper_recipes_are_literal(path):
     assert (recipe.pretrain.budget_tokens, recipe.pretrain.objective) == (10**10, "lm")
     assert recipe.pretrain.corpus == "hub:tiiuae/falcon-refinedweb"
     assert (recipe.refine.subln, recipe.refine.gains, recipe.distill.temperature) == ("paper", "ones", 5.0)
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_sweep_plans(path):
+    sweep = load_sweep(path)
+    assert sweep.name == path.stem
+    units = expand(sweep, path.parent)
+    assert len({unit.id for unit in units}) == len({unit.recipe.name for unit in units}) == len(units)
+    for unit in {unit.digest: unit for unit in units if unit.seed == units[0].seed}.values():
+        make_plan(unit.recipe, "h200", until="eval")
+        if unit.recipe.pretrain is not None:
+            config = unit.recipe.pretrain
+            steps = round(config.budget_tokens / (config.loop.batch_rows * config.sequence_length))
+            branch.check(config, steps)
+
+
+def test_token_budgets_branch_from_one_run():
+    """Each shorter budget must find the stable-phase checkpoint that the longest run of its objective keeps."""
+    sweep = load_sweep(SWEEPS / "tokens.yaml")
+    configs = [unit.recipe.pretrain for unit in expand(sweep, SWEEPS)]
+    for objective in ("kl", "lm"):
+        longest, *others = [c for c in configs if c.objective == objective]
+        assert len(others) >= 3
+        found = []
+        for config in (longest, *others):
+            steps = round(config.budget_tokens / (config.loop.batch_rows * config.sequence_length))
+            inputs = {"pretrain": config.model_dump(mode="json", exclude={"branch_steps"})}
+            found.append((branch.trunk(inputs, config, steps), branch.stable_end(config, steps)))
+        assert len({folder for folder, _ in found}) == 1
+        assert sorted(end for _, end in found[1:]) == list(longest.branch_steps)
 
 
 @pytest.fixture

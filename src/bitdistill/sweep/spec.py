@@ -150,7 +150,7 @@ def expand(
 
     Args:
         folder: the sweep file's, for relative paths.
-        overrides: `KEY=VALUE` on top of everything.
+        overrides: `KEY=VALUE` over the recipe and the sweep's `set`, below the cells' own keys.
         local: local places of sources, by the name that the recipes give them (see `read_local`).
         only: patterns (`*`, `?`) over `recipe/cell/seed`; none: all.
 
@@ -161,14 +161,16 @@ def expand(
     for recipe_path in sweep.recipes:
         source = Path(absolute_source(recipe_path, folder))
         for cell, point, x in _points(sweep):
-            settings = {**sweep.settings, **cell.settings, **point}
+            # What a cell stands for is not to be overridden: its keys come last.
+            own = {**cell.settings, **point}
+            common = [_override(key, value, folder) for key, value in sweep.settings.items()]
+            texts = [*common, *overrides, *(_override(key, value, folder) for key, value in own.items())]
             name = "-".join([cell.name, *(_word(key, value) for key, value in point.items())])
             for seed in cell.seeds if cell.seeds is not None else sweep.seeds:
                 if len(units) >= MAX_RUNS:
                     raise RecipeError(f"{sweep.name}: more than {MAX_RUNS} runs; split the sweep")
-                texts = [_override(key, value, folder) for key, value in settings.items()]
                 try:
-                    recipe = load_recipe(source, [*texts, *overrides, f"seed={seed}"])
+                    recipe = load_recipe(source, [*texts, f"seed={seed}"])
                 except RecipeError as error:
                     raise RecipeError(f"{sweep.name}: cell {name}: {error}") from None
                 recipe = _localised(recipe, local or {})
@@ -183,7 +185,7 @@ def expand(
                         x=x,
                         seed=seed,
                         rows=tuple(cell.rows or sweep.rows),
-                        settings={key: value for key, value in settings.items() if key not in sweep.settings},
+                        settings=own,
                         recipe=recipe.model_copy(update={"name": unit_name}),
                         digest=digest,
                     )
