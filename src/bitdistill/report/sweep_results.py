@@ -63,6 +63,8 @@ class RunResult(_Record):
     """Layers of the relation loss."""
     layer_metrics: dict[str, list[float]] = {}
     """Metrics of the layer probe at the start of stage 3, one value a layer."""
+    densities: dict[str, list[float]] = {}
+    """Model (refined, base, student) -> share of its latent weights in each bin of weight / scale."""
     curves: dict[str, dict[str, list[float]]] = {}
     """Stage -> {"tokens": [...], metric: [...]}, thinned to CURVE_POINTS."""
 
@@ -154,6 +156,14 @@ def costs(run: RunFolder) -> dict[str, StageCost]:
             saved_s=round(float(saved.get("elapsed_s", 0.0)), 2),
         )
     return found
+
+
+def densities(run: RunFolder) -> dict[str, list[float]]:
+    """Weight histograms of a run that was measured (`stats: true`)."""
+    from bitdistill.report.figures import density
+
+    shares = {name: density(layers) for name, layers in run.stats.items()}
+    return {name: [float(f"{v:.4g}") for v in values] for name, values in shares.items() if values}
 
 
 def curve(run: RunFolder, stage: str) -> dict[str, list[float]] | None:

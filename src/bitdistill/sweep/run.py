@@ -140,6 +140,7 @@ def _run_one(
         wall_s=_since(started),
         layers=layers,
         layer_metrics=metrics,
+        densities=store.densities(folder) if sweep.stats else {},
         curves=curves,
     )
 
