@@ -59,6 +59,11 @@ class Task(Strict):
     licence: str | None = None
     source: str | None = None
 
+    @property
+    def shown_labels(self) -> list[str]:
+        """Labels as people read them: the data's own, or the label word where the data only number them."""
+        return [word.strip() if label.isdigit() else label for label, word in self.labels.items()]
+
     @model_validator(mode="after")
     def _fits_kind(self) -> Task:
         if self.kind == "classification":
@@ -173,6 +178,11 @@ class PretrainConfig(Strict):
     loop: Loop = Loop(batch_rows=64)
     ternary_warmup_fraction: Fraction = 0.0
     """Share of steps over which weights are blended from full precision to ternary (lambda 0 -> 1)."""
+    seed: int | None = None
+    """Of the data order; None: the recipe's. A number lets the seeds of an experiment share one base."""
+    branch_steps: tuple[Count, ...] = ()
+    """Keep the checkpoints of these steps: runs that differ in `budget_tokens` alone start from them (wsd only;
+    see stages/branch.py). They must be multiples of `loop.checkpoint_every_steps`."""
     cache_dir: str = "~/.cache/bitdistill/bases"
     """Ternary bases are kept here under the hash of model, corpus and recipe section."""
 

@@ -26,6 +26,7 @@ from bitdistill.models.fused import FusedLayers, fused_layers
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
+from bitdistill.stages import branch
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
@@ -126,11 +127,14 @@ def pretrain(run: Run, refined: Path) -> Path:
     shards = open_corpus(run, tokenizer)
     section = run.section("pretrain")
     section["corpus"] = shards.fingerprint
+    # Where the data order is a key of its own, and branches change no result.
+    section.pop("seed")
+    section.pop("branch_steps")
     inputs = {
         "model": source_fingerprint(run.recipe.model),
         "refined": run.keys["refine"],
         "pretrain": section,
-        "seed": run.recipe.seed,
+        "seed": _seed(run),
     }
     key = artifact.hash_json(inputs)
     folder = Path(config.cache_dir).expanduser() / key[:16]
@@ -139,7 +143,9 @@ def pretrain(run: Run, refined: Path) -> Path:
         return folder
     student, _, manifest = load_student(refined, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
-    result = _train(run, student, teacher, shards)
+    trunk = branch.trunk(inputs, config, _total_steps(config))
+    result = _train(run, student, teacher, shards, trunk)
+    branched_from = branch.branched_from(run.checkpoints("pretrain"))
     run.save_artifact(
         "pretrain",
         student,
@@ -147,13 +153,22 @@ def pretrain(run: Run, refined: Path) -> Path:
         folder,
         kind="base",
         plan=manifest["plan"],
-        extra=run.meta("pretrain", inputs, result),
+        extra={**run.meta("pretrain", inputs, result), "branched_from": branched_from},
     )
     _point_to(run, folder)
     return folder
 
 
-def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
+def _seed(run: Run) -> int:
+    assert run.recipe.pretrain is not None
+    return run.recipe.seed if run.recipe.pretrain.seed is None else run.recipe.pretrain.seed
+
+
+def _total_steps(config: PretrainConfig) -> int:
+    return max(1, round(config.budget_tokens / (config.loop.batch_rows * config.sequence_length)))
+
+
+def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path) -> Any:
     config = run.recipe.pretrain
     assert config is not None
     loop = config.loop
@@ -162,9 +177,13 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
         sequence_length=config.sequence_length,
         batch_rows=loop.batch_rows,
         micro_batch_rows=loop.micro_batch_rows or loop.batch_rows,
-        seed=run.recipe.seed,
+        seed=_seed(run),
     )
-    total_steps = max(1, round(config.budget_tokens / (loop.batch_rows * config.sequence_length)))
+    total_steps = _total_steps(config)
+    branch.check(config, total_steps)
+    checkpoints = run.checkpoints("pretrain")
+    if config.optim.schedule == "wsd":
+        branch.start(trunk, checkpoints, run.keys["pretrain"], branch.stable_end(config, total_steps))
     compiling = run.compiling(loop)
     kernels = wants_kernels(loop.kernels, run.device)
     if kernels and not all(m.quantize_activations for m in student.modules() if isinstance(m, BitLinear)):
@@ -183,6 +202,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
         stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
         if kernels:
             before_step = FusedAfterWarmup(student, stack, before_step)
+        before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)
         return fit(
             student,
             batches,
@@ -192,7 +212,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
             total_steps=total_steps,
             device=run.device,
             tracker=run.tracker("pretrain", total_steps),
-            checkpoint_root=run.checkpoints("pretrain"),
+            checkpoint_root=checkpoints,
             key=run.keys["pretrain"],
             before_step=before_step,
         )
