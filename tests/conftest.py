@@ -1,10 +1,18 @@
-"""What tests of several folders share."""
+"""What tests of several folders share.
+
+Without a GPU, Triton kernels run in its interpreter; it must be chosen before triton is first imported.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,11 @@ class Task(Strict):
     licence: str | None = None
     source: str | None = None
 
+    @property
+    def shown_labels(self) -> list[str]:
+        """Labels as people read them: the data's own, or the label word where the data only number them."""
+        return [word.strip() if label.isdigit() else label for label, word in self.labels.items()]
+
     @model_validator(mode="after")
     def _fits_kind(self) -> Task:
         if self.kind == "classification":
@@ -123,6 +128,9 @@ class Loop(Strict):
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Replay forward and backward of each batch shape as one CUDA graph: short rows are bound by kernel launches.
     auto: on a GPU, without gradient checkpointing. The mathematics is the same."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """Stage 2. auto: the fused Triton kernels on a GPU that runs them. reference: plain torch everywhere. Quantizers
+    and forward products are the same integers; gradients differ by bfloat16 roundings."""
     gradient_checkpointing: bool = False
     log_every_steps: Count = 10
     checkpoint_every_steps: Count | None = None
@@ -170,6 +178,11 @@ class PretrainConfig(Strict):
     loop: Loop = Loop(batch_rows=64)
     ternary_warmup_fraction: Fraction = 0.0
     """Share of steps over which weights are blended from full precision to ternary (lambda 0 -> 1)."""
+    seed: int | None = None
+    """Of the data order; None: the recipe's. A number lets the seeds of an experiment share one base."""
+    branch_steps: tuple[Count, ...] = ()
+    """Keep the checkpoints of these steps: runs that differ in `budget_tokens` alone start from them (wsd only;
+    see stages/branch.py). They must be multiples of `loop.checkpoint_every_steps`."""
     cache_dir: str = "~/.cache/bitdistill/bases"
     """Ternary bases are kept here under the hash of model, corpus and recipe section."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bitdistill.stages.evaluate import Entry, evaluate
 from bitdistill.stages.export import export, export_formats
 from bitdistill.stages.pretrain import pretrain
 from bitdistill.stages.refine import refine
+from bitdistill.stages.reuse import Reuse
 from bitdistill.stages.sft import bitnet_sft, sft
 
 # Each stage and the stages it reads from, in the order they run.
@@ -31,6 +33,12 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "report": ("eval",),
 }
 STAGES = tuple(NEEDS)
+# Rows of the results table, in its order, and the stages that only they need.
+ROWS: dict[str, tuple[str, ...]] = {
+    "teacher": ("sft",),
+    "bitnet_sft": ("bitnet_sft",),
+    "bitdistill": ("sft", "refine", "pretrain", "distill"),
+}
 
 
 @dataclass
@@ -49,6 +57,9 @@ def run(
     *,
     until: str | None = None,
     redo: frozenset[str] = frozenset(),
+    rows: Collection[str] = tuple(ROWS),
+    reuse: Reuse | None = None,
+    stats: bool = True,
     command: str = "",
     quiet: bool = False,
 ) -> RunResult:
@@ -57,6 +68,9 @@ def run(
     Args:
         until: last stage to run (one of STAGES); None runs all.
         redo: stages to run again although a finished artifact is there; so are the stages that read from them.
+        rows: models to make and score (of ROWS); stages that none of them needs are left out.
+        reuse: finished work of other runs, taken over where the keys are equal (sweeps).
+        stats: measure the weights of every model, for the report.
         command: recorded in results and reports.
         quiet: no progress on stderr.
 
@@ -64,39 +78,63 @@ def run(
         BitDistillError: bad recipe, data or model; finished artifacts are kept.
     """
     _check_stages(until, redo)
-    wanted = STAGES if until is None else needed_stages(until)
-    this = Run.open(recipe, command=command, redo=dependent_stages(redo), quiet=quiet)
+    wanted = wanted_stages(until, rows)
+    this = Run.open(recipe, command=command, redo=dependent_stages(redo), quiet=quiet, reuse=reuse)
     result = RunResult(this.run_dir)
 
+    def measure(folder: Path, name: str) -> None:
+        if stats:
+            write_stats(folder, this.run_dir, name)
+
+    entries: dict[str, Entry] = {}
     if "sft" in wanted:
         teacher = sft(this)
+        entries["teacher"] = Entry("teacher", teacher, teacher)
     if "refine" in wanted:
         start, start_key = refine(this), this.keys["refine"]
-        write_stats(start, this.run_dir, "refined")
+        measure(start, "refined")
     if "pretrain" in wanted and recipe.pretrain is not None:
         start, start_key = pretrain(this, start), this.keys["pretrain"]
-        write_stats(start, this.run_dir, "base")
+        measure(start, "base")
     if "distill" in wanted:
         student = distill(this, start, start_key, teacher)
-        write_stats(student, this.run_dir, "student")
+        measure(student, "student")
     if "bitnet_sft" in wanted and recipe.bitnet_sft is not None:
         baseline = bitnet_sft(this)
-        write_stats(baseline, this.run_dir, "bitnet_sft")
+        measure(baseline, "bitnet_sft")
     if "export" in wanted:
-        packed = result.packed = export(this, student, this.keys["distill"], "packed")
-        result.formats = export_formats(this, packed)
-        if recipe.bitnet_sft is not None:
+        if "bitnet_sft" in rows and recipe.bitnet_sft is not None:
             packed_baseline = export(this, baseline, this.keys["bitnet_sft"], "bitnet_sft_packed")
+            entries["bitnet_sft"] = Entry("bitnet_sft", packed_baseline, baseline)
+        if "bitdistill" in rows:
+            packed = result.packed = export(this, student, this.keys["distill"], "packed")
+            result.formats = export_formats(this, packed)
+            entries["bitdistill"] = Entry("bitdistill", packed, student)
     if "eval" in wanted:
-        entries = [Entry("teacher", teacher, teacher)]
-        if recipe.bitnet_sft is not None:
-            entries.append(Entry("bitnet_sft", packed_baseline, baseline))
-        entries.append(Entry("bitdistill", packed, student))
-        result.rows = evaluate(this, entries)
+        result.rows = evaluate(this, [entries[name] for name in ROWS if name in rows and name in entries])
     if "report" in wanted:
         result.report = write_report(this.run_dir)
         write_card(this.run_dir)
     return result
+
+
+def wanted_stages(until: str | None, rows: Collection[str]) -> frozenset[str]:
+    """Stages of a run that ends with `until` and scores `rows`.
+
+    Raises:
+        RecipeError: a row that there is not, or none at all.
+    """
+    for name in rows:
+        if name not in ROWS:
+            raise RecipeError(f"row {name!r}: expected some of {', '.join(ROWS)}")
+    if not rows:
+        raise RecipeError(f"rows: none; name some of {', '.join(ROWS)}")
+    wanted = set(STAGES) if until is None else set(needed_stages(until))
+    needed = {stage for name in rows for stage in ROWS[name]}
+    wanted -= {stage for stages in ROWS.values() for stage in stages} - needed
+    if set(rows) == {"teacher"}:
+        wanted.discard("export")
+    return frozenset(wanted)
 
 
 def needed_stages(until: str) -> frozenset[str]:

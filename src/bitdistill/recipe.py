@@ -339,6 +339,15 @@ def _resolve_paths(tree: Tree, folder: Path) -> None:
         tree["task"] = _absolute(task, folder, hub=False)
 
 
+def absolute_source(text: str, folder: Path, *, hub: bool = False) -> str:
+    """A path made absolute against `folder`; hub names stay as they are.
+
+    Args:
+        hub: whether a plain `owner/name` may be a hub name (models), unless it exists as a path.
+    """
+    return _absolute(text, folder, hub=hub)
+
+
 def _absolute(text: str, folder: Path, *, hub: bool) -> str:
     if not text or text.startswith("hub:") or "\0" in text:
         return text

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from sacrebleu.metrics.bleu import BLEU
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import accuracy_score, f1_score
 
 from bitdistill.config import Task
@@ -151,9 +152,10 @@ def test_perplexity_by_hand() -> None:
 def test_mcnemar_equals_the_binomial_test(only_a: int, only_b: int) -> None:
     a = [True] * only_a + [False] * only_b + [True, False]
     b = [False] * only_a + [True] * only_b + [True, False]
-    n = only_a + only_b
-    expected = binomtest(only_a, n).pvalue if n else 1.0
-    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
+    n, few = only_a + only_b, min(only_a, only_b)
+    # P(X <= few) for X ~ Binomial(n, 1/2), twice, in exact integers
+    expected = min(Fraction(1), Fraction(2 * sum(math.comb(n, k) for k in range(few + 1)), 2**n))
+    assert mcnemar(a, b) == pytest.approx(float(expected), rel=1e-9)
     assert mcnemar(b, a) == mcnemar(a, b)
 
 
@@ -167,6 +169,26 @@ def test_paired_bootstrap() -> None:
     assert (score.low, score.high) == pytest.approx((score.value - half, score.value + half), abs=0.3)
     assert score == paired_bootstrap(100 * a, 100 * b, seed=0)
     assert paired_bootstrap([1.0] * 5, [1.0] * 5) == Score(0.0, 5, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_paired_bootstrap_agrees_with_scipy(graded: bool) -> None:
+    """Both paths, few distinct differences and many, against scipy's row-by-row resampling."""
+    rng = np.random.default_rng(1)
+    a = rng.beta(2, 1, 400) if graded else (rng.random(400) < 0.85).astype(float)
+    b = np.clip(a + rng.normal(0.02, 0.1, 400), 0, 1) if graded else np.where(rng.random(400) < 0.9, a, 1 - a)
+    ours = paired_bootstrap(100 * a, 100 * b, seed=3)
+    theirs = bootstrap(
+        (100 * a, 100 * b),
+        lambda x, y, axis: (x - y).mean(axis),
+        paired=True,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(4),
+    ).confidence_interval
+    width = ours.high - ours.low
+    assert abs(ours.low - theirs.low) < 0.04 * width
+    assert abs(ours.high - theirs.high) < 0.04 * width
 
 
 def test_metrics_refuse_what_they_cannot_score() -> None:

@@ -13,6 +13,7 @@ from bitdistill.losses.logits import (
     chunked_language_model_loss,
     cross_entropy_sum,
     logits_distillation_sum,
+    tokens_of_a_chunk,
 )
 from bitdistill.losses.relation import attention_distillation_sum, relation_log_probs, relation_loss_sum
 
@@ -54,8 +55,11 @@ def test_logits_distillation_refuses_other_vocabularies() -> None:
 
 
 @pytest.mark.parametrize(("lm", "kl"), [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
-def test_chunked_loss_equals_the_unchunked_twin(lm: float, kl: float, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100, None])
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_chunked_loss_equals_the_unchunked_twin(
+    lm: float, kl: float, tau: float, chunk_tokens: int | None
+) -> None:
     hidden, head = randn(9, 6).requires_grad_(), randn(13, 6, seed=1).requires_grad_()
     teacher_hidden, teacher_head = randn(9, 5, seed=2), randn(13, 5, seed=3)
     targets = torch.randint(0, 13, (9,), generator=torch.Generator().manual_seed(4))
@@ -67,6 +71,7 @@ def test_chunked_loss_equals_the_unchunked_twin(lm: float, kl: float, chunk_toke
         teacher_head_VH=teacher_head if kl else None,
         lm_weight=lm,
         kl_weight=kl,
+        temperature=tau,
         chunk_tokens=chunk_tokens,
     )
     (loss * 0.5).backward()
@@ -74,9 +79,9 @@ def test_chunked_loss_equals_the_unchunked_twin(lm: float, kl: float, chunk_toke
     hidden64, head64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
     logits = hidden64 @ head64.t()
     want_lm = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    teacher = torch.log_softmax((teacher_hidden @ teacher_head.t()).double(), -1)
+    teacher = torch.log_softmax((teacher_hidden @ teacher_head.t()).double() / tau, -1)
     want_kl = torch.nn.functional.kl_div(
-        torch.log_softmax(logits, -1), teacher, reduction="sum", log_target=True
+        torch.log_softmax(logits / tau, -1), teacher, reduction="sum", log_target=True
     )
     ((lm * want_lm + kl * want_kl) * 0.5).backward()
     assert lm_sum.item() == pytest.approx(want_lm.item(), rel=1e-5)
@@ -84,6 +89,32 @@ def test_chunked_loss_equals_the_unchunked_twin(lm: float, kl: float, chunk_toke
         assert kl_sum.item() == pytest.approx(want_kl.item(), rel=1e-4)
     torch.testing.assert_close(got[0].double(), hidden64.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[1].double(), head64.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_loss_leaves_rows_without_target_out() -> None:
+    hidden, head, teacher_hidden = randn(5, 6), randn(13, 6, seed=1), randn(5, 6, seed=2)
+    targets = torch.tensor([3, -100, 0, 12, -100])
+    results = []
+    for rows in (torch.arange(5), torch.tensor([0, 2, 3])):
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        loss, lm_sum, kl_sum = chunked_language_model_loss(
+            leaves[0][rows],
+            leaves[1],
+            targets[rows],
+            teacher_hidden_NH=teacher_hidden[rows],
+            teacher_head_VH=head,
+            lm_weight=0.4,
+            kl_weight=0.6,
+        )
+        results.append((lm_sum, kl_sum, *torch.autograd.grad(loss, leaves)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    assert results[0][2][1].abs().max() == 0
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(49152, 4096), (151936, 1024), (13, 8192), (1 << 40, 128)])
+def test_chunks_are_powers_of_two_within_their_budget(vocabulary: int, rows: int) -> None:
+    assert tokens_of_a_chunk(vocabulary) == rows
 
 
 def slow_relation_loss(

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from bitdistill.report import figures
+from bitdistill.report import figures, panel
 from bitdistill.report.inspect import layer_stats
 from bitdistill.report.run_folder import StageLog
 
@@ -18,12 +18,12 @@ def log(values: list[float], key: str = "loss") -> StageLog:
     return StageLog("sft", [{"step": i + 1, "tokens": 10 * (i + 1), key: v} for i, v in enumerate(values)])
 
 
-def parsed(figure: figures.Figure | None) -> ElementTree.Element:
+def parsed(figure: panel.Figure | None) -> ElementTree.Element:
     assert figure is not None
     return ElementTree.fromstring(figure.svg)
 
 
-def all_text(figure: figures.Figure | None) -> str:
+def all_text(figure: panel.Figure | None) -> str:
     return " ".join(parsed(figure).itertext())
 
 
@@ -32,7 +32,7 @@ def test_svg_is_one_offline_element_with_css_colours() -> None:
     root = parsed(figure)
     assert root.tag == "svg"
     assert root.get("role") == "img"
-    assert root.get("viewBox") == f"0 0 {figures.WIDTH} {figures.HEIGHT}"
+    assert root.get("viewBox") == f"0 0 {panel.WIDTH} {panel.HEIGHT}"
     assert figure is not None
     assert "var(--s0)" in figure.svg
     assert "http" not in figure.svg
@@ -91,8 +91,8 @@ def test_single_values_and_zeros_are_drawn() -> None:
 def test_long_logs_are_thinned_but_keep_spikes() -> None:
     values = [1.0] * 50_000
     values[31_234] = 99.0
-    xs, ys = figures._thin([float(i) for i in range(50_000)], values)
-    assert len(xs) <= figures.MAX_POINTS + 2
+    xs, ys = panel.thin([float(i) for i in range(50_000)], values)
+    assert len(xs) <= panel.MAX_POINTS + 2
     assert xs == sorted(xs)
     assert (xs[0], xs[-1]) == (0.0, 49_999.0)
     assert max(ys) == 99.0
@@ -102,8 +102,8 @@ def test_long_logs_are_thinned_but_keep_spikes() -> None:
 
 
 def test_smoothing_by_hand() -> None:
-    assert figures.smooth([1.0, 2.0, 6.0, 3.0], window=3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
-    assert figures.smooth([5.0, 7.0]) == [5.0, 7.0]
+    assert panel.smooth([1.0, 2.0, 6.0, 3.0], window=3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert panel.smooth([5.0, 7.0]) == [5.0, 7.0]
 
 
 def test_histogram_names_models_and_leaves_packed_ones_out() -> None:
@@ -122,7 +122,7 @@ def test_histogram_names_models_and_leaves_packed_ones_out() -> None:
 
 
 def test_density_is_a_share_of_all_weights() -> None:
-    density = figures._density(layer_stats(TinyModel(blocks=2)))
+    density = figures.density(layer_stats(TinyModel(blocks=2)))
     assert density is not None
     assert len(density) == 61
     assert 0.97 < sum(density) <= 1.0

@@ -22,9 +22,10 @@ from bitdistill.errors import (
     RecipeError,
     StorageError,
 )
+from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
-from bitdistill.stages import common, sft
+from bitdistill.stages import common, pretrain, sft
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
 from tests.stages.conftest import recipe, write_rows
@@ -343,3 +344,18 @@ def test_further_formats_are_made_from_the_packed_student(work: Path) -> None:
     stamp = (result.formats["hf"] / "model.safetensors").stat().st_mtime_ns
     pipeline.run(recipe(work, *options), until="export", quiet=True)
     assert (result.formats["hf"] / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_stage_2_with_fused_layers_is_stage_2(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the fused layers run their plain twins: the same forward, gradients to the last float bits."""
+    bases = []
+    for name, wanted in (("plain", False), ("fused", True)):
+        monkeypatch.setattr(pretrain, "wants_kernels", lambda *_, wanted=wanted: wanted)
+        monkeypatch.setattr(pretrain, "_fused_chunk", lambda: language_model_chunk)
+        options = (f"name={name}", f"pretrain.cache_dir={work}/cache-{name}", "bitnet_sft=null")
+        options += ("pretrain.ternary_warmup_fraction=0.3", "pretrain.budget_tokens=1024")
+        run_dir = pipeline.run(recipe(work, *options), until="pretrain", quiet=True).run_dir
+        bases.append(latents(Path(json.loads((run_dir / "base.json").read_text())["path"])))
+    assert bases[0].keys() == bases[1].keys()
+    for key, value in bases[0].items():
+        torch.testing.assert_close(bases[1][key], value, rtol=1e-2, atol=2e-3)

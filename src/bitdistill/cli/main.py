@@ -9,14 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from bitdistill.cli import artifacts, native, plan, predict, runs, start
+from bitdistill.cli import artifacts, compare, native, plan, predict, runs, start, sweep
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
 7 file system, 8 training diverged, 9 missing optional package, 130 or 143 interrupted after saving."""
 
 COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
-    "Start": [("demo", runs.demo), ("init", start.init), ("plan", plan.plan), ("run", runs.run)],
+    "Start": [
+        ("demo", runs.demo),
+        ("init", start.init),
+        ("plan", plan.plan),
+        ("run", runs.run),
+        ("sweep", sweep.sweep),
+    ],
     "One stage (and the ones it needs)": [
         ("sft", runs.sft),
         ("refine", runs.refine),
@@ -28,6 +34,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "Use and look": [
         ("predict", predict.predict),
         ("results", artifacts.results),
+        ("compare", compare.compare),
         ("report", artifacts.report),
         ("inspect", artifacts.inspect),
     ],

@@ -54,6 +54,12 @@ class ResultRow(BaseModel):
     versions: dict[str, str] = {}
     hardware: dict[str, Any] = {}
     predictions_sha256: str | None = None
+    references_sha256: str | None = None
+    """Hash of the rows' answers: equal where two rows were scored on the same data."""
+    score_key: str | None = None
+    """Hash of everything that determines the score: the model's files, rows, task, eval settings, device."""
+    row_scores: str | None = None
+    """Headline score of each test row (eval.row_scores); None where it is no mean over rows (F1, BLEU)."""
     train_tokens: int | None = None
     train_s: float | None = None
 
@@ -95,6 +101,11 @@ def predictions_hash(predictions: Sequence[Prediction]) -> str:
     return artifact.hash_json([list(r) for r in rows])
 
 
+def references_hash(examples: Sequence[Example]) -> str:
+    """Hex SHA-256 of the right answers in row order."""
+    return artifact.hash_json([[e.label, list(e.references)] for e in examples])
+
+
 def write_predictions(
     path: Path, predictions: Sequence[Prediction], examples: Sequence[Example], task: Task
 ) -> None:
@@ -109,7 +120,7 @@ def write_predictions(
     """
     judged = task.kind == "classification" or task.metrics[:1] == ("exact_match",)
     right: Sequence[bool | None] = correct(predictions, examples) if judged else [None] * len(predictions)
-    names = [word.strip() if label.isdigit() else label for label, word in task.labels.items()]
+    names = task.shown_labels
     lines = []
     for prediction, example, is_right in zip(predictions, examples, right, strict=True):
         reference = example.references[0] if example.references else None

@@ -60,10 +60,12 @@ def language_model_chunk(
     teacher_head_VH: Tensor | None,
     lm_weight: float,
     kl_weight: float,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss sums of one chunk and their analytic gradients, never keeping logits.
 
-    d(CE)/dz = softmax(z) - onehot(target) and d(KL)/dz = softmax(z) - softmax(z_T) at temperature 1.
+    d(CE)/dz = softmax(z) - onehot(target); d(KL)/dz = (softmax(z / tau) - softmax(z_T / tau)) / tau. Rows with a
+    negative target count for nothing. The fast twin is `kernels.head.fused_language_model_chunk`.
 
     Returns:
         LM sum, KL sum (both float32 scalars), gradient of ``lm_weight * LM + kl_weight * KL`` with respect
@@ -71,23 +73,31 @@ def language_model_chunk(
     """
     logits = (hidden_NH @ head_VH.t()).float()
     log_probs = logits - torch.logsumexp(logits, dim=-1, keepdim=True)
-    picked = log_probs.gather(1, targets_N[:, None])
-    lm_sum = -picked.sum()
-    probs = log_probs.exp()
-    if teacher_hidden_NH is not None and teacher_head_VH is not None:
-        teacher_logits = (teacher_hidden_NH @ teacher_head_VH.t()).float()
-        teacher_log = teacher_logits - torch.logsumexp(teacher_logits, dim=-1, keepdim=True)
-        teacher_probs = teacher_log.exp()
-        kl_sum = (teacher_probs * (teacher_log - log_probs)).sum()
-        grad_logits = (lm_weight + kl_weight) * probs - kl_weight * teacher_probs
-    else:
-        kl_sum = torch.zeros_like(lm_sum)
-        grad_logits = lm_weight * probs
+    counted_N1 = targets_N[:, None] >= 0
+    picked = log_probs.gather(1, targets_N[:, None].clamp_min(0))
+    lm_sum = -torch.where(counted_N1, picked, 0.0).sum()
+    grad_logits = lm_weight * log_probs.exp()
     if lm_weight:
         onehot = torch.arange(head_VH.shape[0], device=targets_N.device)[None, :] == targets_N[:, None]
         grad_logits = grad_logits - lm_weight * onehot
-    grad_logits = grad_logits.to(head_VH.dtype)
+    if teacher_hidden_NH is not None and teacher_head_VH is not None:
+        teacher_logits = (teacher_hidden_NH @ teacher_head_VH.t()).float()
+        if temperature != 1.0:
+            log_probs = torch.log_softmax(logits / temperature, dim=-1)
+            teacher_logits = teacher_logits / temperature
+        teacher_log = teacher_logits - torch.logsumexp(teacher_logits, dim=-1, keepdim=True)
+        teacher_probs = teacher_log.exp()
+        kl_sum = torch.where(counted_N1, teacher_probs * (teacher_log - log_probs), 0.0).sum()
+        grad_logits = grad_logits + (kl_weight / temperature) * (log_probs.exp() - teacher_probs)
+    else:
+        kl_sum = torch.zeros_like(lm_sum)
+    grad_logits = torch.where(counted_N1, grad_logits, 0.0).to(head_VH.dtype)
     return lm_sum, kl_sum, grad_logits @ head_VH, grad_logits.t() @ hidden_NH
+
+
+def tokens_of_a_chunk(vocabulary: int, elements: int = 1 << 28) -> int:
+    """Rows of logits made at a time: a power of two from 128 to 8192, so that batches split evenly."""
+    return max(128, min(8192, 1 << max(elements // vocabulary, 1).bit_length() - 1))
 
 
 class _ChunkedLanguageModelLoss(torch.autograd.Function):
@@ -101,6 +111,7 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
         teacher_head_VH: Tensor | None,
         lm_weight: float,
         kl_weight: float,
+        temperature: float,
         chunk_tokens: int,
         dtype: torch.dtype,
         chunk_function: Any,
@@ -116,7 +127,7 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
             teacher = None if teacher_hidden_NH is None else teacher_hidden_NH[rows].to(dtype)
             hidden = hidden_NH[rows].detach().to(dtype)
             lm_sum, kl_sum, grad_h, grad_w = chunk_function(
-                hidden, head, targets_N[rows], teacher, teacher_head, lm_weight, kl_weight
+                hidden, head, targets_N[rows], teacher, teacher_head, lm_weight, kl_weight, temperature
             )
             lm_total += lm_sum
             kl_total += kl_sum
@@ -132,7 +143,7 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
         grad_loss = grads[0]
         grad_hidden, grad_head = ctx.saved_tensors
         scaled_head = (grad_head * grad_loss).to(ctx.head_dtype)
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), scaled_head, *(None,) * 8
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), scaled_head, *(None,) * 9
 
 
 def chunked_language_model_loss(
@@ -144,20 +155,23 @@ def chunked_language_model_loss(
     teacher_head_VH: Tensor | None = None,
     lm_weight: float,
     kl_weight: float,
-    chunk_tokens: int = 8192,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
     chunk_function: Any = language_model_chunk,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Head product, LM loss and KL(teacher || student) at temperature 1, a chunk of tokens at a time.
+    """Head product, LM loss at temperature 1 and KL(teacher || student), a chunk of tokens at a time.
 
     Logits [N, V] never exist as a whole: the gradient with respect to hidden states and head is computed
     with each chunk. The slow twin is `cross_entropy_sum` plus `logits_distillation_sum`.
 
     Args:
         hidden_NH: student's final hidden states; head_VH: student's head weight.
-        targets_N: next tokens, int64.
+        targets_N: next tokens, int64; a row with a negative target counts for nothing.
         teacher_hidden_NH, teacher_head_VH: frozen teacher; both or neither.
         lm_weight, kl_weight: weights of the two sums in the returned loss.
-        chunk_function: `language_model_chunk` or a compiled form of it.
+        temperature: tau of the KL (no tau^2 factor).
+        chunk_tokens: None: so many that a chunk's logits have about 2^28 elements.
+        chunk_function: `language_model_chunk`, a compiled form of it, or its fast twin.
 
     Returns:
         weighted sum (differentiable), LM sum, KL sum (both for the log): float32 scalars.
@@ -173,7 +187,8 @@ def chunked_language_model_loss(
         teacher_head_VH,
         float(lm_weight),
         float(kl_weight),
-        chunk_tokens,
+        float(temperature),
+        chunk_tokens or tokens_of_a_chunk(head_VH.shape[0]),
         dtype,
         chunk_function,
     )

@@ -48,3 +48,8 @@ def tokens_at(input_ids_BT: Tensor, index_N: Tensor) -> Tensor:
     """Token ids [N] at flat positions; IGNORED where the index is filling."""
     tokens = input_ids_BT.flatten().index_select(0, index_N.clamp_min(0))
     return torch.where(index_N < 0, IGNORED, tokens)
+
+
+def next_tokens(input_ids_BT: Tensor) -> Tensor:
+    """What each position predicts, [B, T]; IGNORED at the last one, so that row counts stay even."""
+    return torch.nn.functional.pad(input_ids_BT[:, 1:], (0, 1), value=IGNORED)

@@ -23,10 +23,21 @@ KNOWN_ROWS = {
     "nyu-mll/glue:mnli": {"train": 392_702, "validation_matched": 9_815, "validation_mismatched": 9_832},
     "nyu-mll/glue:qnli": {"train": 104_743, "validation": 5_463},
     "nyu-mll/glue:sst2": {"train": 67_349, "validation": 872},
+    "stanfordnlp/imdb": {"train": 25_000, "test": 25_000},
+    "Yale-LILY/aeslc": {"train": 14_436, "validation": 1_960, "test": 1_906},
+    "openai/gsm8k:main": {"train": 7_473, "test": 1_319},
     "abisee/cnn_dailymail:3.0.0": {"train": 287_113, "validation": 13_368, "test": 11_490},
 }
 # Tokens a row of well-known tasks, when the rows are on the hub and cannot be sampled offline.
-KNOWN_TOKENS = {"sst2": 20, "mnli": 45, "qnli": 60, "cnn_dailymail": 1000}
+KNOWN_TOKENS = {
+    "sst2": 20,
+    "mnli": 45,
+    "qnli": 60,
+    "imdb": 310,
+    "aeslc": 190,
+    "gsm8k": 160,
+    "cnn_dailymail": 1000,
+}
 
 
 @dataclass(frozen=True)

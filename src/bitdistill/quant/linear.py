@@ -19,6 +19,7 @@ Shape legend: N tokens (all leading dimensions together), O out features, I in f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ class SubLN(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def _out_dtype(x: Tensor) -> torch.dtype:
+def out_dtype_of(x: Tensor) -> torch.dtype:
+    """Dtype of a layer's output: autocast's if it is on, else the input's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -120,6 +122,7 @@ class BitLinear(nn.Module):
     Attributes:
         quantize_weights: False makes a plain linear layer (for parity checks).
         ternary_blend: lambda of the warm-up; weights are lambda * ternary + (1 - lambda) * latent.
+        fused: takes the layer's input instead of the code below, while `models.fused` trains with fused kernels.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class BitLinear(nn.Module):
         self.quantize_activations = quantize_activations
         self.quantize_weights = True
         self.ternary_blend = 1.0
+        self.fused: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def from_linear(
@@ -158,7 +162,9 @@ class BitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in x's dtype (autocast's dtype under autocast)."""
-        out_dtype = _out_dtype(x)
+        if self.fused is not None:
+            return self.fused(x)
+        out_dtype = out_dtype_of(x)
         if self.subln is not None:
             x = self.subln(x)
         if not self.quantize_weights:
@@ -252,7 +258,7 @@ class PackedBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]; the same integers as BitLinear's forward."""
-        out_dtype = _out_dtype(x)
+        out_dtype = out_dtype_of(x)
         if self.subln is not None:
             x = self.subln(x)
         codes = self.weight_codes()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitdistill.report import compare, figures, headline, text
+from bitdistill.report import compare, figures, headline, panel, text
 from bitdistill.report.inspect import KindStats, LayerStats, by_kind
 from bitdistill.report.run_folder import STAGES, Answer, RunFolder, read_run
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 TEMPLATE = "template.html.j2"
 PROMPT_LIMIT, ANSWER_LIMIT, RECIPE_LIMIT = 600, 400, 100_000  # characters; they bound the file's size
 KIND_PANELS = 8
-Panels = list[figures.Figure]
+Panels = list[panel.Figure]
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _kind_tables(run: RunFolder) -> dict[str, list[KindStats]]:
     return {label: by_kind(run.stats[name]) for name, label in named.items() if name in run.stats}
 
 
-def _present(*panels: figures.Figure | None) -> Panels:
+def _present(*panels: panel.Figure | None) -> Panels:
     return [panel for panel in panels if panel is not None]
 
 

@@ -63,7 +63,7 @@ class Cost:
     tokens: int
     elapsed_s: float
     reused: bool = False
-    """Spent by an earlier run whose ternary base this run reused."""
+    """Spent by an earlier run whose artifact this run reused: a ternary base, or in a sweep any stage."""
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -134,7 +134,7 @@ class RunFolder:
         """From the artifact's manifest when the stage is finished, else as far as its log goes."""
         manifest = self.manifests.get(ARTIFACT_OF[stage], {})
         done = manifest.get("training")
-        reused = stage == "pretrain" and self.base_reused
+        reused = (stage == "pretrain" and self.base_reused) or (self.path / ARTIFACT_OF[stage]).is_symlink()
         if isinstance(done, dict) and all(_finite(done.get(key)) for key in ("steps", "tokens", "elapsed_s")):
             steps = int(done["steps"])
             return Cost(stage, steps, steps, int(done["tokens"]), float(done["elapsed_s"]), reused)
@@ -165,9 +165,9 @@ def read_run(run_dir: str | Path) -> RunFolder:
     if not rows:
         missing.append("results.json: nothing has been evaluated yet, so there is no results table.")
     manifests, base_path = _read_manifests(path)
-    logs = {name: log for name in TRAINED if (log := _read_log(path / "logs" / f"{name}.jsonl", name))}
+    logs = {name: log for name in TRAINED if (log := read_log(path / "logs" / f"{name}.jsonl", name))}
     stats = {name: layers for name in STATS if (layers := read_stats(path, name))}
-    answers = {row.name: found for row in rows if (found := _read_answers(path, row.name))}
+    answers = {row.name: found for row in rows if (found := read_answers(path, row.name))}
     missing += _missing_pieces(recipe, rows, manifests, base_path, logs, stats, answers)
     return RunFolder(path, recipe, text, info, rows, logs, stats, manifests, base_path, answers, missing)
 
@@ -269,7 +269,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, value
 
 
-def _read_log(path: Path, stage: str) -> StageLog | None:
+def read_log(path: Path, stage: str) -> StageLog | None:
     """Records by step; a step logged twice (a resumed run repeats some) counts once, the later one."""
     if not path.is_file():
         return None
@@ -284,7 +284,12 @@ def _read_log(path: Path, stage: str) -> StageLog | None:
     return StageLog(stage, records, nonfinite) if records else None
 
 
-def _read_answers(run: Path, row: str) -> list[Answer] | None:
+def read_answers(run: Path, row: str) -> list[Answer] | None:
+    """Lines of predictions/<row>.jsonl; None when there is no such file.
+
+    Raises:
+        ArtifactError: a line that is not a prediction.
+    """
     path = run / "predictions" / f"{row}.jsonl"
     if not path.is_file():
         return None

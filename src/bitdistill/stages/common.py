@@ -25,6 +25,7 @@ from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.results import hardware, versions
 from bitdistill.models.student import save_student
 from bitdistill.recipe import dump_recipe
+from bitdistill.stages.reuse import Reuse, drop_link
 from bitdistill.train.compile import wants_compile
 from bitdistill.train.loop import FitResult
 from bitdistill.train.tracking import Sink, Tracker, open_sinks
@@ -72,10 +73,18 @@ class Run:
     quiet: bool = False
     sinks: list[Sink] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
+    reuse: Reuse | None = None
+    """Finished work of sibling runs (sweeps); None: each run makes its own."""
 
     @classmethod
     def open(
-        cls, recipe: Recipe, *, command: str, redo: frozenset[str] = frozenset(), quiet: bool = False
+        cls,
+        recipe: Recipe,
+        *,
+        command: str,
+        redo: frozenset[str] = frozenset(),
+        quiet: bool = False,
+        reuse: Reuse | None = None,
     ) -> Run:
         """Create or reopen the run's folder and record recipe, command, versions and hardware in it."""
         name = recipe.name if recipe.seed == 0 else f"{recipe.name}-seed{recipe.seed}"
@@ -98,7 +107,7 @@ class Run:
             }
             (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
         sinks = open_sinks(recipe.track, run_dir, name)
-        return cls(recipe, run_dir, device, command, redo, quiet, sinks)
+        return cls(recipe, run_dir, device, command, redo, quiet, sinks, reuse=reuse)
 
     def section(self, name: str) -> dict[str, Any]:
         """A recipe section as JSON without the keys that cannot change a result."""
@@ -119,7 +128,11 @@ class Run:
         """
         key = self.keys[stage] = artifact.hash_json(dict(inputs))
         if stage in self.redo or not artifact.exists(folder):
-            return False
+            drop_link(folder)  # a link to another run's artifact, which may be gone
+            linked = self.reuse is not None and stage not in self.redo and self.reuse.link(key, folder)
+            if linked:
+                log.info("%s: taken from %s", stage, folder.resolve())
+            return linked
         manifest = artifact.read_manifest(folder)
         if manifest.get("key") == key:
             log.info("%s: finished before, kept (%s)", stage, folder)

@@ -12,18 +12,21 @@ from bitdistill import artifact
 from bitdistill.data import tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example
-from bitdistill.eval.metrics import METRICS, Score, agreement
+from bitdistill.eval.metrics import MEAN_OVER_ROWS, METRICS, Score, agreement, row_scores
 from bitdistill.eval.prediction import Prediction
 from bitdistill.eval.results import (
     ResultRow,
     predictions_hash,
     read_results,
+    references_hash,
     versions,
     write_predictions,
     write_results,
 )
+from bitdistill.eval.row_scores import encode
 from bitdistill.models.contents import count_weights
 from bitdistill.stages.common import Run, git_commit, log
+from bitdistill.stages.reuse import read_predictions
 from bitdistill.stages.scorers import Scorer, open_scorer
 
 LABELS = {
@@ -73,7 +76,8 @@ def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
     """Score each entry; writes predictions/<name>.jsonl and results.json.
 
     Rows whose artifact did not change since results.json was written are scored again all the same when any
-    row changed: rates are only comparable within one run.
+    row changed: rates are only comparable within one run. In a sweep (`run.reuse`) a row that was scored before
+    is taken over without its rate.
     """
     path = run.run_dir / "results.json"
     inputs = _inputs(run, entries)
@@ -86,8 +90,11 @@ def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
     results: list[ResultRow] = []
     teacher_predictions: list[Prediction] | None = None
     for entry in entries:
-        log.info("eval: %s on %d rows", LABELS.get(entry.name, entry.name), len(rows))
-        row, predictions = _evaluate_one(run, entry, rows, teacher_predictions)
+        taken = _scored_before(run, entry, teacher_predictions)
+        if taken is None:
+            log.info("eval: %s on %d rows", LABELS.get(entry.name, entry.name), len(rows))
+            taken = _evaluate_one(run, entry, rows, teacher_predictions)
+        row, predictions = taken
         if entry.name == "teacher":
             teacher_predictions = predictions
         results.append(row)
@@ -100,12 +107,41 @@ def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
 def _inputs(run: Run, entries: Sequence[Entry]) -> dict[str, Any]:
     return {
         "entries": {e.name: artifact.read_manifest(e.folder)["files"] for e in entries},
+        **_scoring(run),
+    }
+
+
+def _scoring(run: Run) -> dict[str, Any]:
+    """What determines scores besides the model."""
+    return {
         "eval": run.section("eval"),
         "data": run.data_fingerprints,
         "limit_test": run.recipe.data.limit_test,
         "task": run.recipe.task.model_dump(mode="json", by_alias=True),
         "device": run.device.type,
     }
+
+
+def _score_key(run: Run, entry: Entry) -> str:
+    return artifact.hash_json({"files": artifact.read_manifest(entry.folder)["files"], **_scoring(run)})
+
+
+def _scored_before(
+    run: Run, entry: Entry, teacher: list[Prediction] | None
+) -> tuple[ResultRow, list[Prediction]] | None:
+    """The row of a sibling run that scored the same model on the same rows; None without one."""
+    if run.reuse is None or "eval" in run.redo:
+        return None
+    row = run.reuse.row(_score_key(run, entry), entry.name, run.run_dir)
+    if row is None:
+        return None
+    log.info("eval: %s was scored before", LABELS.get(entry.name, entry.name))
+    predictions = read_predictions(run.run_dir, entry.name, run.recipe.task) or []
+    metrics = {name: value for name, value in row.metrics.items() if name != "agreement_with_teacher"}
+    if teacher is not None:
+        metrics["agreement_with_teacher"] = agreement(predictions, teacher).value
+    label = LABELS.get(entry.name, entry.name)
+    return row.model_copy(update={"metrics": metrics, "label": label}), predictions
 
 
 def _evaluate_one(
@@ -143,6 +179,11 @@ def _evaluate_one(
         versions=versions(),
         hardware=scorer.hardware,
         predictions_sha256=predictions_hash(predictions),
+        references_sha256=references_hash(examples),
+        score_key=_score_key(run, entry),
+        row_scores=encode(row_scores(headline)(predictions, examples))
+        if headline in MEAN_OVER_ROWS
+        else None,
         train_tokens=training.get("tokens"),
         train_s=training.get("elapsed_s"),
     )

@@ -6,6 +6,7 @@ determines it and serves every later task.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,15 @@ from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
+from bitdistill.kernels.runtime import wants_kernels
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only
-from bitdistill.models.forward import final_hidden, head_weight
+from bitdistill.models.forward import final_hidden, head_weight, next_tokens
+from bitdistill.models.fused import FusedLayers, fused_layers
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
+from bitdistill.stages import branch
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
@@ -31,24 +35,24 @@ from bitdistill.train.step import StepFunction, StepOutput, Totals
 
 
 def language_model_step(
-    student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool
+    student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool, kernels: bool = False
 ) -> StepFunction:
     """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens."""
     lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
     kl_weight = 1.0 - lm_weight
-    chunk = compiled(language_model_chunk, compiling)
+    chunk = _fused_chunk() if kernels else compiled(language_model_chunk, compiling)
 
     def step(batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(student, batch.input_ids_BT)[:, :-1]
+        hidden = final_hidden(student, batch.input_ids_BT)
         teacher_hidden = teacher_head = None
         if teacher is not None:
             with torch.no_grad():
-                teacher_hidden = final_hidden(teacher, batch.input_ids_BT)[:, :-1].flatten(0, 1)
+                teacher_hidden = final_hidden(teacher, batch.input_ids_BT).flatten(0, 1)
             teacher_head = head_weight(teacher)
         loss, lm_sum, kl_sum = chunked_language_model_loss(
             hidden.flatten(0, 1),
             head_weight(student),
-            batch.input_ids_BT[:, 1:].flatten(),
+            next_tokens(batch.input_ids_BT).flatten(),
             teacher_hidden_NH=teacher_hidden,
             teacher_head_VH=teacher_head,
             lm_weight=lm_weight,
@@ -61,6 +65,34 @@ def language_model_step(
         return StepOutput(loss / totals.answers, metrics)
 
     return step
+
+
+class FusedAfterWarmup:
+    """Before each step: make the weight codes anew, once for all its micro-batches.
+
+    Layers are fused when the ternary warm-up is over; until then their weights are blends.
+    """
+
+    def __init__(
+        self, student: Any, stack: contextlib.ExitStack, warmup: Callable[[int], None] | None
+    ) -> None:
+        self.student, self.stack, self.warmup = student, stack, warmup
+        self.layers = [m for m in student.modules() if isinstance(m, BitLinear)]
+        self.fused: FusedLayers | None = None
+
+    def __call__(self, step: int) -> None:
+        if self.warmup is not None:
+            self.warmup(step)
+        if self.fused is not None:
+            self.fused.refresh()
+        elif all(layer.ternary_blend == 1.0 for layer in self.layers):
+            self.fused = self.stack.enter_context(fused_layers(self.student))
+
+
+def _fused_chunk() -> Any:
+    from bitdistill.kernels.head import fused_language_model_chunk  # needs triton
+
+    return fused_language_model_chunk
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
@@ -95,11 +127,14 @@ def pretrain(run: Run, refined: Path) -> Path:
     shards = open_corpus(run, tokenizer)
     section = run.section("pretrain")
     section["corpus"] = shards.fingerprint
+    # Where the data order is a key of its own, and branches change no result.
+    section.pop("seed")
+    section.pop("branch_steps")
     inputs = {
         "model": source_fingerprint(run.recipe.model),
         "refined": run.keys["refine"],
         "pretrain": section,
-        "seed": run.recipe.seed,
+        "seed": _seed(run),
     }
     key = artifact.hash_json(inputs)
     folder = Path(config.cache_dir).expanduser() / key[:16]
@@ -108,7 +143,9 @@ def pretrain(run: Run, refined: Path) -> Path:
         return folder
     student, _, manifest = load_student(refined, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
-    result = _train(run, student, teacher, shards)
+    trunk = branch.trunk(inputs, config, _total_steps(config))
+    result = _train(run, student, teacher, shards, trunk)
+    branched_from = branch.branched_from(run.checkpoints("pretrain"))
     run.save_artifact(
         "pretrain",
         student,
@@ -116,13 +153,22 @@ def pretrain(run: Run, refined: Path) -> Path:
         folder,
         kind="base",
         plan=manifest["plan"],
-        extra=run.meta("pretrain", inputs, result),
+        extra={**run.meta("pretrain", inputs, result), "branched_from": branched_from},
     )
     _point_to(run, folder)
     return folder
 
 
-def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
+def _seed(run: Run) -> int:
+    assert run.recipe.pretrain is not None
+    return run.recipe.seed if run.recipe.pretrain.seed is None else run.recipe.pretrain.seed
+
+
+def _total_steps(config: PretrainConfig) -> int:
+    return max(1, round(config.budget_tokens / (config.loop.batch_rows * config.sequence_length)))
+
+
+def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path) -> Any:
     config = run.recipe.pretrain
     assert config is not None
     loop = config.loop
@@ -131,30 +177,42 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any) -> Any:
         sequence_length=config.sequence_length,
         batch_rows=loop.batch_rows,
         micro_batch_rows=loop.micro_batch_rows or loop.batch_rows,
-        seed=run.recipe.seed,
+        seed=_seed(run),
     )
-    total_steps = max(1, round(config.budget_tokens / (loop.batch_rows * config.sequence_length)))
+    total_steps = _total_steps(config)
+    branch.check(config, total_steps)
+    checkpoints = run.checkpoints("pretrain")
+    if config.optim.schedule == "wsd":
+        branch.start(trunk, checkpoints, run.keys["pretrain"], branch.stable_end(config, total_steps))
     compiling = run.compiling(loop)
+    kernels = wants_kernels(loop.kernels, run.device)
+    if kernels and not all(m.quantize_activations for m in student.modules() if isinstance(m, BitLinear)):
+        log.info("kernels: the reference path is used, refine.quantize_activations is off")
+        kernels = False
     if loop.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if compiling:
         compile_blocks(student)
         if teacher is not None:
             compile_blocks(teacher)
-    before_step = None
+    before_step: Callable[[int], None] | None = None
     if config.ternary_warmup_fraction > 0:
         before_step = ternary_warmup(student, total_steps, config.ternary_warmup_fraction)
-    with causal_only(student, *([] if teacher is None else [teacher])):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
+        if kernels:
+            before_step = FusedAfterWarmup(student, stack, before_step)
+        before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)
         return fit(
             student,
             batches,
-            language_model_step(student, teacher, config, compiling),
+            language_model_step(student, teacher, config, compiling, kernels),
             optim=config.optim,
             loop=loop,
             total_steps=total_steps,
             device=run.device,
             tracker=run.tracker("pretrain", total_steps),
-            checkpoint_root=run.checkpoints("pretrain"),
+            checkpoint_root=checkpoints,
             key=run.keys["pretrain"],
             before_step=before_step,
         )

@@ -1,0 +1,135 @@
+"""What the training benchmarks share: shapes, timing on the device, JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+DEVICE = torch.device("cuda")
+NOMINAL_BF16 = 989e12
+"""Dense bfloat16 operations a second of an H100/H200 (SXM) by its data sheet."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    model_type: str
+    rows: int
+    length: int
+    options: dict[str, Any]
+
+    def config(self) -> Any:
+        return AutoConfig.for_model(self.model_type, max_position_embeddings=4096, **self.options)
+
+
+SHAPES = {
+    "135m": Shape(
+        "llama",
+        32,
+        1024,
+        dict(  # noqa: C408
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, head_dim=64,
+            num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+        ),
+    ),
+    "0.6b": Shape(
+        "qwen3",
+        16,
+        1024,
+        dict(  # noqa: C408
+            vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, head_dim=128,
+            num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True,
+        ),
+    ),
+    "4b": Shape(
+        "qwen3",
+        8,
+        1024,
+        dict(  # noqa: C408
+            vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, head_dim=128,
+            num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+        ),
+    ),
+}  # fmt: skip
+
+
+def block_matrices(config: Any) -> dict[str, tuple[int, int]]:
+    """Out and in features of one block's products, those that are stacked together."""
+    d, heads, kv, size = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    return {
+        "qkv": ((heads + 2 * kv) * size, d),
+        "o": (d, heads * size),
+        "gate_up": (2 * config.intermediate_size, d),
+        "down": (d, config.intermediate_size),
+    }
+
+
+def flops_a_token(config: Any, length: int, teacher: bool) -> float:
+    """Model operations of forward and backward a token (products and causal attention), a teacher's forward added."""
+    products = config.num_hidden_layers * sum(o * i for o, i in block_matrices(config).values())
+    products += config.vocab_size * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    forward = 2 * (products + attention)
+    return forward * (4 if teacher else 3)
+
+
+def milliseconds(function: Callable[[], Any], rounds: int = 5, calls: int = 3) -> float:
+    """Median over rounds of the mean time of a call on the device, after two calls."""
+    for _ in range(2):
+        function()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+class Report:
+    """JSON lines to stdout and to a file, written at once."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.file = None if path is None else path.open("a", encoding="utf-8")
+        self.failed = 0
+
+    def line(self, section: str, **values: Any) -> None:
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        text = json.dumps({"section": section, **rounded})
+        print(text, flush=True)
+        if self.file is not None:
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def caught(self, section: str, **values: Any) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            self.failed += 1
+            self.line(section, **values, error=f"{type(error).__name__}: {error}"[:600])
+            traceback.print_exc(file=sys.stderr)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(f"# {section} {values}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,138 @@
+"""Autograd of ternary products with cached weight codes: norm, one quantization and one product for linears that
+share an input, and the whole gated feed-forward layer.
+
+Forward as in `quant.linear`. Backward with few roundings and no scaled copy of an activation gradient:
+
+    dL/dx_hat = (dL/dy * s_w) T          s_w: the scale of each output row
+    dL/dW     = (dL/dy)^T x_hat          x_hat = codes * scale, rounded to the compute dtype
+
+Where rows of several matrices are stacked, dL/dy * s_w feeds both products, and dL/dW is divided by s_w after.
+
+Shape legend: N tokens, I in features, O out features (of all stacked matrices together).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitdistill.kernels import ops
+
+
+def _parts(stacked_OI: Tensor, rows: list[int], dtype: torch.dtype) -> list[Tensor]:
+    return [part.to(dtype) for part in stacked_OI.split(rows)]
+
+
+class TernaryProjections(torch.autograd.Function):
+    """y [N, O] = quantize(norm(x)) (stacked codes)^T with scales.
+
+    Arguments: x [N, I]; gain [I] or None (no norm); eps; gain_offset; codes int8 [O, I]; row_scale float32 [O];
+    compute dtype; then the latent weights, whose rows are stacked in `codes`. Latents are not read.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        gain_I: Tensor | None,
+        eps: float,
+        gain_offset: float,
+        codes_OI: Tensor,
+        row_scale_O: Tensor,
+        dtype: torch.dtype,
+        *weights: Tensor,
+    ) -> Tensor:
+        x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
+        ctx.save_for_backward(x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O)
+        ctx.gain_offset, ctx.weight_dtype = gain_offset, weights[0].dtype
+        ctx.rows = [w.shape[0] for w in weights]
+        return ops.int8_product(x_codes, x_scale, codes_OI, row_scale_O, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad_NO,) = grads
+        x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O = ctx.saved_tensors
+        dtype = grad_NO.dtype
+        one = len(ctx.rows) == 1
+        scaled = grad_NO if one else (grad_NO.to(torch.float32) * row_scale_O).to(dtype)
+        grad_hat = scaled @ codes_OI.to(dtype)
+        grad_scale = row_scale_O[:1] if one else torch.ones_like(row_scale_O[:1])
+        grad_x, grad_gain, x_hat = ops.norm_quantize_backward(
+            grad_hat, grad_scale, x_NI, gain_I, rrms, x_codes, x_scale, row_scale_O, ctx.gain_offset, "none"
+        )
+        grad_weight = scaled.t() @ x_hat
+        if not one:
+            grad_weight = grad_weight.to(torch.float32) / row_scale_O[:, None]
+        grad_gain = None if gain_I is None else grad_gain.to(gain_I.dtype)
+        parts = _parts(grad_weight, ctx.rows, ctx.weight_dtype)
+        return grad_x, grad_gain, None, None, None, None, None, *parts
+
+
+class TernaryGatedMlp(torch.autograd.Function):
+    """The feed-forward layer [N, I] -> [N, I]: norm, gate and up, activation, norm (SubLN), down.
+
+    Arguments: x; gain or None, eps, gain_offset of the norm before gate and up; gain or None, eps of the SubLN before
+    down; activation; codes [2 F, I] and row_scale [2 F] of gate and up; codes [I, F] and row_scale [I] of down;
+    compute dtype; the three latents.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        gain_I: Tensor | None,
+        eps: float,
+        gain_offset: float,
+        sub_gain_F: Tensor | None,
+        sub_eps: float,
+        activation: str,
+        codes: Tensor,
+        row_scale: Tensor,
+        down_codes: Tensor,
+        down_scale: Tensor,
+        dtype: torch.dtype,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
+        gate_up = ops.int8_product(x_codes, x_scale, codes, row_scale, dtype)
+        h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
+        ctx.save_for_backward(
+            x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+            codes, row_scale, down_codes, down_scale,
+        )  # fmt: skip
+        ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
+        ctx.features = gate.shape[0]
+        return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad_NI,) = grads
+        (
+            x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+            codes, row_scale, down_codes, down_scale,
+        ) = ctx.saved_tensors  # fmt: skip
+        dtype = grad_NI.dtype
+        features = ctx.features
+        # The scales of gate and up: one value each, at the first row of either.
+        gate_up_scale = torch.stack([row_scale[0], row_scale[features]])
+        scaled, grad_sub_gain, h_hat = ops.norm_quantize_backward(
+            grad_NI @ down_codes.to(dtype), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
+            gate_up_scale, 0.0, ctx.activation,
+        )  # fmt: skip
+        grad_down = grad_NI.t() @ h_hat
+        grad_x, grad_gain, x_hat = ops.norm_quantize_backward(
+            scaled @ codes.to(dtype), torch.ones_like(down_scale[:1]), x_NI, gain_I, rrms, x_codes, x_scale,
+            row_scale, ctx.gain_offset, "none",
+        )  # fmt: skip
+        grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
+        grad_gain = None if gain_I is None else grad_gain.to(gain_I.dtype)
+        grad_sub_gain = None if sub_gain_F is None else grad_sub_gain.to(sub_gain_F.dtype)
+        weights = (
+            *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
+            grad_down.to(ctx.weight_dtype),
+        )
+        return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 7, *weights

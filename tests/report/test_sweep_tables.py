@@ -1,0 +1,134 @@
+"""The results page from made-up sweeps: lines, gaps, costs, figures; and that missing data draw nothing."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitdistill.eval.metrics import wilson
+from bitdistill.eval.results import ResultRow
+from bitdistill.eval.row_scores import encode
+from bitdistill.report import sweep_figures, sweep_results, sweep_tables
+from bitdistill.report.panel import as_file
+from bitdistill.report.sweep_results import RunResult, StageCost, SweepResults
+
+SCRIPT = Path(__file__).parents[2] / "scripts/make_results.py"
+N = 400
+
+
+def row(name: str, share: float, seed: int, key: str, shared: int = 0) -> ResultRow:
+    """A row that is right on a share of the rows; models of one `shared` tend to fail together."""
+    hard = np.random.default_rng(shared).random(N)
+    own = np.random.default_rng([seed, *key.encode()]).random(N)
+    right = 0.8 * hard + 0.2 * own < share
+    score = wilson(int(right.sum()), N)
+    return ResultRow(
+        name=name, label=name, task="t", metric="accuracy", value=score.value, n=N, low=score.low,
+        high=score.high, metrics={"accuracy": score.value}, seed=seed, commit="abc", versions={"torch": "2.13"},
+        hardware={"gpu": "H200"}, score_key=f"{key}-{seed}", row_scores=encode(right.astype(float)),
+    )  # fmt: skip
+
+
+def run(cell: str, seed: int, share: float, **other: Any) -> RunResult:
+    teacher, student = row("teacher", 0.9, seed, "teacher"), row("bitdistill", share, seed, cell)
+    costs = {
+        "sft": StageCost(key=f"sft-{seed}", steps=9, tokens=9, elapsed_s=60.0),
+        "pretrain": StageCost(key="base", steps=9, tokens=26_000_000, elapsed_s=240.0),
+        "distill": StageCost(key=f"{cell}-{seed}", steps=9, tokens=9, elapsed_s=120.0),
+    }
+    fields: dict[str, Any] = {"recipe": "r", "cell": cell, "label": cell, "seed": seed, "digest": "d"}
+    fields |= {"status": "done", "rows": [teacher, student], "costs": costs}
+    return RunResult(**(fields | other))
+
+
+def results(*runs: RunResult, **other: Any) -> SweepResults:
+    return SweepResults(name="s", title="Some sweep", runs=list(runs), **other)
+
+
+def test_lines_have_mean_spread_gap_and_cost() -> None:
+    made = results(*[run("a", seed, 0.8) for seed in range(3)], *[run("b", seed, 0.7) for seed in range(3)])
+    teacher, a, b = sweep_tables.lines(made)
+    assert (teacher.label, teacher.gap, teacher.train_minutes) == ("FP-SFT (teacher)", None, 1.0)
+    values = [r.row("bitdistill").value for r in made.runs if r.cell == "a"]  # type: ignore[union-attr]
+    assert a.mean == pytest.approx(np.mean(values))
+    assert a.sd == pytest.approx(np.std(values, ddof=1))
+    assert a.train_minutes == 6.0
+    assert a.gap is not None
+    assert b.gap is not None
+    assert b.gap.points < a.gap.points < 0
+    assert a.gap.low < a.gap.points < a.gap.high
+    # three teachers, one base, six students
+    assert made.train_s == 3 * 60 + 240 + 6 * 120
+    referred = sweep_tables.lines(made.model_copy(update={"reference": "a"}))
+    assert [x.against for x in referred] == ["", "teacher", "a"]
+    assert referred[2].gap is not None
+    assert referred[2].gap.points == pytest.approx(b.mean - a.mean)
+
+
+def test_what_cannot_be_paired_has_no_gap_and_failures_no_line() -> None:
+    unscored = run("a", 0, 0.8)
+    bare = [r.model_copy(update={"row_scores": None}) for r in unscored.rows]
+    failed = run("c", 0, 0.8, status="failed", error="out of memory", rows=[], costs={})
+    made = results(unscored.model_copy(update={"rows": bare}), failed)
+    assert [(x.label, x.gap) for x in sweep_tables.lines(made)] == [("FP-SFT (teacher)", None), ("a", None)]
+
+
+def test_figures_draw_only_what_has_data() -> None:
+    one = results(run("a", 0, 0.8, x=1e7, line="KL"), figure="tokens", x_label="tokens")
+    assert sweep_figures.of_sweep(one) == {}
+    runs = [
+        run(f"{o}{x}", 0, 0.6 + x / 2e8, x=float(x), line=o)
+        for o in ("KL", "LM")
+        for x in (13_000_000, 52_000_000)
+    ]
+    tokens = sweep_figures.of_sweep(results(*runs, figure="tokens", x_label="tokens"))
+    assert list(tokens) == ["s-r"]
+    svg = as_file(tokens["s-r"])
+    ElementTree.fromstring(svg)
+    assert "var(" not in svg
+    for word in ("teacher", "KL", "LM", "52M"):
+        assert re.search(rf">\s*{word}\s*<", svg), word
+    curves = {"pretrain": {"tokens": [1.0, 2.0], "step": [1.0, 2.0], "loss": [5.0, 4.0], "kl": [3.0, 2.0]}}
+    runs = [
+        run(name, 0, 0.8, curves=curves, densities={"base": [0.1] * 61, "refined": [0.2] * 61})
+        for name in "ab"
+    ]
+    drawn = sweep_figures.of_sweep(results(*runs, figure="curves"))
+    assert list(drawn) == ["s-r-pretrain", "s-r-weights"]
+    assert "kl" in drawn["s-r-pretrain"].title
+    gaps = sweep_figures.of_sweep(results(run("a", 0, 0.8), run("b", 0, 0.7)))
+    assert list(gaps) == ["s-gaps"]
+    for figure in (*drawn.values(), *gaps.values()):
+        ElementTree.fromstring(as_file(figure))
+
+
+def test_the_page(tmp_path: Path) -> None:
+    docs, folder = tmp_path / "docs", tmp_path / "results"
+    docs.mkdir()
+    (docs / "figures").mkdir()
+    (docs / "figures/old.svg").write_text("stale")
+    made = results(
+        run("a", 0, 0.8), run("b", 0, 0.7), run("c", 0, 0.8, status="failed", error="why", rows=[], costs={})
+    )
+    sweep_results.write(folder / "sweeps/s.json", made)
+    sweep_results.write(folder / "sweeps/none.json", SweepResults(name="none"))
+    call = [sys.executable, str(SCRIPT), "--results", str(folder), "--docs", str(docs)]
+    subprocess.run(call, check=True)
+    text = (docs / "results.md").read_text("utf-8")
+    assert "### Some sweep" in text
+    assert "| FP-SFT (teacher) | " in text
+    assert "- failed: r/c/0: why" in text
+    assert "9.0 minutes of training in all on H200; commit abc" in text
+    assert "none" not in text
+    assert [p.name for p in (docs / "figures").iterdir()] == ["s-gaps.svg"]
+    assert "![Some sweep: gap](figures/s-gaps.svg)" in text
+    assert subprocess.run([*call, "--check"], check=False).returncode == 0
+    sweep_results.write(folder / "sweeps/s.json", results(run("a", 0, 0.8)))
+    assert subprocess.run([*call, "--check"], check=False, capture_output=True).returncode == 1

@@ -1,0 +1,212 @@
+"""Sweeps on a tiny model: what is shared, resumed, recorded; and the file format's refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bitdistill import artifact, pipeline
+from bitdistill.cli.main import app
+from bitdistill.errors import ArtifactError, Interrupted, RecipeError
+from bitdistill.report import paired, sweep_results, sweep_tables
+from bitdistill.sweep.run import run_sweep
+from bitdistill.sweep.spec import expand, load_sweep
+from tests.stages.conftest import _one_thread, work  # noqa: F401
+
+SWEEP = """
+name: losses
+title: Loss ablation
+recipes: [recipe.yaml]
+seeds: [0, 1]
+set: {bitnet_sft: null}
+reference: both
+curves: [distill, pretrain]
+cells:
+  - {name: both}
+  - {name: ce, label: "CE only", set: {distill.lambda: 0, distill.gamma: 0}, seeds: [0]}
+"""
+
+
+def spec(folder: Path, text: str = SWEEP) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def go(path: Path, out: Path, **options: Any) -> sweep_results.SweepResults:
+    sweep = load_sweep(path)
+    units = expand(sweep, path.parent)
+    return run_sweep(sweep, units, out, order=[u.id for u in units], quiet=True, **options)
+
+
+def test_a_sweep_shares_teachers_bases_and_scores(work: Path) -> None:  # noqa: F811
+    out = work / "out.json"
+    found = go(spec(work), out)
+    assert [(r.cell, r.seed, r.status) for r in found.runs] == [
+        ("both", 0, "done"), ("both", 1, "done"), ("ce", 0, "done"),
+    ]  # fmt: skip
+    runs = sorted((work / "runs").iterdir())
+    assert len(runs) == 3
+    teachers = [run / "teacher" for run in runs]
+    assert sum(folder.is_symlink() for folder in teachers) == 1  # seed 0's is trained once, seed 1's once
+    assert all(artifact.verify(folder) for folder in teachers)
+    assert len(list((work / "cache/bases").iterdir())) == 2  # by seed, for the base has its seed too
+    keys = {cost.key for run in found.runs for cost in run.costs.values()}
+    paid = sum({c.key: c.elapsed_s for r in found.runs for c in r.costs.values()}.values())
+    assert len(keys) == 2 + 2 + 3  # teachers, bases, students
+    assert found.train_s == pytest.approx(paid)
+    both, ce = found.find("tiny", "both", 0), found.find("tiny", "ce", 0)
+    assert both is not None
+    assert ce is not None
+    # The teacher was scored once: the same predictions, and a rate only where it was measured.
+    assert both.rows[0].predictions_sha256 == ce.rows[0].predictions_sha256
+    assert both.rows[0].tokens_per_s is not None
+    assert ce.rows[0].tokens_per_s is None
+    assert "agreement_with_teacher" in ce.rows[1].metrics
+    assert {"tokens", "loss", "ce"} <= both.curves["distill"].keys()
+    assert ce.curves["pretrain"] == both.curves["pretrain"]  # the base's log lies in the other run
+    assert sweep_results.read(out) == found
+
+    made = sweep_tables.lines(found)
+    assert [(x.label, len(x.values), x.against) for x in made] == [
+        ("FP-SFT (teacher)", 2, ""), ("both", 2, "teacher"), ("CE only", 1, "both"),
+    ]  # fmt: skip
+    gap = made[1].gap
+    assert gap is not None
+    assert gap.points == pytest.approx(made[1].mean - made[0].mean)
+    assert gap.seeds == (0, 1)
+    assert any("CE only" in text for text in sweep_tables.markdown(found))
+
+    models = paired.read_models(out)
+    assert set(models) == {"both", "both/teacher", "ce", "ce/teacher"}
+    done = CliRunner().invoke(app, ["compare", f"{out}:both", f"{out}:both/teacher", "--json"])
+    assert json.loads(done.output)["comparisons"][0]["seeds"] == [0, 1]
+
+
+def test_a_sweep_goes_on_where_it_stopped(work: Path) -> None:  # noqa: F811
+    out, calls = work / "out.json", []
+
+    def stopping(recipe: Any, **options: Any) -> pipeline.RunResult:
+        calls.append(recipe.name)
+        if len(calls) == 2:
+            raise Interrupted("stopped", 15)
+        return pipeline.run(recipe, **options)
+
+    path = spec(work)
+    with pytest.raises(Interrupted):
+        go(path, out, run=stopping)
+    assert len(sweep_results.read(out).runs) == 1
+    found = go(path, out, run=stopping)
+    assert len(calls) == 4  # the first run was not started again
+    assert [r.status for r in found.runs] == ["done"] * 3
+    go(path, out, run=stopping)
+    assert len(calls) == 4
+    go(path, out, run=stopping, again=True)
+    assert len(calls) == 7
+    # Another setting is another run, beside the old one; the others stay.
+    go(spec(work, SWEEP.replace("distill.gamma: 0", "distill.gamma: 2")), out, run=stopping)
+    assert len(calls) == 8
+
+
+def test_a_run_that_fails_does_not_stop_the_others(work: Path) -> None:  # noqa: F811
+    text = SWEEP.replace("seeds: [0, 1]", "seeds: [0]").replace(
+        "  - {name: both}", "  - {name: far, set: {distill.relation.layer: 9}}\n  - {name: both}"
+    )
+    out = work / "out.json"
+    done = CliRunner().invoke(app, ["sweep", str(spec(work, text)), "--out", str(out), "-q"])
+    assert isinstance(done.exception, ArtifactError)
+    assert "1 of 3 runs failed, first tiny/far/0: " in str(done.exception)
+    assert [r.status for r in sweep_results.read(out).runs] == ["failed", "done", "done"]
+    assert "outside the model's 3 layers" in done.output
+
+
+def test_rows_decide_the_stages(work: Path) -> None:  # noqa: F811
+    text = SWEEP.replace("curves:", "rows: [teacher]\ncurves:").replace("reference: both\n", "")
+    found = go(spec(work, text.replace("seeds: [0, 1]", "seeds: [0]")), work / "out.json")
+    assert [[row.name for row in run.rows] for run in found.runs] == [["teacher"], ["teacher"]]
+    assert all(set(run.costs) == {"sft"} for run in found.runs)
+    assert pipeline.wanted_stages("eval", ["bitnet_sft"]) == {"bitnet_sft", "export", "eval"}
+    assert pipeline.wanted_stages(None, pipeline.ROWS) == set(pipeline.STAGES)
+    with pytest.raises(RecipeError, match="row 'stud': expected some of"):
+        pipeline.wanted_stages(None, ["stud"])
+
+
+def test_a_link_to_a_run_that_is_gone_is_made_anew(work: Path) -> None:  # noqa: F811
+    import shutil
+
+    out = work / "out.json"
+    found = go(spec(work), out)
+    runs = {run.name: run for run in (work / "runs").iterdir()}
+    linked = next(run for run in runs.values() if (run / "teacher").is_symlink())
+    owner = (linked / "teacher").resolve().parent
+    shutil.rmtree(owner)
+    again = go(spec(work), out, again=True)
+    assert [r.rows[0].predictions_sha256 for r in again.runs] == [
+        r.rows[0].predictions_sha256 for r in found.runs
+    ]
+    redone = pipeline.run(
+        expand(load_sweep(spec(work)), work)[2].recipe,
+        until="sft",
+        redo=frozenset({"sft"}),
+        quiet=True,
+    )
+    assert not (redone.run_dir / "teacher").is_symlink()
+    assert not list(redone.run_dir.glob("teacher.partial*"))
+
+
+def test_grids_patterns_and_local_places(work: Path) -> None:  # noqa: F811
+    text = """
+name: layers
+figure: layers
+recipes: [recipe.yaml]
+grid:
+  - {key: distill.relation.layer, values: [0, 1, -1]}
+  - {key: distill.gamma, values: [1.0, auto]}
+"""
+    path = spec(work, text)
+    sweep = load_sweep(path)
+    units = expand(sweep, work)
+    assert [u.cell for u in units[:2]] == ["run-layer0-gamma1.0", "run-layer0-gammaauto"]
+    assert [u.x for u in units] == [0, 0, 1, 1, -1, -1]
+    assert units[3].recipe.distill.relation.layer == 1
+    assert len({u.recipe.name for u in units}) == 6
+    assert len(expand(sweep, work, only=["*layer1*"])) == 2
+    assert len(expand(sweep, work, only=["tiny/run-layer0-gamma1.0/0"])) == 1
+    with pytest.raises(RecipeError, match="--only nothing: no run matches; runs: tiny/run-layer0"):
+        expand(sweep, work, only=["nothing"])
+    moved = expand(sweep, work, local={str(work / "train.jsonl"): "/data/other.jsonl"})
+    assert moved[0].recipe.data.train == "/data/other.jsonl"
+    assert moved[0].digest != units[0].digest
+    listed = CliRunner().invoke(app, ["sweep", str(path), "--dry-run", "--json"])
+    assert len(json.loads(listed.output)["runs"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nrecipes: []\n", "recipes"),
+        ("name: a\nrecipes: [recipe.yaml]\ncels: []\n", "cells"),
+        ("name: a\nrecipes: [recipe.yaml]\ncells: [{name: x}, {name: x}]\n", "the name 'x' is used twice"),
+        ("name: a\nrecipes: [recipe.yaml]\nreference: z\n", "no cell 'z'"),
+        ("name: a\nrecipes: [recipe.yaml]\ncells: [{name: x, set: {distill.gama: 1}}]\n", "gamma"),
+        ("name: a\nrecipes: [gone.yaml]\n", "gone.yaml: no such file"),
+    ],
+)
+def test_bad_sweeps_are_named(work: Path, text: str, message: str) -> None:  # noqa: F811
+    with pytest.raises(RecipeError, match=message) as caught:
+        expand(load_sweep(spec(work, text)), work)
+    assert "\n" not in str(caught.value)
+
+
+def test_results_of_another_sweep_are_kept(work: Path) -> None:  # noqa: F811
+    out = work / "out.json"
+    sweep_results.write(out, sweep_results.SweepResults(name="other"))
+    with pytest.raises(ArtifactError, match="results of sweep other, not losses"):
+        go(spec(work), out)
+    out.write_text('{"rows": []}')
+    with pytest.raises(ArtifactError, match="not a sweep's results"):
+        go(spec(work), out)
