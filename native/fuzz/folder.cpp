@@ -61,7 +61,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   ModelOptions options;
   options.layout = choice & 1 ? Layout::kBase3Rows16 : Layout::kTwoBitRows16;
-  options.kv = choice & 2 ? KvType::kFloat16 : KvType::kFloat32;
+  options.kv = choice & 2 ? KvType::kFloat16 : choice & 16 ? KvType::kInt8 : KvType::kFloat32;
   options.head = choice & 4 ? HeadType::kScreened : choice & 8 ? HeadType::kInt8 : HeadType::kFloat;
   try {
     const auto model = Model::load(folder.path, options);

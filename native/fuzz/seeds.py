@@ -1,6 +1,6 @@
 """Writes the fuzz targets' seeds: small good inputs and small damaged ones. No packages beyond Python's own.
 
-    python native/fuzz/seeds.py FOLDER      FOLDER/<target>/<name>
+python native/fuzz/seeds.py FOLDER      FOLDER/<target>/<name>
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ KINDS = {
     "mlp.down_proj": (INNER, HIDDEN),
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}},
-    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0},
+    "llama": {
+        "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+    },
+    "qwen2": {
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 2,
+        "max_window_layers": 0,
+    },
     "qwen3": {"layer_types": ["full_attention"]},
     "gemma3_text": {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -31,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"],
         "final_logit_softcapping": 30.0,
     },
+    "bitnet": {"hidden_act": "relu2"},
 }
 
 
@@ -112,6 +120,9 @@ def safetensors(family: str, packed: bool) -> bytes:
         tensors[f"{block}{kind}.scale"] = ("F32", [], struct.pack("<f", 0.25))
         if kind in ("self_attn.o_proj", "mlp.down_proj"):
             floats(f"{block}{kind}.subln.weight", i)
+    if family == "bitnet":
+        floats(f"{block}self_attn.attn_sub_norm.weight", HIDDEN)
+        floats(f"{block}mlp.ffn_sub_norm.weight", INNER)
     floats("model.norm.weight", HIDDEN)
     if not (family == "gemma3_text" or FAMILIES[family].get("tie_word_embeddings")):
         floats("lm_head.weight", VOCAB, HIDDEN)
@@ -157,7 +168,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
             made["config"][name] = text
             made["safetensors"][name] = weights
             own = manifest(family, {"config.json": text, "model.safetensors": weights}) if packed else None
-            made["folder"][name] = join(number * 5 + packed, text, own, weights, None)
+            made["folder"][name] = join(number * 5 + packed + 16 * (number % 2), text, own, weights, None)
     text = json.dumps(config("llama", True)).encode()
     made["folder"]["no-weights"] = join(0, text, None, None, None)
     index = json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}}).encode()
