@@ -40,7 +40,12 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("probe-layers", probe.probe_layers),
     ],
     "Native engine": native.COMMANDS,
-    "More": [("tokenize", artifacts.tokenize), ("tasks", artifacts.tasks), ("version", artifacts.version)],
+    "More": [
+        ("tokenize", artifacts.tokenize),
+        ("needle", artifacts.needle),
+        ("tasks", artifacts.tasks),
+        ("version", artifacts.version),
+    ],
 }
 
 app = typer.Typer(
