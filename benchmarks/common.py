@@ -111,6 +111,7 @@ class Report:
     def __init__(self, path: Path | None) -> None:
         self.file = None if path is None else path.open("a", encoding="utf-8")
         self.failed = 0
+        self.deadline = float("inf")
 
     def line(self, section: str, **values: Any) -> None:
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
@@ -119,6 +120,13 @@ class Report:
         if self.file is not None:
             self.file.write(text + "\n")
             self.file.flush()
+
+    def over(self, section: str, **values: Any) -> bool:
+        """Whether the time for new cases is over; says so for this one if it is."""
+        if time.monotonic() <= self.deadline:
+            return False
+        self.line(section, **values, error="not run: --total-s is over")
+        return True
 
     @contextlib.contextmanager
     def caught(self, section: str, **values: Any) -> Iterator[None]:

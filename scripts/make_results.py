@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from bitdistill.eval.results import ResultRow, human_bytes, human_count, read_results
-from bitdistill.report import sweep_figures, sweep_results, sweep_tables
+from bitdistill.report import layer_choice, sweep_figures, sweep_results, sweep_tables
 from bitdistill.report.panel import Figure, as_file
 from bitdistill.report.sweep_results import SweepResults
 
@@ -116,6 +116,8 @@ def sweep_section(results: SweepResults, path: Path) -> tuple[list[str], dict[st
     if results.note:
         parts += [results.note, ""]
     parts += sweep_tables.markdown(results)
+    if results.figure == "layers":
+        parts += layer_choice.markdown(results)
     figures = sweep_figures.of_sweep(results)
     for name, figure in figures.items():
         parts += [f"![{figure.title}](figures/{name}.svg)", "", f"{figure.title}. {figure.note}", ""]

@@ -302,7 +302,7 @@ def test_builtin_tasks_are_whole():
     tasks = recipes.builtin_tasks()
     assert set(tasks) >= {
         "sst2", "mnli", "qnli", "imdb", "boolq", "banking77", "ag_news",
-        "aeslc", "cnn_dailymail", "xsum", "dialogsum", "gsm8k", "instruction",
+        "aeslc", "cnn_dailymail", "xsum", "dialogsum", "gsm8k", "instruction", "needle",
     }  # fmt: skip
     for name, task in tasks.items():
         assert task.name == name

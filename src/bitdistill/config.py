@@ -196,8 +196,11 @@ class RelationConfig(Strict):
     """Divides the cosine relations (ignored by scaled_dot)."""
     heads: Count | None = None
     """Relation heads A_r: states are re-split into this many heads; None: the model's own heads of Q, K and V."""
-    layer: int | Literal["auto"] | tuple[int, ...] = "auto"
-    """Layer index (negative counts from the end), a list (losses are averaged), or auto."""
+    layer: int | Literal["auto", "auto:divergence", "auto:alignment", "auto:entropy"] | tuple[int, ...] = (
+        "auto"
+    )
+    """Layer index (negative counts from the end), a list (losses are averaged), or auto: by a figure taken on a few
+    batches before stage 3 (stages/layer_probe.py; auto alone is auto:divergence)."""
     alpha_q: NonNegative = 1.0
     alpha_k: NonNegative = 1.0
     alpha_v: NonNegative = 1.0

@@ -13,7 +13,7 @@ from bitdistill.report.card import write_card
 from bitdistill.report.html import write_report
 from bitdistill.report.inspect import write_stats
 from bitdistill.stages.common import Run
-from bitdistill.stages.distill import distill
+from bitdistill.stages.distill import distill, probe_only
 from bitdistill.stages.evaluate import Entry, evaluate
 from bitdistill.stages.export import export, export_formats
 from bitdistill.stages.pretrain import pretrain
@@ -116,6 +116,23 @@ def run(
         result.report = write_report(this.run_dir)
         write_card(this.run_dir)
     return result
+
+
+def probe_layers(recipe: Recipe, *, command: str = "", quiet: bool = False) -> dict[str, list[float]]:
+    """Figures of every layer at the start of stage 3 (see stages/layer_probe.py): figure -> one value a layer.
+
+    Teacher and base are made where they are missing; finished ones of sibling runs are taken.
+
+    Raises:
+        BitDistillError: as `run`.
+    """
+    reuse = Reuse.of_runs(Path(recipe.output_dir).expanduser())
+    this = Run.open(recipe, command=command, quiet=quiet, reuse=reuse)
+    teacher = sft(this)
+    start = refine(this)
+    if recipe.pretrain is not None:
+        start = pretrain(this, start)
+    return probe_only(this, start, teacher)
 
 
 def wanted_stages(until: str | None, rows: Collection[str]) -> frozenset[str]:

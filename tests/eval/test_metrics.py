@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -125,6 +126,34 @@ def test_bleu_equals_sacrebleu() -> None:
 
 def test_exact_match_ignores_outer_white_space() -> None:
     assert METRICS["exact_match"](*texts((" 42\n", ["42"]), ("4 2", ["42"]))).value == 50
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "7"),
+        ("####-1,234.50", "-1234.5"),
+        ("#### $18\n#### 19", "18"),
+        ("#### 18.", "18"),
+        ("#### .5", "0.5"),
+        ("The answer is 18", None),
+        ("#### eighteen", None),
+        ("## 18", None),
+    ],
+)
+def test_number_after_marks(text: str, number: str | None) -> None:
+    assert metrics.number_after_marks(text) == (None if number is None else Decimal(number))
+
+
+def test_final_number_scores_the_number_alone() -> None:
+    pairs = texts(
+        ("2 + 2 = 5 #### 1,000.0", ["twice 500 #### 1000"]), ("#### 3", ["#### 4"]), ("4", ["#### 4"])
+    )
+    score = METRICS["final_number"](*pairs)
+    assert (score.value, score.n) == (pytest.approx(100 / 3), 3)
+    assert metrics.row_scores("final_number")(*pairs) == [1.0, 0.0, 0.0]
+    with pytest.raises(DataError, match=r"t:0: no `#### number` in the answer"):
+        METRICS["final_number"](*texts(("#### 1", ["1"])))
 
 
 def test_agreement() -> None:

@@ -132,6 +132,19 @@ def _conditions(pairs: list[str] | None, option: str) -> dict[str, set[str]] | N
     return found or None
 
 
+def needle(
+    out: Annotated[Path, typer.Option(help="File to write (JSON lines).", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="Rows.")] = 1000,
+    words: Annotated[int, typer.Option(min=1, help="Words of a context; 1 word is about 1.4 tokens.")] = 600,
+    keys: Annotated[int, typer.Option(min=1, help="Pass codes in a context, one of which is asked for.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Use another one for test rows.")] = 0,
+) -> None:
+    """Make rows of the built-in task `needle`: retrieval of a pass code from a long context."""
+    from bitdistill.data.needle import write
+
+    typer.echo(write(out, rows, words=words, keys=keys, seed=seed))
+
+
 def tasks(
     name: Annotated[
         str | None, typer.Argument(metavar="[TASK]", help="Print this task in full.", show_default=False)

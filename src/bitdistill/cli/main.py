@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitdistill.cli import artifacts, compare, native, plan, predict, runs, start, sweep
+from bitdistill.cli import artifacts, compare, native, plan, predict, probe, runs, start, sweep
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
@@ -37,9 +37,15 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("compare", compare.compare),
         ("report", artifacts.report),
         ("inspect", artifacts.inspect),
+        ("probe-layers", probe.probe_layers),
     ],
     "Native engine": native.COMMANDS,
-    "More": [("tokenize", artifacts.tokenize), ("tasks", artifacts.tasks), ("version", artifacts.version)],
+    "More": [
+        ("tokenize", artifacts.tokenize),
+        ("needle", artifacts.needle),
+        ("tasks", artifacts.tasks),
+        ("version", artifacts.version),
+    ],
 }
 
 app = typer.Typer(

@@ -8,8 +8,10 @@ statistics, not averaged over rows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from typing import Any, Protocol
 
@@ -86,6 +88,39 @@ def exact_match(predictions: Sequence[Prediction], examples: Sequence[Example], 
     """Share of texts equal to one of their references (stripped), Wilson interval (`seed` is not used)."""
     matches = correct(predictions, examples)
     return wilson(sum(matches), len(matches))
+
+
+_FINAL_NUMBER = re.compile(r"####\s*\$?\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+)")
+
+
+def number_after_marks(text: str) -> Decimal | None:
+    """The number after the first `####` (GSM8K's form), thousands' commas and a dollar sign left out; or None."""
+    found = _FINAL_NUMBER.search(text)
+    return None if found is None else Decimal(found.group(1).replace(",", ""))
+
+
+def final_number_rows(predictions: Sequence[Prediction], examples: Sequence[Example]) -> list[bool]:
+    """Per row: the number after `####` equals that of a reference. An answer without one is wrong.
+
+    Raises:
+        DataError: a row whose references have no such number.
+    """
+    _check_pairs(predictions, examples)
+    right = []
+    for prediction, example in zip(predictions, examples, strict=True):
+        wanted = {number_after_marks(reference) for reference in example.references} - {None}
+        if not wanted:
+            raise DataError(
+                f"{example.where}: no `#### number` in the answer; use another metric, or mend it"
+            )
+        right.append(number_after_marks(prediction.text) in wanted)
+    return right
+
+
+def final_number(predictions: Sequence[Prediction], examples: Sequence[Example], *, seed: int = 0) -> Score:
+    """Share of answers with the right number after `####`, Wilson interval (`seed` is not used)."""
+    right = final_number_rows(predictions, examples)
+    return wilson(sum(right), len(right))
 
 
 def agreement(predictions: Sequence[Prediction], teacher: Sequence[Prediction]) -> Score:
@@ -309,6 +344,7 @@ METRICS: dict[str, MetricFn] = {
     "f1_binary": partial(f1, average="binary"),
     "f1_macro": partial(f1, average="macro"),
     "exact_match": exact_match,
+    "final_number": final_number,
     "rouge1": partial(rouge, kind="rouge1"),
     "rouge2": partial(rouge, kind="rouge2"),
     "rougeL": partial(rouge, kind="rougeL"),
@@ -338,12 +374,22 @@ def task_metrics(task: Task) -> tuple[str, ...]:
     return task.metrics or (("accuracy", "f1") if classification else ("rougeL", "bleu"))
 
 
-MEAN_OVER_ROWS = frozenset({"accuracy", "exact_match", "rouge1", "rouge2", "rougeL", "rougeLsum"})
+MEAN_OVER_ROWS = frozenset(
+    {"accuracy", "exact_match", "final_number", "rouge1", "rouge2", "rougeL", "rougeLsum"}
+)
 """Metrics that are means of `row_scores`, so that two models can be paired row by row."""
+
+
+# Generation metrics by which an answer is right or wrong.
+JUDGES: dict[str, Callable[[Sequence[Prediction], Sequence[Example]], list[bool]]] = {
+    "exact_match": correct,
+    "final_number": final_number_rows,
+}
 
 
 def row_scores(metric: str) -> Callable[[Sequence[Prediction], Sequence[Example]], list[float]]:
     """Per-row scores (0..1) behind a metric, for `paired_bootstrap`: ROUGE by row, else right or wrong."""
     if metric.startswith("rouge"):
         return partial(rouge_rows, kind=metric)
-    return lambda predictions, examples: [float(c) for c in correct(predictions, examples)]
+    judge = JUDGES.get(metric, correct)
+    return lambda predictions, examples: [float(c) for c in judge(predictions, examples)]

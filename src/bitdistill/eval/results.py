@@ -20,7 +20,7 @@ from bitdistill import artifact
 from bitdistill.config import Task
 from bitdistill.data.tasks import Example
 from bitdistill.errors import ArtifactError
-from bitdistill.eval.metrics import correct
+from bitdistill.eval.metrics import JUDGES, correct
 from bitdistill.eval.prediction import Prediction
 
 VERSIONED = ("bitdistill", "torch", "transformers", "tokenizers", "numpy", "safetensors")
@@ -113,13 +113,14 @@ def write_predictions(
 
     Classes are shown by the data's own label, or by their label word where the data only number them; `where`
     is file name and line. `correct` is null for generation, where no answer is simply right or wrong, unless
-    the task's headline metric is exact_match. `scores` holds log-likelihoods (nats) in the order of task.labels.
+    the task's headline metric judges (metrics.JUDGES). `scores` holds log-likelihoods (nats) in the order of
+    task.labels.
 
     Raises:
         StorageError: the file system refused.
     """
-    judged = task.kind == "classification" or task.metrics[:1] == ("exact_match",)
-    right: Sequence[bool | None] = correct(predictions, examples) if judged else [None] * len(predictions)
+    judge = correct if task.kind == "classification" else JUDGES.get(task.metrics[0] if task.metrics else "")
+    right: Sequence[bool | None] = judge(predictions, examples) if judge else [None] * len(predictions)
     names = task.shown_labels
     lines = []
     for prediction, example, is_right in zip(predictions, examples, right, strict=True):

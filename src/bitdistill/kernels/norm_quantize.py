@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2}
+WIDE = 4096
+"""Columns of the longest row that the backward kernel keeps in registers."""
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 half to even
 _EPSILON = tl.constexpr(1e-5)
 _ROOT = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
@@ -110,7 +112,6 @@ def _backward_kernel(
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
-    GAIN_IN_MEMORY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -120,9 +121,6 @@ def _backward_kernel(
     if NORM:
         gain = tl.load(gain_ptr + columns, mask=in_row, other=0.0).to(tl.float32) + gain_offset
         gain_grad = tl.zeros([BLOCK], tl.float32)
-        partial_at = gain_grad_ptr + tl.program_id(0) * n_columns + columns
-        if GAIN_IN_MEMORY:
-            tl.store(partial_at, gain_grad, mask=in_row)
     if ACT != 0:
         gate_scale = tl.load(out_scale_ptr)
         up_scale = tl.load(out_scale_ptr + 1)
@@ -146,12 +144,7 @@ def _backward_kernel(
         if NORM:
             rrms = tl.load(rrms_ptr + rows, mask=rows < n_rows, other=0.0)
             h = h * rrms[:, None]
-            if GAIN_IN_MEMORY:
-                # Rows too wide for a sum in registers: each program adds to its own row of the partial sums.
-                held = tl.load(partial_at, mask=in_row, other=0.0)
-                tl.store(partial_at, held + tl.sum(grad * h, 0), mask=in_row)
-            else:
-                gain_grad += tl.sum(grad * h, 0)
+            gain_grad += tl.sum(grad * h, 0)
             grad = grad * gain[None, :]
             along = tl.sum(grad * h, 1) / n_columns
             grad = (grad - h * along[:, None]) * rrms[:, None]
@@ -163,15 +156,114 @@ def _backward_kernel(
             tl.store(out_ptr + wide + n_columns, d_up.to(out_ptr.dtype.element_ty), mask=inside)
         else:
             tl.store(out_ptr + dense, grad.to(out_ptr.dtype.element_ty), mask=inside)
-    if NORM and not GAIN_IN_MEMORY:
-        tl.store(partial_at, gain_grad, mask=in_row)
+    if NORM:
+        tl.store(gain_grad_ptr + tl.program_id(0) * n_columns + columns, gain_grad, mask=in_row)
 
 
-def _tile(columns: int) -> tuple[int, int, int]:
+@triton.jit
+def _wide_backward_kernel(
+    grad_ptr,
+    grad_scale_ptr,
+    x_ptr,
+    gain_ptr,
+    rrms_ptr,
+    codes_ptr,
+    scale_ptr,
+    out_scale_ptr,
+    out_ptr,
+    gain_grad_ptr,
+    x_hat_ptr,
+    n_rows,
+    n_columns,
+    x_stride,
+    gain_offset,
+    NORM: tl.constexpr,
+    ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_backward_kernel` for rows that do not fit registers: BLOCK columns at a time, read twice.
+
+    A program's share of the gain's gradient lies in memory (its own row, so in L2) between the tiles.
+    """
+    lanes = tl.arange(0, BLOCK)
+    grad_scale = tl.load(grad_scale_ptr)
+    if ACT != 0:
+        gate_scale = tl.load(out_scale_ptr)
+        up_scale = tl.load(out_scale_ptr + 1)
+    partial_ptr = gain_grad_ptr + tl.program_id(0) * n_columns
+    if NORM:
+        for start in range(0, n_columns, BLOCK):
+            tl.store(
+                partial_ptr + start + lanes, tl.zeros([BLOCK], tl.float32), mask=start + lanes < n_columns
+            )
+        tl.debug_barrier()
+    blocks = (n_rows + ROWS - 1) // ROWS
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        rows = block * ROWS + tl.arange(0, ROWS)
+        in_rows = rows < n_rows
+        scale = tl.load(scale_ptr + rows, mask=in_rows, other=0.0)
+        rrms = tl.zeros([ROWS], tl.float32)
+        along = tl.zeros([ROWS], tl.float32)
+        if NORM:
+            rrms = tl.load(rrms_ptr + rows, mask=in_rows, other=0.0)
+            for start in range(0, n_columns, BLOCK):
+                columns = start + lanes
+                inside = in_rows[:, None] & (columns < n_columns)[None, :]
+                at = rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+                dense = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+                grad = tl.load(grad_ptr + dense, mask=inside, other=0.0).to(tl.float32) * grad_scale
+                h = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                if ACT != 0:
+                    up = tl.load(x_ptr + at + n_columns, mask=inside, other=0.0).to(tl.float32)
+                    h = _activation(h, ACT) * up
+                gain = tl.load(gain_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
+                along += tl.sum(grad * (gain + gain_offset)[None, :] * (h * rrms[:, None]), 1)
+            along = along / n_columns
+        for start in range(0, n_columns, BLOCK):
+            columns = start + lanes
+            in_row = columns < n_columns
+            inside = in_rows[:, None] & in_row[None, :]
+            at = rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+            dense = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+            codes = tl.load(codes_ptr + dense, mask=inside, other=0).to(tl.float32)
+            tl.store(x_hat_ptr + dense, (codes * scale[:, None]).to(x_hat_ptr.dtype.element_ty), mask=inside)
+            grad = tl.load(grad_ptr + dense, mask=inside, other=0.0).to(tl.float32) * grad_scale
+            h = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if ACT != 0:
+                gate = h
+                up = tl.load(x_ptr + at + n_columns, mask=inside, other=0.0).to(tl.float32)
+                h = _activation(gate, ACT) * up
+            if NORM:
+                h = h * rrms[:, None]
+                held = tl.load(partial_ptr + columns, mask=in_row, other=0.0)
+                tl.store(partial_ptr + columns, held + tl.sum(grad * h, 0), mask=in_row)
+                gain = tl.load(gain_ptr + columns, mask=in_row, other=0.0).to(tl.float32) + gain_offset
+                grad = (grad * gain[None, :] - h * along[:, None]) * rrms[:, None]
+            if ACT != 0:
+                d_gate = grad * up * _activation_grad(gate, ACT) * gate_scale
+                d_up = grad * _activation(gate, ACT) * up_scale
+                wide = rows.to(tl.int64)[:, None] * (2 * n_columns) + columns[None, :]
+                tl.store(out_ptr + wide, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
+                tl.store(out_ptr + wide + n_columns, d_up.to(out_ptr.dtype.element_ty), mask=inside)
+            else:
+                tl.store(out_ptr + dense, grad.to(out_ptr.dtype.element_ty), mask=inside)
+        # The sums above are read again in the next round, maybe by another thread.
+        tl.debug_barrier()
+
+
+def _forward_tile(columns: int) -> tuple[int, int, int]:
     """Rows at a time, padded row length, warps."""
     block = triton.next_power_of_2(columns)
-    rows = max(1, 2048 // block)
-    return rows, block, 4 if block <= 2048 else 8 if block <= 4096 else 16
+    return max(1, 2048 // block), block, 4 if block <= 2048 else 8 if block <= 4096 else 16
+
+
+def _backward_tile(columns: int) -> tuple[int, int, int]:
+    """Rows and columns at a time, warps; rows of more columns than that go tile by tile."""
+    block = min(triton.next_power_of_2(columns), WIDE)
+    if columns > WIDE:
+        return 2, 2048, 8
+    return max(1, 2048 // block), block, 8 if block <= 2048 else 16
 
 
 def norm_quantize(
@@ -192,7 +284,7 @@ def norm_quantize(
     codes = torch.empty(n, columns, dtype=torch.int8, device=x_NX.device)
     scale = torch.empty(n, dtype=torch.float32, device=x_NX.device)
     rrms = torch.zeros_like(scale) if gain_I is None else torch.empty_like(scale)
-    rows, block, warps = _tile(columns)
+    rows, block, warps = _forward_tile(columns)
     if n:
         _forward_kernel[(triton.cdiv(n, rows),)](
             x_NX,
@@ -245,13 +337,14 @@ def norm_quantize_backward(
         x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype, device=x_NX.device
     )
     x_hat = torch.empty_like(grad_NI)
-    rows, block, warps = _tile(columns)
+    rows, block, warps = _backward_tile(columns)
     programs = min(triton.cdiv(max(n, 1), rows), 4 * _multiprocessors(x_NX.device))
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x_NX.device)
     if gain_I is None or n == 0:
         partial.zero_()
     if n:
-        _backward_kernel[(programs,)](
+        kernel = _wide_backward_kernel if columns > WIDE else _backward_kernel
+        kernel[(programs,)](
             grad_NI,
             grad_scale,
             x_NX,
@@ -269,7 +362,6 @@ def norm_quantize_backward(
             gain_offset,
             NORM=gain_I is not None,
             ACT=ACTIVATIONS[activation],
-            GAIN_IN_MEMORY=block > 4096,
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,

@@ -117,7 +117,7 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
 def _check_fit(recipe: Recipe, layout: Layout) -> None:
     """Keys that must fit the model's shapes."""
     chosen = recipe.distill.relation.layer
-    for layer in (chosen,) if isinstance(chosen, int) else (() if chosen == "auto" else chosen):
+    for layer in (chosen,) if isinstance(chosen, int) else (() if isinstance(chosen, str) else chosen):
         if not -layout.layers <= layer < layout.layers:
             raise RecipeError(
                 f"distill.relation.layer: {layer}, the model has {layout.layers} layers; "

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bitdistill.eval.results import ResultRow
 
 TEACHER, BASELINE, STUDENT = "teacher", "bitnet_sft", "bitdistill"
-SHARES = frozenset({"accuracy", "exact_match"})  # percent of rows answered correctly
+SHARES = frozenset({"accuracy", "exact_match", "final_number"})  # percent of rows answered correctly
 
 
 def sentences(rows: Mapping[str, ResultRow], gaps: Mapping[str, Gap], split: str) -> list[str]:

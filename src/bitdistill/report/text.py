@@ -95,6 +95,7 @@ METRIC_NAMES = {
     "rougeLsum": "ROUGE-Lsum",
     "bleu": "BLEU",
     "exact_match": "exact match (%)",
+    "final_number": "right final number (%)",
     "perplexity": "perplexity",
     "f1": "F1",
     "f1_binary": "F1 (binary)",

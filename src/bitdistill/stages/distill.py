@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bitdistill import artifact
-from bitdistill.config import DistillConfig, RelationConfig
+from bitdistill.config import DistillConfig
 from bitdistill.data.batches import Batch
 from bitdistill.data.corpus import tokenizer_fingerprint
-from bitdistill.errors import ModelError, RecipeError
+from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
 from bitdistill.losses.logits import cross_entropy_sum, logits_distillation_sum
 from bitdistill.losses.relation import attention_distillation_sum
@@ -21,7 +21,9 @@ from bitdistill.models.capture import capture_states
 from bitdistill.models.forward import final_hidden, logits_at, predicting, rows_at, tokens_at
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
+from bitdistill.stages import layer_probe
 from bitdistill.stages.common import Run, pad_token_id
+from bitdistill.stages.layer_probe import relation_options
 from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.step import StepOutput, Totals, autocast
@@ -118,16 +120,6 @@ class DistillStep:
         self._publish()
 
 
-def relation_options(relation: RelationConfig) -> dict[str, Any]:
-    """Keyword arguments of the relation loss from the recipe section."""
-    return {
-        "alphas": (relation.alpha_q, relation.alpha_k, relation.alpha_v),
-        "form": relation.form,
-        "temperature": relation.temperature,
-        "heads": relation.heads,
-    }
-
-
 def _forward(model: Any, input_ids_BT: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
     """Final hidden states, and Q, K, V states of `layers`."""
     if not layers:
@@ -141,41 +133,6 @@ def wants_relations(config: DistillConfig) -> bool:
     """Whether L_AD takes part at all."""
     relation = config.relation
     return config.gamma != 0 and any((relation.alpha_q, relation.alpha_k, relation.alpha_v))
-
-
-@torch.no_grad()
-def layer_divergences(student: Any, teacher: Any, batch: Batch, relation: RelationConfig) -> list[float]:
-    """L_AD of every layer on one batch, before training: how far each layer's relations are from the teacher's."""
-    layers = list(range(student.config.num_hidden_layers))
-    _, states = _forward(student, batch.input_ids_BT, layers)
-    _, teacher_states = _forward(teacher, batch.input_ids_BT, layers)
-    rows = batch.input_ids_BT.shape[0]
-    options = relation_options(relation)
-    return [
-        float(attention_distillation_sum(states[i], teacher_states[i], batch.attention_mask_BT, **options))
-        / rows
-        for i in layers
-    ]
-
-
-def resolve_layers(config: DistillConfig, divergences: Sequence[float]) -> list[int]:
-    """Layer indices of L_AD.
-
-    auto takes, in the later half of the network, the layer whose relations diverge most from the teacher's
-    (the paper distils one late layer and gives no rule for which).
-
-    Raises:
-        RecipeError: an index is outside the model.
-    """
-    count = len(divergences)
-    wanted = config.relation.layer
-    if wanted == "auto":
-        return [max(range(count // 2, count), key=lambda i: divergences[i])]
-    chosen = [wanted] if isinstance(wanted, int) else list(wanted)
-    for index in chosen:
-        if not -count <= index < count:
-            raise RecipeError(f"distill.relation.layer: {index} is outside the model's {count} layers")
-    return sorted({index % count for index in chosen})
 
 
 def _check_pair(student: Any, teacher: Any, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -215,7 +172,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
     student, tokenizer, manifest = load_student(start, device=run.device)
     teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
     _check_pair(student, teacher, tokenizer, teacher_tokenizer)
-    layers, divergences = _layers(run, student, teacher, tokenizer)
+    layers, layer_metrics = _layers(run, student, teacher, tokenizer)
     if run.compiling(config.loop):
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)
@@ -243,7 +200,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         extra={
             **run.meta("distill", inputs, result),
             "distilled_layers": layers,
-            "layer_divergences": divergences,
+            "layer_metrics": layer_metrics,
             "final_gamma": step.balancer.gamma,
         },
     )
@@ -259,14 +216,34 @@ def load_teacher(run: Run, folder: Path) -> tuple[Any, Any]:
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def _layers(run: Run, student: Any, teacher: Any, tokenizer: Any) -> tuple[list[int], list[float]]:
-    """Layers of L_AD and every layer's divergence on the first training batch."""
+def probe(run: Run, student: Any, teacher: Any, tokenizer: Any, *, full: bool) -> layer_probe.Metrics:
+    """Figures of every layer on the first training batches (see layer_probe.measure)."""
+    config = run.recipe.distill
+    loop = config.loop.model_copy(update={"batch_rows": layer_probe.BATCH_ROWS, "micro_batch_rows": None})
+    batches = run.task_batches(run.train_examples(tokenizer), loop, pad_token_id(tokenizer), compiling=False)
+    count = min(layer_probe.BATCHES, batches.steps_per_epoch)
+    first = [batches.micro_batches(step)[0].to(run.device) for step in range(count)]
+    with autocast(run.device, config.loop.precision):
+        return layer_probe.measure(student, teacher, first, config, full=full)
+
+
+def probe_only(run: Run, start: Path, teacher_folder: Path) -> layer_probe.Metrics:
+    """All figures of every layer, from what stage 3 would start with; nothing is written.
+
+    Raises:
+        ModelError: teacher and student differ in vocabulary.
+    """
+    student, tokenizer, _ = load_student(start, device=run.device)
+    teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
+    _check_pair(student, teacher, tokenizer, teacher_tokenizer)
+    return probe(run, student, teacher, tokenizer, full=True)
+
+
+def _layers(run: Run, student: Any, teacher: Any, tokenizer: Any) -> tuple[list[int], layer_probe.Metrics]:
+    """Layers of L_AD and every layer's figures: the divergence, and all of them where the rule needs others."""
     config = run.recipe.distill
     if not wants_relations(config):
-        return [], []
-    examples = run.train_examples(tokenizer)
-    batches = run.task_batches(examples, config.loop, pad_token_id(tokenizer), compiling=False)
-    batch = batches.micro_batches(0)[0].to(run.device)
-    with autocast(run.device, config.loop.precision):
-        divergences = layer_divergences(student.eval(), teacher, batch, config.relation)
-    return resolve_layers(config, divergences), divergences
+        return [], {}
+    full = layer_probe.rule_of(config.relation.layer) not in (None, "divergence")
+    metrics = probe(run, student, teacher, tokenizer, full=full)
+    return layer_probe.resolve_layers(config, metrics), metrics

@@ -1,0 +1,163 @@
+"""Compile every Triton kernel for compute capability 9.0 without a GPU; prints one JSON line a kernel.
+
+Run by test_sm90.py in a process of its own: with TRITON_INTERPRET set, nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bitdistill.kernels import head, matmul, norm_quantize, weights
+
+F32, BF16, I8, I32, I64 = "*fp32", "*bf16", "*i8", "i32", "*i64"
+FORWARD = {
+    "x_ptr": BF16,
+    "gain_ptr": F32,
+    "codes_ptr": I8,
+    "scale_ptr": F32,
+    "rrms_ptr": F32,
+    "n_rows": I32,
+    "n_columns": I32,
+    "x_stride": I32,
+    "eps": "fp32",
+    "gain_offset": "fp32",
+}
+BACKWARD = {
+    "grad_ptr": BF16,
+    "grad_scale_ptr": F32,
+    "x_ptr": BF16,
+    "gain_ptr": F32,
+    "rrms_ptr": F32,
+    "codes_ptr": I8,
+    "scale_ptr": F32,
+    "out_scale_ptr": F32,
+    "out_ptr": BF16,
+    "gain_grad_ptr": F32,
+    "x_hat_ptr": BF16,
+    "n_rows": I32,
+    "n_columns": I32,
+    "x_stride": I32,
+    "gain_offset": "fp32",
+}
+KERNELS = {
+    "head": (
+        head._rows_kernel,
+        {
+            "student_ptr": BF16,
+            "teacher_ptr": BF16,
+            "target_ptr": I64,
+            "lm_ptr": F32,
+            "kl_ptr": F32,
+            "student_stride": I32,
+            "teacher_stride": I32,
+            "vocabulary": I32,
+            "lm_weight": "fp32",
+            "kl_weight": "fp32",
+            "inv_tau": "fp32",
+        },
+        {"HAS_TEACHER": True, "ONE_TEMPERATURE": False, "BLOCK": 2048},
+        8,
+    ),
+    "norm": (
+        norm_quantize._forward_kernel,
+        FORWARD,
+        {"NORM": True, "ACT": 0, "ROWS": 2, "BLOCK": 1024},
+        4,
+    ),
+    "gate": (
+        norm_quantize._forward_kernel,
+        FORWARD,
+        {"NORM": True, "ACT": 1, "ROWS": 1, "BLOCK": 2048},
+        4,
+    ),
+    "backward": (
+        norm_quantize._backward_kernel,
+        BACKWARD,
+        {"NORM": True, "ACT": 1, "ROWS": 1, "BLOCK": 2048},
+        8,
+    ),
+    "wide_backward": (
+        norm_quantize._wide_backward_kernel,
+        BACKWARD,
+        {"NORM": True, "ACT": 2, "ROWS": 2, "BLOCK": 2048},
+        8,
+    ),
+    "product": (
+        matmul._product_kernel,
+        {
+            "x_ptr": I8,
+            "w_ptr": I8,
+            "x_scale_ptr": F32,
+            "w_scale_ptr": F32,
+            "y_ptr": BF16,
+            "n_rows": I32,
+            "n_out": I32,
+            "n_in": I32,
+        },
+        {"GROUP": 8, "WHOLE_I": True, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 64},
+        4,
+    ),
+    "scale": (
+        matmul._scale_kernel,
+        {
+            "product_ptr": "*i32",
+            "x_scale_ptr": F32,
+            "w_scale_ptr": F32,
+            "y_ptr": BF16,
+            "n_rows": I32,
+            "n_out": I32,
+            "stride": I32,
+        },
+        {"ROWS": 8, "BLOCK": 512},
+        4,
+    ),
+    "sums": (
+        weights._sums_kernel,
+        {"weight_ptrs": I64, "sizes_ptr": I64, "partial_ptr": "*fp64"},
+        {"PARTS": 64, "BLOCK": 1024},
+        4,
+    ),
+    "codes": (
+        weights._codes_kernel,
+        {
+            "weight_ptrs": I64,
+            "code_ptrs": I64,
+            "scale_ptrs": I64,
+            "sizes_ptr": I64,
+            "outs_ptr": I64,
+            "partial_ptr": "*fp64",
+        },
+        {"PARTS": 64, "BLOCK": 1024},
+        4,
+    ),
+}
+
+
+def main() -> None:
+    for name, (kernel, types, constants, warps) in KERNELS.items():
+        names = kernel.arg_names
+        source = ASTSource(
+            fn=kernel,
+            signature={n: types.get(n, "constexpr") for n in names},
+            constexprs={(names.index(n),): value for n, value in constants.items()},
+            # What a launch finds by itself for aligned tensors and even sizes
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t != "fp32"},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        ptx = compiled.asm["ptx"]
+        found = {
+            "kernel": name,
+            "bytes": len(compiled.asm["cubin"]),
+            "int8_tensor_cores": "wgmma" in ptx and "s8" in ptx,
+            "approximate_division": "div.full" in ptx,
+            "exact_division": "div.rn.f32" in ptx,
+        }
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
