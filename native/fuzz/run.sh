@@ -21,8 +21,12 @@ mkdir -p "$build/failures"
 build=$(cd "$build" && pwd)
 cmake -S "$here/.." -B "$build" -DBITDISTILL_PYTHON=OFF -DBITDISTILL_FUZZ=ON \
   -DBITDISTILL_SANITIZE=address,undefined >"$build/configure.log"
-# shellcheck disable=SC2068
-for target in $@; do cmake --build "$build" --target "fuzz_$target" -j2 >>"$build/build.log"; done
+for target in "$@"; do
+  cmake --build "$build" --target "fuzz_$target" -j2 >"$build/build.log" 2>&1 || {
+    tail -n 30 "$build/build.log"
+    exit 1
+  }
+done
 python3 "$here/seeds.py" "$build/seeds"
 export ASAN_OPTIONS=detect_leaks=1:allocator_may_return_null=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 status=0
