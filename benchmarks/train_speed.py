@@ -35,7 +35,7 @@ from bitdistill.models.forward import final_hidden, head_weight, next_tokens
 from bitdistill.models.fused import fused_layers
 from bitdistill.models.surgery import refine
 from bitdistill.stages.distill import DistillStep
-from bitdistill.stages.pretrain import language_model_step
+from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.gradients import EagerGradients, ReplayedGradients
 from bitdistill.train.loop import _update
@@ -158,7 +158,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             config = PretrainConfig(objective=objective, loop=Loop(batch_rows=shape.rows))
             if kind == "fused":
                 refresh = stack.enter_context(fused_layers(model)).refresh
-            step = language_model_step(model, teacher, config, compiling, kernels=kind == "fused")
+            step = LanguageModelStep(model, teacher, config, compiling, kernels=kind == "fused")
         elif compiling:
             step = fused_loss_step(model)
         else:

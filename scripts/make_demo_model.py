@@ -26,7 +26,7 @@ from bitdistill.data.batches import PackedBatches
 from bitdistill.data.corpus import TokenShards
 from bitdistill.data.readers import iter_documents
 from bitdistill.models.student import load_student, save_student
-from bitdistill.stages.pretrain import language_model_step
+from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.loop import fit
 from bitdistill.train.tracking import Tracker
@@ -94,10 +94,10 @@ def make_model(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=6,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=1024,
@@ -127,7 +127,7 @@ def make_model(args: argparse.Namespace) -> None:
     result = fit(
         model,
         batches,
-        language_model_step(model, None, PretrainConfig(objective="lm"), compiling),
+        LanguageModelStep(model, None, PretrainConfig(objective="lm"), compiling),
         optim=Optim(
             learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05
         ),
@@ -191,6 +191,9 @@ def main() -> None:
     two.add_argument("--learning-rate", type=float, default=3e-3)
     two.add_argument("--max-steps", type=int)
     two.add_argument("--seed", type=int, default=0)
+    two.add_argument("--layers", type=int, default=4)
+    two.add_argument("--hidden", type=int, default=192, help="width, a multiple of 64 (heads of 32)")
+    two.add_argument("--ffn", type=int, default=448)
     three = commands.add_parser("base")
     three.add_argument("--base", type=Path, required=True)
     three.add_argument("--out", type=Path, required=True)

@@ -126,8 +126,8 @@ class Loop(Strict):
     compile: bool | Literal["auto"] = "auto"
     """torch.compile per transformer block. auto: on a GPU only."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Replay forward and backward of each batch shape as one CUDA graph: short rows are bound by kernel launches.
-    auto: on a GPU, without gradient checkpointing. The mathematics is the same."""
+    """Replay forward and backward of each batch shape as one CUDA graph: small steps are bound by kernel launches.
+    auto: small steps on a GPU, without gradient checkpointing. The mathematics is the same."""
     kernels: Literal["auto", "reference"] = "auto"
     """Stage 2. auto: the fused Triton kernels on a GPU that runs them. reference: plain torch everywhere. Quantizers
     and forward products are the same integers; gradients differ by bfloat16 roundings."""

@@ -69,12 +69,15 @@ def test_the_index_names_the_answer_tokens() -> None:
             assert torch.equal(flat[batch.real_index_N], batch.input_ids_BT[batch.attention_mask_BT])
 
 
-def test_graphs_are_for_gpus_only() -> None:
-    assert not wants_graphs(Loop(batch_rows=1), torch.device("cpu"))
-    assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"))
-    assert wants_graphs(Loop(batch_rows=1), torch.device("cuda"))
-    assert not wants_graphs(Loop(batch_rows=1, gradient_checkpointing=True), torch.device("cuda"))
-    assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=False), torch.device("cuda"))
+def test_graphs_are_for_small_steps_on_a_gpu() -> None:
+    small, cuda = (2**20, 2**10), torch.device("cuda")
+    assert not wants_graphs(Loop(batch_rows=1), torch.device("cpu"), *small)
+    assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"), *small)
+    assert wants_graphs(Loop(batch_rows=1), cuda, *small)
+    assert not wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024)
+    assert wants_graphs(Loop(batch_rows=1, cuda_graphs=True), cuda, 135_000_000, 32 * 1024)
+    assert not wants_graphs(Loop(batch_rows=1, gradient_checkpointing=True), cuda, *small)
+    assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=False), cuda, *small)
 
 
 @pytest.mark.gpu

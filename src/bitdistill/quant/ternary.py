@@ -63,4 +63,6 @@ def quantize_activations(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     x = x_TI.detach().to(torch.float32)
     amax = x.abs().amax(dim=-1, keepdim=True).clamp_min(EPSILON)
     codes = (x * INT8_MAX / amax).round().clamp(-128.0, 127.0).to(torch.int8)
-    return codes, amax / INT8_MAX
+    # By a tensor, not a number: eager CUDA turns a division by a number into a product with its reciprocal, which
+    # rounds differently from every other path in one row of 30
+    return codes, amax / torch.full_like(amax, INT8_MAX)

@@ -31,40 +31,47 @@ from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.loop import fit
-from bitdistill.train.step import StepFunction, StepOutput, Totals
+from bitdistill.train.step import StepOutput, Totals
 
 
-def language_model_step(
-    student: Any, teacher: Any | None, config: PretrainConfig, compiling: bool, kernels: bool = False
-) -> StepFunction:
+class LanguageModelStep:
     """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens."""
-    lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
-    kl_weight = 1.0 - lm_weight
-    chunk = _fused_chunk() if kernels else compiled(language_model_chunk, compiling)
 
-    def step(batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(student, batch.input_ids_BT)
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any | None,
+        config: PretrainConfig,
+        compiling: bool,
+        kernels: bool = False,
+    ) -> None:
+        self.student, self.teacher = student, teacher
+        self.lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
+        self.chunk = _fused_chunk() if kernels else compiled(language_model_chunk, compiling)
+        # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
+        self.replayable = config.ternary_warmup_fraction == 0
+
+    def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
+        hidden = final_hidden(self.student, batch.input_ids_BT)
         teacher_hidden = teacher_head = None
-        if teacher is not None:
+        if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = final_hidden(teacher, batch.input_ids_BT).flatten(0, 1)
-            teacher_head = head_weight(teacher)
+                teacher_hidden = final_hidden(self.teacher, batch.input_ids_BT).flatten(0, 1)
+            teacher_head = head_weight(self.teacher)
         loss, lm_sum, kl_sum = chunked_language_model_loss(
             hidden.flatten(0, 1),
-            head_weight(student),
+            head_weight(self.student),
             next_tokens(batch.input_ids_BT).flatten(),
             teacher_hidden_NH=teacher_hidden,
             teacher_head_VH=teacher_head,
-            lm_weight=lm_weight,
-            kl_weight=kl_weight,
-            chunk_function=chunk,
+            lm_weight=self.lm_weight,
+            kl_weight=1.0 - self.lm_weight,
+            chunk_function=self.chunk,
         )
         metrics: dict[str, Any] = {"lm": lm_sum / totals.answers}
-        if teacher is not None:
+        if self.teacher is not None:
             metrics["kl"] = kl_sum / totals.answers
         return StepOutput(loss / totals.answers, metrics)
-
-    return step
 
 
 class FusedAfterWarmup:
@@ -206,7 +213,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         return fit(
             student,
             batches,
-            language_model_step(student, teacher, config, compiling, kernels),
+            LanguageModelStep(student, teacher, config, compiling, kernels),
             optim=config.optim,
             loop=loop,
             total_steps=total_steps,

@@ -24,6 +24,8 @@ from bitdistill.train.step import StepFunction, StepOutput, Totals, autocast
 log = logging.getLogger("bitdistill")
 MAX_GRAPHS = 32
 """Shapes that get a graph of their own; further ones run eagerly."""
+LAUNCH_BOUND = 2e12
+"""Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward."""
 INDEX_MULTIPLE = 128
 """Indices of answer and real tokens are filled up to this multiple, so that few shapes occur."""
 
@@ -41,10 +43,19 @@ class Gradients(Protocol):
         """Start the next step from zero gradients."""
 
 
-def wants_graphs(loop: Loop, device: torch.device) -> bool:
-    """Resolve a recipe's `loop.cuda_graphs`."""
-    able = device.type == "cuda" and not loop.gradient_checkpointing
-    return able if loop.cuda_graphs == "auto" else bool(loop.cuda_graphs) and device.type == "cuda"
+def wants_graphs(loop: Loop, device: torch.device, weights: int, tokens: int) -> bool:
+    """Resolve a recipe's `loop.cuda_graphs`.
+
+    Args:
+        weights: parameters that are trained.
+        tokens: tokens of a micro-batch, padding included. Their product tells whether launches bind the step: large
+            steps gain nothing from a graph, which holds memory of its own.
+    """
+    if device.type != "cuda" or loop.gradient_checkpointing:
+        return False
+    if loop.cuda_graphs == "auto":
+        return weights * tokens < LAUNCH_BOUND
+    return bool(loop.cuda_graphs)
 
 
 def _named(output: StepOutput) -> dict[str, Tensor | float]:

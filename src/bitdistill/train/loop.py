@@ -121,7 +121,8 @@ def fit(
     truncate_log(tracker.path, progress.step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients: Gradients = EagerGradients(step_function, device, loop.precision)
-    if wants_graphs(loop, device):
+    weights = sum(p.numel() for p in parameters)
+    if wants_graphs(loop, device, weights, batches.micro_batches(0)[0].input_ids_BT.numel()):
         gradients = ReplayedGradients(step_function, parameters, device, loop.precision)
     saved_at = time.monotonic()
 
