@@ -59,7 +59,7 @@ std::shared_ptr<Model> load(const std::string& folder, int threads, const std::s
   ModelOptions options;
   options.threads = threads;
   options.layout = choice<Layout>("layout", layout, {{"2bit", Layout::kTwoBitRows16}, {"base3", Layout::kBase3Rows16}});
-  options.kv = choice<KvType>("kv", kv, {{"float32", KvType::kFloat32}, {"float16", KvType::kFloat16}});
+  options.kv = choice<KvType>("kv", kv, {{"float32", KvType::kFloat32}, {"float16", KvType::kFloat16}, {"int8", KvType::kInt8}});
   options.head = choice<HeadType>("head", head, {{"float", HeadType::kFloat}, {"int8", HeadType::kInt8}, {"screened", HeadType::kScreened}});
   const nb::gil_scoped_release released;
   return Model::load(folder, options);
@@ -108,6 +108,7 @@ nb::dict describe(const Model& model) {
   facts["eos_ids"] = config.eos_ids;
   facts["ternary_bytes"] = model.weights().ternary_bytes();
   facts["dense_bytes"] = model.weights().dense_bytes();
+  facts["ring_rows"] = model.ring_rows();
   facts["head_bytes"] = model.head_bytes();
   facts["screened_tokens"] = model.screened_tokens();
   facts["rescored_rows"] = model.rescored_rows();
@@ -126,6 +127,10 @@ NB_MODULE(_native, m) {
       .def("__len__", [](const Sequence& self) { return self.length(); })
       .def_prop_ro("tokens", [](const Sequence& self) { return self.tokens(); }, "Token ids, oldest first.")
       .def_prop_ro("kv_bytes", &Sequence::kv_bytes, "Bytes of keys and values, reserve included.")
+      .def("branch", [](const Sequence& self) { return new Sequence(self, true); }, nb::keep_alive<0, 1>(),
+           "A sequence that goes on from here without a copy; this one must stay as it is meanwhile.")
+      .def("keepable", &Sequence::keepable, "length"_a,
+           "`length` if the sequence can be cut there, else the longest part that can be kept.")
       .def("truncate", &Sequence::truncate, "length"_a, "Forget the tokens from position `length` on.");
 
   nb::class_<SamplerOptions>(m, "Sampler", "How the next token is chosen.")
@@ -138,6 +143,7 @@ NB_MODULE(_native, m) {
   nb::class_<Model>(m, "Model", "A model ready to run.")
       .def_static("load", &load, "folder"_a, "threads"_a, "layout"_a, "kv"_a, "head"_a)
       .def_prop_ro("facts", &describe)
+      .def("kv_bytes", &Model::kv_bytes, "tokens"_a, "Bytes of keys and values of a sequence with so many tokens.")
       .def("forward", &forward, "segments"_a, "logits"_a,
            "Run (sequence, ids) segments; float32 logits [rows, vocab]: 'none', 'last' of each segment, or 'all'.")
       .def("step",

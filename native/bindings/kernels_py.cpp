@@ -3,11 +3,13 @@
 // Arrays must be C-contiguous and of the exact dtype: anything else is a TypeError, nothing is copied silently.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <tuple>
 
 #include "bitdistill/errors.h"
@@ -41,14 +43,24 @@ Layout layout_of(const std::string& name) {
   throw ModelError("layout '" + name + "' is not one of 2bit, base3");
 }
 
-TernaryMatrix pack(const In<std::uint8_t, 2>& codes, std::int64_t cols, float scale, const std::string& layout) {
+TernaryMatrix pack(const In<std::uint8_t, 2>& codes, std::int64_t cols, float scale, const std::string& layout,
+                   const std::optional<In<float, 1>>& row_scales) {
   const auto rows = static_cast<std::int64_t>(codes.shape(0)), width = static_cast<std::int64_t>(codes.shape(1));
   if (cols < 1 || width != (cols + 3) / 4)
     throw ModelError("codes: rows hold " + std::to_string(width) + " bytes; " + std::to_string(cols) +
                      " columns need " + std::to_string((cols + 3) / 4));
   const Layout chosen = layout_of(layout);
+  std::vector<float> scales;
+  if (row_scales) {
+    scales.assign(row_scales->data(), row_scales->data() + row_scales->shape(0));
+    if (static_cast<std::int64_t>(scales.size()) != rows)
+      throw ModelError("row_scales: " + std::to_string(scales.size()) + " values, the matrix has " +
+                       std::to_string(rows) + " rows; give one a row");
+  }
   const nb::gil_scoped_release released;
-  return repack(codes.data(), rows, cols, chosen, scale);
+  TernaryMatrix matrix = repack(codes.data(), rows, cols, chosen, scale);
+  matrix.row_scales = std::move(scales);
+  return matrix;
 }
 
 void check_activations(std::int64_t cols, std::size_t given, std::size_t tokens) {
@@ -135,9 +147,12 @@ void register_kernels(nb::module_& m) {
   nb::class_<TernaryMatrix>(m, "TernaryMatrix", "A packed ternary matrix (docs/engine.md).")
       .def("__init__",
            [](TernaryMatrix* self, const In<std::uint8_t, 2>& codes, std::int64_t cols, float scale,
-              const std::string& layout) { new (self) TernaryMatrix(pack(codes, cols, scale, layout)); },
-           "codes"_a.noconvert(), "cols"_a, "scale"_a, "layout"_a = "2bit",
-           "From the codes of a packed student (docs/format.md): uint8 [O, ceil(cols / 4)].")
+              const std::string& layout, const std::optional<In<float, 1>>& row_scales) {
+             new (self) TernaryMatrix(pack(codes, cols, scale, layout, row_scales));
+           },
+           "codes"_a.noconvert(), "cols"_a, "scale"_a, "layout"_a = "2bit", "row_scales"_a.noconvert() = nb::none(),
+           "From the codes of a packed student (docs/format.md): uint8 [O, ceil(cols / 4)]. row_scales: float32 [O], one "
+           "scale a row in place of `scale`.")
       .def_ro("rows", &TernaryMatrix::rows)
       .def_ro("cols", &TernaryMatrix::cols)
       .def_prop_ro("nbytes", &TernaryMatrix::bytes)

@@ -31,7 +31,10 @@ bool always() { return true; }
 #if defined(BITDISTILL_X86)
 // __builtin_cpu_supports asks cpuid and, for the wide registers, whether the operating system saves them (xgetbv).
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  // f16c is not among clang 14's names: cpuid leaf 1, ecx bit 29.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool has_f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c;
 }
 #if defined(BITDISTILL_AVXVNNI_AS_EVEX)
 bool has_avxvnni() {  // a test build, see kernels/avxvnni.cpp
@@ -229,11 +232,13 @@ float dot(const float* a, const float* b, int64_t n) { return kernels().dot(a, b
 float dot_f16(const float* a, const uint16_t* b, int64_t n) { return kernels().dot_f16(a, b, n); }
 void axpy(float alpha, const float* x, float* y, int64_t n) { kernels().axpy(alpha, x, y, n); }
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) { kernels().axpy_f16(alpha, x, y, n); }
+void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n) { kernels().axpy_i8(alpha, x, y, n); }
 void to_f16(const float* x, uint16_t* y, int64_t n) { kernels().to_f16(x, y, n); }
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().silu_mul(gate, up, y, n); }
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n) {
   kernels().gelu_tanh_mul(gate, up, y, n);
 }
+void relu2_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().relu2_mul(gate, up, y, n); }
 float exp_minus_max(float* x, int64_t n) { return kernels().exp_minus_max(x, n); }
 
 }  // namespace bitdistill

@@ -241,6 +241,8 @@ class BitNetSftConfig(Strict):
 class EvalConfig(Strict):
     """Scoring of every row of the results table."""
 
+    engine: Literal["pytorch", "native"] = "pytorch"
+    """native: the CPU engine scores teacher and students; the same predictions, on the CPU whatever `device` is."""
     batch_rows: Count = 64
     split: Literal["test", "validation"] = "test"
     bootstrap_seed: int = 0

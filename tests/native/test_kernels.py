@@ -66,6 +66,21 @@ def test_product_equals_packed_layer(isa: str, layout: str) -> None:
             np.testing.assert_array_equal(matrix.matmul(x.numpy(), threads, kernel), expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_scale_for_each_row(isa: str, layout: str) -> None:
+    codes, packed, _ = _problem(35, 90, 6)
+    rng = np.random.default_rng(4)
+    scales = rng.uniform(0.01, 0.1, 35).astype(np.float32)
+    x = rng.normal(size=(6, 90)).astype(np.float32)
+    q, x_scales = native.quantize_activations(x)
+    sums = (q.astype(np.int64) @ codes.T.astype(np.int64)).astype(np.float32)
+    matrix = native.TernaryMatrix(packed, 90, 1.0, layout, scales)
+    for kernel in ("gemv", "gemm"):
+        np.testing.assert_array_equal(matrix.matmul(x, 2, kernel), sums * (x_scales[:, None] * scales))
+    with pytest.raises(ModelError, match="34 values, the matrix has 35 rows"):
+        native.TernaryMatrix(packed, 90, 1.0, layout, scales[:34].copy())
+
+
 def test_quantized_activations_equal_contract(isa: str) -> None:
     generator = torch.Generator().manual_seed(2)
     for cols in (1, 5, 16, 17, 100, 1000):
@@ -183,7 +198,9 @@ def test_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [cmake, "-S", str(ROOT / "native"), "-B", str(build), *options], check=True, capture_output=True
     )
     subprocess.run(
-        [cmake, "--build", str(build), "--target", "test_kernels", "-j2"], check=True, capture_output=True
+        [cmake, "--build", str(build), "--target", "test_kernels", "test_floats", "-j2"],
+        check=True,
+        capture_output=True,
     )
     return build / "test_kernels"
 
@@ -196,3 +213,35 @@ def test_hundred_thousand_shapes(test_program: Path, isa_name: str) -> None:
     done = subprocess.run([test_program, "100000", isa_name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
     assert f"{isa_name}: 100000 shapes" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_float_kernels_in_guarded_memory(test_program: Path) -> None:
+    """native/tests/test_floats.cpp, on every instruction set of this CPU."""
+    done = subprocess.run(
+        [test_program.with_name("test_floats")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    for name in ISAS:
+        assert f"{name}: float kernels in guarded memory" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="qemu-user is not installed")
+def test_a_processor_without_avx(test_program: Path) -> None:
+    """A CPU of 2008 under emulation: the scalar path is taken, no instruction is illegal."""
+    emulated = ["qemu-x86_64", "-cpu", "Nehalem"]
+    floats = subprocess.run(
+        [*emulated, test_program.with_name("test_floats")], capture_output=True, text=True
+    )
+    assert floats.returncode == 0, floats.stderr[-500:]
+    assert floats.stdout.count("guarded memory") == 1
+    assert floats.stdout.startswith("scalar:")
+    forced = {**os.environ, "BITDISTILL_ISA": "avx2"}
+    refused = subprocess.run(
+        [*emulated, test_program.with_name("test_floats")], env=forced, capture_output=True
+    )
+    assert refused.returncode != 0
+    assert refused.returncode != -4, "an illegal instruction"

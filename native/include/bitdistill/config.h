@@ -9,7 +9,7 @@
 
 namespace bitdistill {
 
-enum class Activation { kSilu, kGeluTanh };
+enum class Activation { kSilu, kGeluTanh, kRelu2 };
 
 // RoPE of one layer type: inverse frequencies of the head's first half, float32 as transformers computes them.
 struct Rope {
@@ -38,6 +38,7 @@ struct ModelConfig {
   std::uint32_t sliding_window = 0;
   bool tied = false;
   bool qk_norm = false;
+  bool sub_norms = false;        // BitNet b1.58: norms of its own before the o and down projections
   bool four_norms = false;       // Gemma 3: norms after attention and feed-forward too
   float norm_offset = 0.0f;      // Gemma multiplies by 1 + w
   float embedding_scale = 1.0f;  // Gemma: sqrt(hidden)

@@ -117,8 +117,11 @@ struct Int8Matrix {
   int64_t group_bytes() const { return block_count() * kBlockBytes; }
 };
 
-enum class FloatType { kF32, kBF16, kF16 };
-constexpr int64_t float_bytes(FloatType type) { return type == FloatType::kF32 ? 4 : 2; }
+// kI8: whole numbers that the caller scales (cached keys and values); only `matmul` on floats takes it.
+enum class FloatType { kF32, kBF16, kF16, kI8 };
+constexpr int64_t float_bytes(FloatType type) {
+  return type == FloatType::kF32 ? 4 : type == FloatType::kI8 ? 1 : 2;
+}
 
 // A row-major float matrix that somebody else owns (a mapped file).
 struct FloatMatrix {
@@ -195,9 +198,11 @@ float dot(const float* a, const float* b, int64_t n);
 float dot_f16(const float* a, const uint16_t* b, int64_t n);            // b in IEEE half
 void axpy(float alpha, const float* x, float* y, int64_t n);            // y += alpha * x
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n);
+void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n);
 void to_f16(const float* x, uint16_t* y, int64_t n);                    // round to nearest even
 void silu_mul(const float* gate, const float* up, float* y, int64_t n);       // silu(gate) * up
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n);  // gelu_tanh(gate) * up
+void relu2_mul(const float* gate, const float* up, float* y, int64_t n);      // max(gate, 0)^2 * up
 // x_i = exp(x_i - max); returns the sum. Softmax is this, then a division.
 float exp_minus_max(float* x, int64_t n);
 

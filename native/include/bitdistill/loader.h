@@ -31,6 +31,7 @@ struct Block {
   // Gains with the family's offset added. post_attention is Llama's norm before the MLP, or with four norms the one
   // after attention, when pre_feedforward is the norm before the MLP.
   std::vector<float> input_norm, post_attention, pre_feedforward, post_feedforward, q_norm, k_norm;
+  std::vector<float> attention_sub, mlp_sub;  // BitNet b1.58's own norms before o and down; empty: none
   bool sliding = false;
 };
 

@@ -18,7 +18,8 @@
 
 namespace bitdistill {
 
-enum class KvType { kFloat32, kFloat16 };
+// kInt8: each key and value row of a head as int8 codes with a float32 scale of its own (absmax / 127).
+enum class KvType { kFloat32, kFloat16, kInt8 };
 // As stored; quantized to int8 a row; or int8 as a screen, which finds greedy and top-k choices of the stored head
 // exactly from fewer bytes (src/model/head.h).
 enum class HeadType { kFloat, kInt8, kScreened };
@@ -33,15 +34,24 @@ struct ModelOptions {
 class Model;
 struct Int8Head;
 
-// Keys and values [n][head_dim] of consecutive positions.
+// Rows of one forward pass over the blocks: enough to make the integer products compute-bound, few enough to keep
+// scratch small.
+constexpr std::int64_t kPassRows = 256;
+
+// Keys and values [n][head_dim] of consecutive positions; scales [n] where they are int8, else null.
 struct KvSpan {
   const std::uint8_t* keys;
   const std::uint8_t* values;
+  const float* key_scales;
+  const float* value_scales;
   std::int64_t n;
 };
 
 // Tokens that have been run, with their keys and values. A sequence may continue another one (its parent) without
 // copying it; the parent must outlive it and stay as it is.
+//
+// Layers with a sliding window keep a ring of the last `Model::ring_rows()` positions (the window, and one pass, since
+// a pass stores all its keys before its first row looks back); the others keep every position.
 class Sequence {
  public:
   explicit Sequence(std::shared_ptr<const Model> model);
@@ -49,19 +59,24 @@ class Sequence {
 
   std::int64_t length() const { return base_ + static_cast<std::int64_t>(tokens_.size()); }
   const std::vector<std::int32_t>& tokens() const { return tokens_; }  // own tokens, without the parent's
-  // Forgets own tokens from position `length` on. Throws ModelError if that is not between the parent's and its own.
+  // Forgets own tokens from position `length` on. Throws ModelError if that is not between the parent's and its own,
+  // or if a ring no longer holds what the next token would look at (see keepable).
   void truncate(std::int64_t length);
+  // `length` if the sequence can be cut there, else the parent's length: the longest part that still can be kept.
+  std::int64_t keepable(std::int64_t length) const;
   std::int64_t kv_bytes() const { return static_cast<std::int64_t>(cache_.size()); }
 
  private:
   friend class Model;
 
   void reserve(std::int64_t own_tokens);
-  // Own keys (part 0) or values (part 1) of a layer and key-value head: [capacity][head_dim].
-  std::uint8_t* cache(std::size_t layer, int part, std::size_t head);
-  const std::uint8_t* cache(std::size_t layer, int part, std::size_t head) const {
-    return const_cast<Sequence*>(this)->cache(layer, part, head);
-  }
+  // Forgets everything of its own: after a pass that failed half-way.
+  void clear();
+  // Writes the key (part 0) or value (part 1) of own token `slot`: head_dim floats.
+  void store(std::size_t layer, int part, std::size_t head, std::int64_t slot, const float* row);
+  // Own keys or values of a layer and key-value head: rows [capacity of the layer][head_dim], then, for int8, a scale
+  // for each row.
+  std::uint8_t* plane(std::size_t layer, int part, std::size_t head) const;
   // Keys and values of positions [first, last), oldest first.
   void spans(std::size_t layer, std::size_t head, std::int64_t first, std::int64_t last,
              std::vector<KvSpan>& out) const;
@@ -70,8 +85,9 @@ class Sequence {
   const Sequence* parent_ = nullptr;
   std::int64_t base_ = 0;  // length of the parent
   std::int64_t capacity_ = 0;
+  std::int64_t reached_ = 0;  // most own tokens so far: rings hold the last ones up to here
   std::vector<std::int32_t> tokens_;
-  AlignedBuffer cache_;
+  mutable AlignedBuffer cache_;
 };
 
 // New tokens of one sequence in a forward pass.
@@ -91,6 +107,10 @@ class Model : public std::enable_shared_from_this<Model> {
   const Weights& weights() const { return *weights_; }
   const ModelOptions& options() const { return options_; }
   std::int64_t head_bytes() const;  // bytes of the output head that one token reads (rescored rows not counted)
+  // Bytes of keys and values of a sequence with room for so many tokens; positions a layer with a window keeps at most
+  // (0: no such layer).
+  std::int64_t kv_bytes(std::int64_t tokens) const;
+  std::int64_t ring_rows() const { return ring_rows_; }
   std::int64_t screened_tokens() const { return screened_tokens_; }
   std::int64_t rescored_rows() const { return rescored_rows_; }  // of all screened tokens together
 
@@ -152,7 +172,14 @@ class Model : public std::enable_shared_from_this<Model> {
 
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Weights> weights_;
+  // Rows a layer keeps of `tokens`, bytes of one plane of them, and where a layer's planes begin.
+  std::int64_t layer_rows(std::size_t layer, std::int64_t tokens) const;
+  std::size_t plane_bytes(std::int64_t rows) const;
+  std::size_t planes_begin(std::size_t layer, std::int64_t tokens) const;
+
   ModelOptions options_;
+  std::int64_t ring_rows_ = 0;
+  std::vector<std::size_t> sliding_before_;  // sliding layers below each layer; one entry more than layers
   std::unique_ptr<Int8Head> int8_head_;
   mutable std::mutex mutex_;  // one pass at a time: passes share the pool and what follows
   // cos and sin of position * inv_freq: [position][head_dim / 2], for full and sliding layers.

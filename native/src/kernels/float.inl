@@ -108,6 +108,20 @@ struct Half {
 };
 using BF16 = Half<widen_bf16>;
 using F16 = Half<widen_f16>;
+struct I8 {
+  using Element = int8_t;
+  static Vec widen(BVec b) { return __builtin_convertvector(__builtin_convertvector(b, IVec), Vec); }
+  static Vec at(const int8_t* p) {
+    BVec b;
+    __builtin_memcpy(&b, p, sizeof b);
+    return widen(b);
+  }
+  static Vec at(const int8_t* p, int64_t n) {
+    BVec b = {};
+    __builtin_memcpy(&b, p, static_cast<size_t>(n));
+    return widen(b);
+  }
+};
 
 inline float sum_lanes(Vec v) {
   float a[16];
@@ -208,6 +222,7 @@ inline void axpy_of(float alpha, const typename X::Element* x, float* y, int64_t
 }
 void axpy_impl(float alpha, const float* x, float* y, int64_t n) { axpy_of<F32>(alpha, x, y, n); }
 void axpy_f16_impl(float alpha, const uint16_t* x, float* y, int64_t n) { axpy_of<F16>(alpha, x, y, n); }
+void axpy_i8_impl(float alpha, const int8_t* x, float* y, int64_t n) { axpy_of<I8>(alpha, x, y, n); }
 
 void to_f16_impl(const float* x, uint16_t* y, int64_t n) {
   int64_t i = 0;
@@ -225,6 +240,10 @@ inline Vec gelu_tanh(Vec x) {  // x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.0447
   const Vec u = (x + x * x * x * 0.044715f) * 0.7978845608028654f;
   return x / (vexp(u * -2.0f) + 1.0f);
 }
+inline Vec relu2(Vec x) {
+  const Vec positive = vmax(x, splat(0.0f));
+  return positive * positive;
+}
 template <Vec activation(Vec)>
 inline void activation_mul(const float* gate, const float* up, float* y, int64_t n) {
   const int64_t whole = n / kLanes * kLanes, rest = n - whole;
@@ -235,6 +254,7 @@ void silu_mul_impl(const float* gate, const float* up, float* y, int64_t n) { ac
 void gelu_tanh_mul_impl(const float* gate, const float* up, float* y, int64_t n) {
   activation_mul<gelu_tanh>(gate, up, y, n);
 }
+void relu2_mul_impl(const float* gate, const float* up, float* y, int64_t n) { activation_mul<relu2>(gate, up, y, n); }
 
 float exp_minus_max_impl(float* x, int64_t n) {
   if (n == 0) return 0.0f;
@@ -305,9 +325,10 @@ void float_matmul_impl(const FloatView& matrix, const float* x, int64_t tokens, 
     case FloatType::kF32: return float_matmul_of<F32>(matrix, x, tokens, ldx, y, ldy, row_begin, row_end);
     case FloatType::kBF16: return float_matmul_of<BF16>(matrix, x, tokens, ldx, y, ldy, row_begin, row_end);
     case FloatType::kF16: return float_matmul_of<F16>(matrix, x, tokens, ldx, y, ldy, row_begin, row_end);
+    case FloatType::kI8: return float_matmul_of<I8>(matrix, x, tokens, ldx, y, ldy, row_begin, row_end);
   }
 }
 
 #define BITDISTILL_FLOAT_KERNELS                                                                              \
   float_matmul_impl, quantize_row_impl, rmsnorm_impl, dot_impl, dot_f16_impl, axpy_impl, axpy_f16_impl,        \
-      to_f16_impl, silu_mul_impl, gelu_tanh_mul_impl, exp_minus_max_impl
+      to_f16_impl, silu_mul_impl, gelu_tanh_mul_impl, exp_minus_max_impl, axpy_i8_impl, relu2_mul_impl

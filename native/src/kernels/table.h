@@ -71,6 +71,8 @@ struct KernelTable {
   void (*silu_mul)(const float* gate, const float* up, float* y, int64_t n);
   void (*gelu_tanh_mul)(const float* gate, const float* up, float* y, int64_t n);
   float (*exp_minus_max)(float* x, int64_t n);
+  void (*axpy_i8)(float alpha, const int8_t* x, float* y, int64_t n);
+  void (*relu2_mul)(const float* gate, const float* up, float* y, int64_t n);
 };
 
 extern const KernelTable kScalarKernels;

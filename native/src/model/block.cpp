@@ -93,7 +93,6 @@ void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Sc
   const Block& block = weights_->blocks[layer];
   const std::size_t heads = config().heads, kv_heads = config().kv_heads, dim = config().head_dim, half = dim / 2;
   const RopeTable& table = block.sliding ? rope_sliding_ : rope_full_;
-  const bool half_cache = options_.kv == KvType::kFloat16;
   const auto turn = [&](float* head, const std::vector<float>& gain, const Row& row) {
     if (!gain.empty()) rmsnorm(head, gain.data(), static_cast<std::int64_t>(dim), config().norm_eps, head);
     const float* cosine = table.cos.data() + static_cast<std::size_t>(row.position) * half;
@@ -112,17 +111,8 @@ void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Sc
       for (std::size_t h = 0; h < kv_heads; ++h) {
         float* key = s.k.data() + (r * kv_heads + h) * dim;
         turn(key, block.k_norm, row);
-        const float* parts[2] = {key, s.v.data() + (r * kv_heads + h) * dim};
-        for (int part = 0; part < 2; ++part) {
-          const std::size_t offset = static_cast<std::size_t>(row.slot) * dim;
-          if (half_cache) {
-            to_f16(parts[part], reinterpret_cast<std::uint16_t*>(row.sequence->cache(layer, part, h)) + offset,
-                   static_cast<std::int64_t>(dim));
-          } else {
-            std::copy(parts[part], parts[part] + dim,
-                      reinterpret_cast<float*>(row.sequence->cache(layer, part, h)) + offset);
-          }
-        }
+        row.sequence->store(layer, 0, h, row.slot, key);
+        row.sequence->store(layer, 1, h, row.slot, s.v.data() + (r * kv_heads + h) * dim);
       }
     }
   });
@@ -133,8 +123,10 @@ void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Sc
 void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const {
   const std::size_t heads = config().heads, kv_heads = config().kv_heads, dim = config().head_dim;
   const auto width = static_cast<std::int64_t>(dim), group = static_cast<std::int64_t>(heads / kv_heads);
-  const bool half_cache = options_.kv == KvType::kFloat16;
-  const FloatType type = half_cache ? FloatType::kF16 : FloatType::kF32;
+  const KvType kv = options_.kv;
+  const FloatType type = kv == KvType::kInt8      ? FloatType::kI8
+                         : kv == KvType::kFloat16 ? FloatType::kF16
+                                                  : FloatType::kF32;
   const std::int64_t window = weights_->blocks[layer].sliding ? config().sliding_window : 0;
   s.mixed.assign(rows.size() * heads * dim, 0.0f);
   std::int64_t positions = 0;
@@ -155,6 +147,11 @@ void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) 
       std::int64_t done = 0;
       for (const KvSpan& span : spans) {
         matmul(FloatMatrix{span.n, width, type, span.keys}, q, group, width, scores.data() + done, n, 0, span.n);
+        for (std::int64_t g = 0; span.key_scales != nullptr && g < group; ++g) {
+          for (std::int64_t t = 0; t < span.n; ++t) {
+            scores[static_cast<std::size_t>(g * n + done + t)] *= span.key_scales[t];
+          }
+        }
         done += span.n;
       }
       for (std::int64_t g = 0; g < group; ++g) {
@@ -164,11 +161,14 @@ void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) 
         for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= inverse;
         for (const KvSpan& span : spans) {
           for (std::int64_t t = 0; t < span.n; ++t) {
-            if (half_cache) {
-              axpy_f16(*row_scores++, reinterpret_cast<const std::uint16_t*>(span.values) + t * width, out + g * width,
-                       width);
+            const float share = *row_scores++;
+            if (kv == KvType::kInt8) {
+              axpy_i8(share * span.value_scales[t], reinterpret_cast<const std::int8_t*>(span.values) + t * width,
+                      out + g * width, width);
+            } else if (kv == KvType::kFloat16) {
+              axpy_f16(share, reinterpret_cast<const std::uint16_t*>(span.values) + t * width, out + g * width, width);
             } else {
-              axpy(*row_scores++, reinterpret_cast<const float*>(span.values) + t * width, out + g * width, width);
+              axpy(share, reinterpret_cast<const float*>(span.values) + t * width, out + g * width, width);
             }
           }
         }
@@ -207,6 +207,7 @@ void Model::attention_block(std::size_t layer, const std::vector<Row>& all, cons
     if (n == 0) return;
   }
   attend(layer, rows, s);
+  if (!block.attention_sub.empty()) norm_rows(s.mixed.data(), block.attention_sub, n, s.mixed.data());
   s.out.resize(rows.size() * hidden);
   project(s.mixed.data(), static_cast<std::int64_t>(queries), n,
           {{&block.o, s.out.data(), static_cast<std::int64_t>(hidden)}}, s);
@@ -227,8 +228,10 @@ void Model::mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const {
     float* gate = s.gate.data() + begin * inner;
     const float* up = s.up.data() + begin * inner;
     if (config().activation == Activation::kSilu) silu_mul(gate, up, gate, (end - begin) * inner);
-    else gelu_tanh_mul(gate, up, gate, (end - begin) * inner);
+    else if (config().activation == Activation::kGeluTanh) gelu_tanh_mul(gate, up, gate, (end - begin) * inner);
+    else relu2_mul(gate, up, gate, (end - begin) * inner);
   });
+  if (!block.mlp_sub.empty()) norm_rows(s.gate.data(), block.mlp_sub, n, s.gate.data());
   project(s.gate.data(), inner, n, {{&block.down, s.out.data(), hidden}}, s);
   if (config().four_norms) norm_rows(s.out.data(), block.post_feedforward, n, s.out.data());
   axpy(1.0f, s.out.data(), s.x.data(), n * hidden);

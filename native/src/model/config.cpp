@@ -25,14 +25,16 @@ struct Family {
   bool attention_bias;
   bool mlp_bias;
   bool sliding;
+  bool sub_norms;
 };
 
 const std::map<std::string, Family>& families() {
   static const std::map<std::string, Family> table = {
-      {"llama", {false, false, 0, false, 1e4, false, true, true, false}},
-      {"qwen2", {false, false, 0, false, 1e4, true, false, false, true}},
-      {"qwen3", {true, false, 128, false, 1e4, false, true, false, true}},
-      {"gemma3_text", {true, true, 256, true, 1e6, false, true, false, true}},
+      {"llama", {false, false, 0, false, 1e4, false, true, true, false, false}},
+      {"qwen2", {false, false, 0, false, 1e4, true, false, false, true, false}},
+      {"qwen3", {true, false, 128, false, 1e4, false, true, false, true, false}},
+      {"gemma3_text", {true, true, 256, true, 1e6, false, true, false, true, false}},
+      {"bitnet", {false, false, 0, false, 5e5, false, true, false, false, true}},
   };
   return table;
 }
@@ -80,9 +82,9 @@ class Reader {
   const std::string& where_;
 };
 
-std::string activation_name(const json::Value& root, bool gemma) {
-  const json::Value* name = root.get(gemma ? "hidden_activation" : "hidden_act");
-  if (name == nullptr) return gemma ? "gelu_pytorch_tanh" : "silu";
+std::string activation_name(const json::Value& root, const Family& family) {
+  const json::Value* name = root.get(family.gemma ? "hidden_activation" : "hidden_act");
+  if (name == nullptr) return family.gemma ? "gelu_pytorch_tanh" : family.sub_norms ? "relu2" : "silu";
   return name->kind == json::Kind::kString ? name->text : "?";
 }
 
@@ -283,7 +285,7 @@ ModelConfig parse_config(const json::Value& root, const std::string& where) {
   const auto found = families().find(type == nullptr ? "" : type->text);
   if (found == families().end()) {
     reader.fail("model_type '" + (type == nullptr ? "" : type->text.substr(0, 40)) + "' is not supported",
-                "supported are gemma3_text, llama, qwen2, qwen3");
+                "supported are bitnet, gemma3_text, llama, qwen2, qwen3");
   }
   const Family& family = found->second;
   for (const char* key : {"attn_logit_softcapping", "use_bidirectional_attention"}) {
@@ -312,16 +314,21 @@ ModelConfig parse_config(const json::Value& root, const std::string& where) {
   config.tied = tied == nullptr ? family.tied : tied->truthy();
   config.qk_norm = family.qk_norm;
   config.four_norms = family.gemma;
+  config.sub_norms = family.sub_norms;
+  if (config.sub_norms && std::int64_t{config.heads} * config.head_dim != config.hidden) {
+    reader.damaged("head_dim", "not hidden_size / num_attention_heads, as the attention norm's width asks");
+  }
   config.norm_offset = family.gemma ? 1.0f : 0.0f;
   config.embedding_scale = family.gemma ? static_cast<float>(std::sqrt(static_cast<double>(config.hidden))) : 1.0f;
   config.norm_eps = static_cast<float>(reader.number(root, "rms_norm_eps", 1e-6));
   const double scalar = family.gemma ? reader.number(root, "query_pre_attn_scalar", 256.0) : config.head_dim;
   config.attention_scale = static_cast<float>(1.0 / std::sqrt(scalar));
   config.logit_softcap = family.gemma ? static_cast<float>(reader.number(root, "final_logit_softcapping", 0.0)) : 0.0f;
-  const std::string activation = activation_name(root, family.gemma);
+  const std::string activation = activation_name(root, family);
   if (activation == "silu") config.activation = Activation::kSilu;
   else if (activation == "gelu_pytorch_tanh") config.activation = Activation::kGeluTanh;
-  else reader.fail("activation '" + activation.substr(0, 40) + "' is not silu or gelu_pytorch_tanh", "use another model");
+  else if (activation == "relu2") config.activation = Activation::kRelu2;
+  else reader.fail("activation '" + activation.substr(0, 40) + "' is not silu, gelu_pytorch_tanh or relu2", "use another model");
   const std::vector<bool> sliding = sliding_layers(root, reader, family, config.layers);
   if (std::find(sliding.begin(), sliding.end(), true) != sliding.end()) {
     config.sliding_window = size("sliding_window", 4096);

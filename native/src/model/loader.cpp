@@ -180,6 +180,10 @@ void plan_block(const ModelConfig& config, std::size_t index, Tensors& tensors, 
     block.pre_feedforward = tensors.vector(name + "pre_feedforward_layernorm.weight", config.hidden, offset);
     block.post_feedforward = tensors.vector(name + "post_feedforward_layernorm.weight", config.hidden, offset);
   }
+  if (config.sub_norms) {
+    block.attention_sub = tensors.vector(name + "self_attn.attn_sub_norm.weight", config.hidden);
+    block.mlp_sub = tensors.vector(name + "mlp.ffn_sub_norm.weight", config.intermediate);
+  }
   if (config.qk_norm) {
     block.q_norm = tensors.vector(name + "self_attn.q_norm.weight", config.head_dim, offset);
     block.k_norm = tensors.vector(name + "self_attn.k_norm.weight", config.head_dim, offset);

@@ -10,15 +10,11 @@
 
 namespace bitdistill {
 
-namespace {
-
-// Rows of one pass: enough to make the integer products compute-bound, few enough to keep scratch small.
-constexpr std::int64_t kPassRows = 256;
-
-}  // namespace
-
 Model::Model(std::unique_ptr<ThreadPool> pool, std::unique_ptr<Weights> weights, const ModelOptions& options)
     : pool_(std::move(pool)), weights_(std::move(weights)), options_(options), scratch_(new Scratch) {
+  sliding_before_.push_back(0);
+  for (const Block& block : weights_->blocks) sliding_before_.push_back(sliding_before_.back() + block.sliding);
+  if (sliding_before_.back() != 0) ring_rows_ = (config().sliding_window + kPassRows + 63) / 64 * 64;
   if (options_.head != HeadType::kFloat) int8_head_ = std::make_unique<Int8Head>(quantize_head(weights_->head.matrix, *pool_));
 }
 
@@ -96,12 +92,19 @@ std::vector<float> Model::run(const std::vector<Segment>& segments, const std::v
     const std::int64_t end = std::min(start + kPassRows, static_cast<std::int64_t>(rows.size()));
     std::vector<std::int64_t> here;
     for (std::size_t i = done; i < wanted.size() && wanted[i] < end; ++i) here.push_back(wanted[i] - start);
-    run_pass({rows.begin() + start, rows.begin() + end}, here, top == nullptr ? nullptr : top + done, logits.data() + done * config().vocab);
+    try {
+      run_pass({rows.begin() + start, rows.begin() + end}, here, top == nullptr ? nullptr : top + done,
+               logits.data() + done * config().vocab);
+    } catch (...) {  // memory ran out, or a file was cut short: rings may have lost what the sequences rely on
+      for (const Segment& segment : segments) segment.sequence->clear();
+      throw;
+    }
     done += here.size();
   }
   for (const Segment& segment : segments) {
     auto& tokens = segment.sequence->tokens_;
     tokens.insert(tokens.end(), segment.tokens, segment.tokens + segment.count);
+    segment.sequence->reached_ = std::max(segment.sequence->reached_, static_cast<std::int64_t>(tokens.size()));
   }
   return logits;
 }

@@ -29,6 +29,7 @@ class KvName(StrEnum):
 
     float32 = "float32"
     float16 = "float16"
+    int8 = "int8"
 
 
 class HeadName(StrEnum):

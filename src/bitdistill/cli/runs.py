@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,11 +87,30 @@ def export(
     _run(recipe, [*(set_ or []), *extra], redo, json_, quiet, until=StageName.export)
 
 
+class EngineName(StrEnum):
+    """What scores."""
+
+    pytorch = "pytorch"
+    native = "native"
+
+
 def evaluate(
-    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+    recipe: RecipePath,
+    set_: Overrides = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option(
+            help="Score with PyTorch or with the native CPU engine; default: the recipe's eval.engine.",
+            show_default=False,
+        ),
+    ] = None,
+    redo: Redo = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score teacher, baseline and packed student and print the results table."""
-    _run(recipe, set_, redo, json_, quiet, until=StageName.eval)
+    extra = [] if engine is None else [f"eval.engine={engine.value}"]
+    _run(recipe, [*(set_ or []), *extra], redo, json_, quiet, until=StageName.eval)
 
 
 def demo(

@@ -16,16 +16,20 @@ from bitdistill import artifact
 from bitdistill.engine import _native
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
+from bitdistill.eval.prediction import Prediction
 
 if TYPE_CHECKING:
     from bitdistill.config import Task
     from bitdistill.data.readers import Row
+    from bitdistill.data.tasks import Example
     from bitdistill.engine.labels import Answer, Classifier
 
 Prompt = str | Sequence[int]
 Layout = Literal["2bit", "base3"]
-KvType = Literal["float32", "float16"]
+KvType = Literal["float32", "float16", "int8"]
 HeadType = Literal["float", "screened", "int8"]
+SHARED_PREFIX_TOKENS = 16
+"""Prompts of a batch with so long a common beginning (a system message, examples) share its keys and values."""
 FinishReason = Literal["stop", "length", "callback"]
 
 
@@ -51,7 +55,7 @@ class Generation:
     """New token ids; an end-of-text id is not among them."""
     prompt_tokens: int
     reused_tokens: int
-    """Prompt tokens whose keys and values were still there from the last call."""
+    """Prompt tokens whose keys and values were there already: from the last call, or from the batch's first prompt."""
     finish_reason: FinishReason
 
 
@@ -67,7 +71,8 @@ class Engine:
         isa: instruction set of the kernels, for the whole process; None: as it is (BITDISTILL_ISA, else the
             best).
         layout: packed codes in memory, "2bit" or "base3" (1.6 bits). Results do not depend on it.
-        kv: keys and values in "float32", or "float16" (half the memory, rounded).
+        kv: keys and values in "float32", "float16" (half the memory, rounded), or "int8" (a quarter: codes with
+            a scale for each token and head). Layers with a sliding window keep only what it can reach.
         head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the
             stored head exactly from half its bytes or fewer; "int8": only the int8 copy is read (rounded).
         verify: check every file of a bitdistill folder against its SHA-256.
@@ -170,7 +175,7 @@ class Engine:
             for n, ids in enumerate(prompts):
                 room = max_new_tokens if not context else min(max_new_tokens, context - len(ids))
                 texts.append(_Text(self.tokenizer, n, words, ends, room, stream))
-            self._decode(sequences, prompts, reused, texts, sampler)
+            self._decode(sequences, prompts, texts, sampler)
         results = [text.result(len(ids), had) for text, ids, had in zip(texts, prompts, reused, strict=True)]
         return results[0] if single else results
 
@@ -191,9 +196,12 @@ class Engine:
         return np.ascontiguousarray(ids, dtype=np.int32)
 
     def _sequences(self, prompts: list[NDArray[np.int32]]) -> tuple[list[Any], list[int]]:
-        """A sequence for each prompt; a single one goes on where the last single sequence agrees with it."""
+        """A sequence for each prompt, and how many of its tokens need not be run for it.
+
+        A single prompt goes on where the last single sequence agrees with it.
+        """
         if len(prompts) != 1:
-            return [_native.Sequence(self.model) for _ in prompts], [0] * len(prompts)
+            return self._branches(prompts)
         sequence, self._last = self._last, None  # an error below must not leave a half-run sequence behind
         if sequence is None:
             sequence = _native.Sequence(self.model)
@@ -202,19 +210,33 @@ class Engine:
         n = min(len(old), len(prompts[0]) - 1)
         differs = np.flatnonzero(old[:n] != prompts[0][:n])
         common = int(differs[0]) if differs.size else n
+        common = sequence.keepable(common)
         sequence.truncate(common)
         return [sequence], [common]
+
+    def _branches(self, prompts: list[NDArray[np.int32]]) -> tuple[list[Any], list[int]]:
+        """Sequences that share the prompts' common beginning, which is run once."""
+        shortest = min(len(ids) for ids in prompts) - 1  # the last token of each prompt chooses the next one
+        first = prompts[0][:shortest]
+        common = min(
+            int(differs[0]) if (differs := np.flatnonzero(ids[:shortest] != first)).size else shortest
+            for ids in prompts
+        )
+        if common < SHARED_PREFIX_TOKENS:
+            return [_native.Sequence(self.model) for _ in prompts], [0] * len(prompts)
+        root = _native.Sequence(self.model)
+        self.model.forward([(root, first[:common].copy())], "none")
+        return [root.branch() for _ in prompts], [0] + [common] * (len(prompts) - 1)
 
     def _decode(
         self,
         sequences: list[Any],
         prompts: list[NDArray[np.int32]],
-        reused: list[int],
         texts: list[_Text],
         sampler: Any,
     ) -> None:
         """Run the prompts, then all unfinished sequences together, one token each at a time."""
-        segments = [(s, ids[had:]) for s, ids, had in zip(sequences, prompts, reused, strict=True)]
+        segments = [(s, ids[len(s) :]) for s, ids in zip(sequences, prompts, strict=True)]
         active = [n for n, text in enumerate(texts) if text.room > 0]
         step = 0
         while active:
@@ -265,6 +287,33 @@ class Engine:
         with self._lock:
             predictions = classifier.predictions(self.model, examples)
         return classifier.answers(examples, predictions)
+
+    def predict(self, task: Task, examples: Sequence[Example], *, batch_rows: int = 32) -> list[Prediction]:
+        """Answers to encoded rows: the twin of `eval.classify.classify` and `eval.generate.generate`.
+
+        Args:
+            task: classification (label words scored) or generation (greedy, up to `task.max_new_tokens`; the
+                model's context also ends an answer).
+            examples: from `data.tasks.encode` with this engine's tokenizer.
+            batch_rows: prompts decoded together (generation).
+
+        Raises:
+            ModelError: a prompt longer than the context; DataError: label words that cannot be told apart.
+        """
+        if task.kind == "classification":
+            with self._lock:
+                return self.classifier(task).predictions(self.model, examples)
+        # Rows of a batch end together when they are as long as each other.
+        order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
+        texts = [""] * len(examples)
+        for start in range(0, len(order), batch_rows):
+            batch = order[start : start + batch_rows]
+            prompts = [list(examples[n].prompt_ids) for n in batch]
+            for n, result in zip(
+                batch, self.generate(prompts, max_new_tokens=task.max_new_tokens), strict=True
+            ):
+                texts[n] = result.text.strip()
+        return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
 
     def classifier(self, task: Task | None = None, max_length: int | None = None) -> Classifier:
         """The prepared task; see `classify`."""

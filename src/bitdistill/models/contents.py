@@ -157,6 +157,25 @@ def check_headers(files: Iterable[Path], expected: Expected) -> None:
         )
 
 
+def count_weights(folder: Path) -> int:
+    """Weights of a teacher or packed folder: ternary ones counted unpacked, tied ones once, scales not at all.
+
+    Raises:
+        ArtifactError: the folder's weight files or its config are damaged.
+    """
+    section = read_config(folder).get("quantization_config")
+    try:
+        replaced = section["plan"]["replace"].values() if section else ()
+        total = sum(int(spec["in_features"]) * int(spec["out_features"]) for spec in replaced)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{folder}: config.json holds no plan ({error!r}); export it again") from error
+    for path in weight_files(folder):
+        for name, (shape, _) in read_header(path).items():
+            if not name.endswith((".codes", ".scale")):
+                total += math.prod(shape)
+    return total
+
+
 def check_values(model: Any) -> None:
     """Check the numbers of a loaded model: legal codes, positive finite scales, finite floats.
 

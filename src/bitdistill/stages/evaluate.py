@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bitdistill import artifact
 from bitdistill.data import tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example
-from bitdistill.eval.classify import Prediction, classify
-from bitdistill.eval.generate import generate
 from bitdistill.eval.metrics import MEAN_OVER_ROWS, METRICS, Score, agreement, row_scores
+from bitdistill.eval.prediction import Prediction
 from bitdistill.eval.results import (
     ResultRow,
-    hardware,
     predictions_hash,
     read_results,
     references_hash,
@@ -28,10 +24,10 @@ from bitdistill.eval.results import (
     write_results,
 )
 from bitdistill.eval.row_scores import encode
-from bitdistill.models.load import load_source
-from bitdistill.models.student import load_student
-from bitdistill.stages.common import Run, git_commit, log, pad_token_id
+from bitdistill.models.contents import count_weights
+from bitdistill.stages.common import Run, git_commit, log
 from bitdistill.stages.reuse import read_predictions
+from bitdistill.stages.scorers import Scorer, open_scorer
 
 LABELS = {
     "teacher": "Teacher (full precision)",
@@ -49,39 +45,17 @@ class Entry:
     trained: Path
 
 
-def load_any(run: Run, folder: Path) -> tuple[Any, Any]:
-    """Model (float32 compute) and tokenizer of a teacher or packed folder, hashes verified."""
-    manifest = artifact.verify(folder)
-    if manifest["kind"] == "teacher":
-        source = run.recipe.model.model_copy(
-            update={"path": str(folder), "tokenizer": None, "revision": None}
-        )
-        model, tokenizer = load_source(source, dtype="float32", device=run.device)
-    else:
-        model, tokenizer, _ = load_student(folder, device=run.device)
-    return model.eval(), tokenizer
-
-
-def predict_rows(
-    run: Run, model: Any, tokenizer: Any, examples: Sequence[Example]
-) -> tuple[list[Prediction], float]:
+def predict_rows(run: Run, scorer: Scorer, examples: Sequence[Example]) -> tuple[list[Prediction], float]:
     """Predictions on encoded rows and the tokens a second of scoring them."""
-    options: dict[str, Any] = {
-        "batch_rows": run.recipe.eval.batch_rows,
-        "device": run.device,
-        "pad_id": pad_token_id(tokenizer),
-    }
-    score = classify if run.recipe.task.kind == "classification" else generate
     # One untimed batch: the first call pays for unpacking codes and for warming caches.
-    score(model, tokenizer, run.recipe.task, list(examples[: run.recipe.eval.batch_rows]), **options)
+    scorer.predict(examples[: run.recipe.eval.batch_rows])
     started = time.perf_counter()
-    predictions = score(model, tokenizer, run.recipe.task, list(examples), **options)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
+    predictions = scorer.predict(examples)
     elapsed_s = time.perf_counter() - started
     made = 0
     if run.recipe.task.kind == "generation":
-        made = sum(len(tokenizer(p.text, add_special_tokens=False).input_ids) for p in predictions)
+        texts = [p.text for p in predictions]
+        made = sum(map(len, scorer.tokenizer(texts, add_special_tokens=False)["input_ids"])) if texts else 0
     tokens = made + sum(len(e.prompt_ids) for e in examples)
     return predictions, tokens / max(elapsed_s, 1e-9)
 
@@ -173,9 +147,9 @@ def _scored_before(
 def _evaluate_one(
     run: Run, entry: Entry, rows: list[Row], teacher: list[Prediction] | None
 ) -> tuple[ResultRow, list[Prediction]]:
-    model, tokenizer = load_any(run, entry.folder)
-    examples = tasks.encode(run.recipe.task, rows, tokenizer, run.recipe.data.max_length)
-    predictions, tokens_per_s = predict_rows(run, model, tokenizer, examples)
+    scorer = open_scorer(run, entry.folder)
+    examples = tasks.encode(run.recipe.task, rows, scorer.tokenizer, run.recipe.data.max_length)
+    predictions, tokens_per_s = predict_rows(run, scorer, examples)
     scores = score_predictions(run, predictions, examples)
     if teacher is not None:
         scores["agreement_with_teacher"] = agreement(predictions, teacher)
@@ -196,14 +170,14 @@ def _evaluate_one(
         low=score.low,
         high=score.high,
         metrics={name: s.value for name, s in scores.items()},
-        bits_per_weight=8.0 * size_bytes / _weights(model),
+        bits_per_weight=8.0 * size_bytes / count_weights(entry.folder),
         size_bytes=size_bytes,
         tokens_per_s=tokens_per_s,
         seed=run.recipe.seed,
         command=run.command,
         commit=git_commit(),
         versions=versions(),
-        hardware=hardware(run.device),
+        hardware=scorer.hardware,
         predictions_sha256=predictions_hash(predictions),
         references_sha256=references_hash(examples),
         score_key=_score_key(run, entry),
@@ -214,11 +188,3 @@ def _evaluate_one(
         train_s=training.get("elapsed_s"),
     )
     return row, predictions
-
-
-def _weights(model: Any) -> int:
-    """Weights of a model, ternary ones counted unpacked and tied ones once."""
-    from bitdistill.quant.linear import PackedBitLinear
-
-    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedBitLinear))
-    return packed + sum(p.numel() for p in model.parameters())

@@ -1,0 +1,120 @@
+"""`eval --engine native`: the predictions of PyTorch, from the same folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("bitdistill.engine._native", reason="the native engine is not built")
+
+from bitdistill import artifact, pipeline
+from bitdistill.config import Recipe
+from bitdistill.data import readers, tasks
+from bitdistill.engine import Engine
+from bitdistill.eval.classify import classify
+from bitdistill.eval.generate import generate
+from bitdistill.eval.results import read_results
+from bitdistill.models.contents import count_weights
+from bitdistill.models.student import load_student
+from bitdistill.quant.linear import PackedBitLinear
+from bitdistill.stages.demo import demo_recipe
+from tests.stages.conftest import recipe, write_rows
+
+GENERATION = tasks.Task(
+    name="continue", kind="generation", template="{text}", target_field="text", max_new_tokens=24
+)
+
+
+def predictions(work: Path, name: str) -> list[dict[str, Any]]:
+    text = (work / f"runs/tiny/predictions/{name}.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def scored(work: Path, *overrides: str) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
+    """Predictions of every row of the table, and the rows."""
+    done = pipeline.run(recipe(work, *overrides), until="eval", quiet=True)
+    return {row.name: predictions(work, row.name) for row in done.rows}, read_results(
+        done.run_dir / "results.json"
+    )
+
+
+def test_eval_by_either_engine_is_the_same(work: Path) -> None:
+    write_rows(work / "test.jsonl", 40, 1)
+    torch_answers, torch_rows = scored(work)
+    stamp = (work / "runs/tiny/results.key").read_text()
+    answers, rows = scored(work, "eval.engine=native", "threads=2")
+    assert (work / "runs/tiny/results.key").read_text() != stamp, "nothing was scored again"
+    for name in ("teacher", "bitnet_sft", "bitdistill"):
+        for one, other in zip(torch_answers[name], answers[name], strict=True):
+            assert one | {"scores": 0} == other | {"scores": 0}
+            np.testing.assert_allclose(one["scores"], other["scores"], atol=0.05)
+    for one, other in zip(torch_rows, rows, strict=True):
+        same = (
+            "name",
+            "value",
+            "low",
+            "high",
+            "metrics",
+            "size_bytes",
+            "bits_per_weight",
+            "predictions_sha256",
+        )
+        assert [getattr(one, f) for f in same] == [getattr(other, f) for f in same]
+        assert one.hardware.get("engine") is None
+        assert other.hardware["engine"] == "native"
+        assert other.hardware["threads"] == 2
+        assert other.tokens_per_s is not None
+        assert other.tokens_per_s > 0
+
+
+def test_eval_of_generation_by_either_engine_is_the_same(work: Path) -> None:
+    lines = [json.dumps({"text": f"w{30 + n} w{60 - n}", "y": f"w{40 + n}"}) for n in range(12)]
+    for name in ("train", "test"):
+        (work / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    options = (
+        "task={name: g, kind: generation, template: '{text} w9', target_field: y, max_new_tokens: 9}",
+        "bitnet_sft=null",
+    )
+    torch_answers, torch_rows = scored(work, *options)
+    answers, rows = scored(work, *options, "eval.engine=native", "eval.batch_rows=5")
+    assert answers == torch_answers
+    assert len({p["prediction"] for p in answers["bitdistill"]}) > 1
+    assert [r.metrics for r in rows] == [r.metrics for r in torch_rows]
+
+
+def test_weights_are_counted_from_the_files(work: Path) -> None:
+    done = pipeline.run(recipe(work), until="export", quiet=True)
+    for folder in (done.run_dir / "teacher", done.packed):
+        assert folder is not None
+        model = load_student(folder)[0]
+        packed = sum(
+            m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedBitLinear)
+        )
+        assert count_weights(folder) == packed + sum(p.numel() for p in model.parameters())
+
+
+def demo_rows(limit: int) -> tuple[Recipe, list[readers.Row]]:
+    loaded = demo_recipe()
+    assert loaded.data.test is not None
+    return loaded, readers.read_rows(loaded.data.test, limit=limit)
+
+
+def test_demo_student_by_either_engine_is_the_same(demo_student: Path) -> None:
+    loaded, rows = demo_rows(60)
+    model, tokenizer, _ = load_student(demo_student)
+    engine = Engine(demo_student, threads=2)
+    options: dict[str, Any] = {"batch_rows": 16, "device": torch.device("cpu"), "pad_id": 0}
+    for task in (loaded.task, GENERATION):
+        examples = tasks.encode(task, rows, tokenizer, 128, require_answers=False)
+        assert tasks.encode(task, rows, engine.tokenizer, 128, require_answers=False) == examples
+        score = classify if task.kind == "classification" else generate
+        expected = score(model, tokenizer, task, examples, **options)
+        got = engine.predict(task, examples, batch_rows=16)
+        assert [(p.index, p.label, p.text) for p in got] == [(p.index, p.label, p.text) for p in expected]
+        np.testing.assert_allclose([p.scores for p in got], [p.scores for p in expected], atol=0.2)
+    assert artifact.verify(demo_student)["kind"] == "packed"
