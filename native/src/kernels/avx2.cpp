@@ -93,8 +93,10 @@ inline void base3_halves(const uint8_t* group, int64_t blocks, const int8_t* cod
       if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
       each<H>([&](auto h) BITDISTILL_INLINE {
         const Digits w = base3_digits(load32(group + b * 64 + 32 * h));
+        const int8_t* x = codes + 20 * b;
+        asm("" : "+r"(x));  // both halves load their own: five kept broadcasts would push tables out of registers
         each<T>([&](auto t) BITDISTILL_INLINE { each<5>([&](auto p) BITDISTILL_INLINE {
-            const __m256i four = broadcast4(codes + t * stride + 20 * b + 4 * p);
+            const __m256i four = broadcast4(x + t * stride + 4 * p);
             sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(w.d[p], four));
           }); });
       });
@@ -212,20 +214,35 @@ void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& 
 #undef BITDISTILL_DECLARE
 #undef BITDISTILL_TOKENS
 
+// So many groups meet a handful of tokens before the next tokens are read: activations stay in the first-level cache,
+// unpacked groups in the second.
+constexpr int64_t kTileGroups = 4;
+
+template <int T>
+void gemm_groups(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t, int64_t row,
+                 int64_t row_end, const uint8_t* const* digits) {
+  for (; row < row_end; row += kGroupRows, ++digits) gemm_tile<T>(w, x, out, t, row, row_end, *digits);
+}
+
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
-  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    const Group group = group_at(w, row);
-    unpack_group(w.layout, group, tile);
-    const uint8_t* digits = tile + 64 * group.lead;
+  for (int64_t row = row_begin; row < row_end; row += kTileGroups * kGroupRows) {
+    const int64_t end = row + kTileGroups * kGroupRows < row_end ? row + kTileGroups * kGroupRows : row_end;
+    const uint8_t* digits[kTileGroups] = {};
+    for (int64_t g = 0; row + g * kGroupRows < end; ++g) {
+      const Group group = group_at(w, row + g * kGroupRows);
+      uint8_t* place = tile + g * tile_bytes(w.quads);
+      unpack_group(w.layout, group, place);
+      digits[g] = place + 64 * group.lead;
+    }
     int64_t t = 0;
-    for (; t + 6 <= x.tokens; t += 6) gemm_tile<6>(w, x, out, t, row, row_end, digits);
+    for (; t + 6 <= x.tokens; t += 6) gemm_groups<6>(w, x, out, t, row, end, digits);
     switch (x.tokens - t) {
-      case 5: gemm_tile<5>(w, x, out, t, row, row_end, digits); break;
-      case 4: gemm_tile<4>(w, x, out, t, row, row_end, digits); break;
-      case 3: gemm_tile<3>(w, x, out, t, row, row_end, digits); break;
-      case 2: gemm_tile<2>(w, x, out, t, row, row_end, digits); break;
-      case 1: gemm_tile<1>(w, x, out, t, row, row_end, digits); break;
+      case 5: gemm_groups<5>(w, x, out, t, row, end, digits); break;
+      case 4: gemm_groups<4>(w, x, out, t, row, end, digits); break;
+      case 3: gemm_groups<3>(w, x, out, t, row, end, digits); break;
+      case 2: gemm_groups<2>(w, x, out, t, row, end, digits); break;
+      case 1: gemm_groups<1>(w, x, out, t, row, end, digits); break;
       default: break;
     }
   }
@@ -335,7 +352,7 @@ void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& o
 
 }  // namespace
 
-const KernelTable kAvx2Kernels = {Isa::kAvx2,  ternary_gemv, ternary_gemm, 1, int8_matmul,
+const KernelTable kAvx2Kernels = {Isa::kAvx2,  ternary_gemv, ternary_gemm, kTileGroups, int8_matmul,
                                   int4_matmul, BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill
