@@ -52,6 +52,21 @@ struct FloatView {
   FloatType type;
 };
 
+// A row of the output head as low-bit codes (model/head.h): code = rint(w / scale + u), w_hat = (code - u) * scale.
+// u and v: zeros, or uniform in [-1/2, 1/2), padded to a multiple of 16 columns with zeros.
+struct ScreenDither {
+  int levels;  // largest code
+  float margin;  // scale = max|w| / levels * margin: above 1 where u could carry the largest value past `levels`
+  const float* u;
+  const float* v;
+};
+struct ScreenRow {
+  float scale;
+  float code_square;   // |w_hat|^2
+  float error_square;  // |w - w_hat|^2
+  float mixed;         // sum of code * v
+};
+
 struct KernelTable {
   Isa isa;
 
@@ -82,6 +97,8 @@ struct KernelTable {
   float (*exp_minus_max)(float* x, int64_t n);
   void (*axpy_i8)(float alpha, const int8_t* x, float* y, int64_t n);
   void (*relu2_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*screen_row)(const FloatView&, int64_t row, const ScreenDither& dither, float* values, int8_t* codes,
+                     ScreenRow* out);
 };
 
 extern const KernelTable kScalarKernels;

@@ -15,7 +15,10 @@ Model::Model(std::unique_ptr<ThreadPool> pool, std::unique_ptr<Weights> weights,
   sliding_before_.push_back(0);
   for (const Block& block : weights_->blocks) sliding_before_.push_back(sliding_before_.back() + block.sliding);
   if (sliding_before_.back() != 0) ring_rows_ = (config().sliding_window + kPassRows + 63) / 64 * 64;
-  if (options_.head != HeadType::kFloat) int8_head_ = std::make_unique<Int8Head>(quantize_head(weights_->head.matrix, *pool_));
+  if (options_.head != HeadType::kFloat) {
+    const bool four = options_.head == HeadType::kInt4 || options_.head == HeadType::kScreened4;
+    low_bit_head_ = std::make_unique<LowBitHead>(weights_->head.matrix, four ? 4 : 8, *pool_);
+  }
 }
 
 Model::~Model() = default;
@@ -29,7 +32,7 @@ std::shared_ptr<Model> Model::load(const std::string& folder, const ModelOptions
 
 std::int64_t Model::head_bytes() const {
   const FloatMatrix& head = weights_->head.matrix;
-  return head.rows * head.cols * (options_.head == HeadType::kFloat ? float_bytes(head.type) : 1);
+  return low_bit_head_ != nullptr ? low_bit_head_->bytes() : head.rows * head.cols * float_bytes(head.type);
 }
 
 void Model::check(const std::vector<Segment>& segments) const {
