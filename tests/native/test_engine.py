@@ -312,7 +312,7 @@ def test_screened_head_gives_the_tokens_of_the_stored_head(folders: Path, name: 
             )
     facts = screened.model.facts
     assert facts["screened_tokens"] > 0
-    assert facts["rescored_rows"] < 0.5 * VOCAB * facts["screened_tokens"]
+    assert facts["rescored_rows"] < 0.6 * VOCAB * facts["screened_tokens"]
     ids = prompt_ids(20)
     np.testing.assert_array_equal(screened.logits(ids), stored.logits(ids))
 
