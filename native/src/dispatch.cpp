@@ -246,6 +246,9 @@ float dot_f16(const float* a, const uint16_t* b, int64_t n) { return kernels().d
 void axpy(float alpha, const float* x, float* y, int64_t n) { kernels().axpy(alpha, x, y, n); }
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) { kernels().axpy_f16(alpha, x, y, n); }
 void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n) { kernels().axpy_i8(alpha, x, y, n); }
+void mix(const FloatMatrix& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
+  kernels().mix({values.data, values.rows, values.cols, values.type}, shares, groups, ld, y, ldy);
+}
 void to_f16(const float* x, uint16_t* y, int64_t n) { kernels().to_f16(x, y, n); }
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().silu_mul(gate, up, y, n); }
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n) {

@@ -99,6 +99,7 @@ struct KernelTable {
   void (*relu2_mul)(const float* gate, const float* up, float* y, int64_t n);
   void (*screen_row)(const FloatView&, int64_t row, const ScreenDither& dither, float* values, int8_t* codes,
                      ScreenRow* out);
+  void (*mix)(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy);
 };
 
 extern const KernelTable kScalarKernels;
