@@ -147,10 +147,18 @@ class Model : public std::enable_shared_from_this<Model> {
   void extend_rope(std::int64_t positions) const;
   // All rows of the segments, in passes of kPassRows; logits of the rows numbered in `wanted` (ascending).
   // `top`: how many of each row's largest logits are needed (the others may then be -infinity), or null: all.
-  std::vector<float> run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted,
-                         const std::int64_t* top = nullptr) const;
+  // Where a screen found the largest logit of a row with top 1, `best` holds its word and the row is not written out;
+  // elsewhere `best` is -1.
+  void run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
+           std::vector<float>& logits, std::vector<std::int32_t>& best) const;
+  std::vector<float> run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted) const {
+    std::vector<float> logits;
+    std::vector<std::int32_t> best;
+    run(segments, wanted, nullptr, logits, best);
+    return logits;
+  }
   void run_pass(const std::vector<Row>& rows, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
-                float* logits) const;
+                float* logits, std::int32_t* best) const;
   void embed(const std::vector<Row>& rows, Scratch& s) const;
   void attention_block(std::size_t layer, const std::vector<Row>& all, const std::vector<std::int64_t>* keep,
                        std::vector<Row>& rows, Scratch& s) const;
@@ -166,8 +174,8 @@ class Model : public std::enable_shared_from_this<Model> {
                Scratch& s) const;
   void run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
                     QuantizedRows& quantized) const;
-  void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits) const;
-  void rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits) const;
+  void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits, std::int32_t* best) const;
+  void rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits, std::int32_t* best) const;
 
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Weights> weights_;

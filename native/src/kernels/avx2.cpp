@@ -236,7 +236,10 @@ void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputVie
       digits[g] = place + 64 * group.lead;
     }
     int64_t t = 0;
-    for (; t + 6 <= x.tokens; t += 6) gemm_groups<6>(w, x, out, t, row, end, digits);
+    // The last 7 or 8 are split evenly: a tile of one or two tokens spends its time on loads.
+    for (; t + 6 <= x.tokens && x.tokens - t != 7 && x.tokens - t != 8; t += 6)
+      gemm_groups<6>(w, x, out, t, row, end, digits);
+    for (; x.tokens - t > 5; t += 4) gemm_groups<4>(w, x, out, t, row, end, digits);
     switch (x.tokens - t) {
       case 5: gemm_groups<5>(w, x, out, t, row, end, digits); break;
       case 4: gemm_groups<4>(w, x, out, t, row, end, digits); break;

@@ -184,7 +184,8 @@ void LowBitHead::product(const Input& input, bool upper, float* y, std::int64_t 
 }
 
 // Logits of n final hidden states. `top`: how many of the largest each row needs; the others may be -infinity.
-void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits) const {
+void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits,
+                 std::int32_t* best_words) const {
   const std::int64_t vocab = config().vocab, width = config().hidden;
   const bool screens = options_.head == HeadType::kScreened || options_.head == HeadType::kScreened4;
   const bool screened = screens && top != nullptr && config().logit_softcap == 0.0f;
@@ -206,7 +207,8 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
       }
     });
     for (std::int64_t r = 0; screened && r < n; ++r) {
-      rescore(hidden + r * width, scratch_->part_tops.data() + r * parts, top[r], logits + r * vocab);
+      rescore(hidden + r * width, scratch_->part_tops.data() + r * parts, top[r], logits + r * vocab,
+              best_words + r);
     }
   } else {
     parallel(vocab, kGroupRows, n * vocab * width, [&](std::int64_t begin, std::int64_t end, int) {
@@ -219,8 +221,10 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
 }
 
 // `logits` holds upper ends, part_tops the largest of each part of kPartRows words; afterwards the exact logits of all
-// words that may be among the `top` largest, and -infinity for the others.
-void Model::rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits) const {
+// words that may be among the `top` largest, and -infinity for the others. Of the largest alone only its word is
+// handed on.
+void Model::rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits,
+                    std::int32_t* best_word) const {
   const FloatMatrix& head = weights_->head.matrix;
   const std::int64_t parts = (head.rows + kPartRows - 1) / kPartRows;
   const auto exact = [&](const std::vector<std::int64_t>& words, std::vector<float>& values) {
@@ -271,11 +275,26 @@ void Model::rescore(const float* hidden, const float* part_tops, std::int64_t to
     }
   }
   exact(words, values);
+  rescored_rows_ += static_cast<std::int64_t>(words.size() + seeds.size());
+  screened_tokens_ += 1;
+  if (top == 1) {  // the first of equals, as everywhere
+    float largest = -INFINITY;
+    std::int64_t found = head.rows;
+    const auto look = [&](const std::vector<std::int64_t>& at, const std::vector<float>& of) {
+      for (std::size_t i = 0; i < at.size(); ++i) {
+        if (of[i] < largest || (of[i] == largest && at[i] > found)) continue;
+        largest = of[i];
+        found = at[i];
+      }
+    };
+    look(words, values);
+    look(seeds, seed_values);
+    *best_word = static_cast<std::int32_t>(found);
+    return;
+  }
   std::fill_n(logits, head.rows, -INFINITY);
   for (std::size_t i = 0; i < words.size(); ++i) logits[words[i]] = values[i];
   for (std::size_t i = 0; i < seeds.size(); ++i) logits[seeds[i]] = seed_values[i];
-  rescored_rows_ += static_cast<std::int64_t>(words.size() + seeds.size());
-  screened_tokens_ += 1;
 }
 
 }  // namespace bitdistill

@@ -24,6 +24,8 @@ struct Model::Scratch {
   std::vector<float> sub;        // rows after SubLN, for float linears
   LowBitHead::Input head_input;
   std::vector<float> part_tops;  // of a screen: [row][part of the vocabulary]
+  std::vector<float> logits;     // of a step, kept: fresh memory would cost more than the choice
+  std::vector<std::int32_t> best;
 };
 
 // y[row * ldy ...] = linear(x): where the result of one linear goes.
