@@ -68,7 +68,8 @@ template <int T>
 inline void two_bit_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
                           int64_t row, int64_t row_end) {
   constexpr int kChains = T == 1 ? 2 : 1;  // independent sums enough to hide the latency of dpbusd
-  const auto [group, blocks, lead] = group_at(w, row);  // lead 0
+  const uint8_t* group = group_at(w, row).codes;
+  const int64_t blocks = w.group_quads / 4;
   const int8_t* codes = x.codes + t0 * x.stride;
   __m512i sum[kChains][T][4] = {};
   int64_t b = 0;
