@@ -81,15 +81,14 @@ def summary(runs: list[dict[str, Any]]) -> str:
         cells = [run["shape"], str(run["threads"])]
         for do in ("decode", "prefill"):
             ours, other = best(run, "bitdistill", do), best(run, None, do)
-            assert ours is not None and other is not None
+            assert ours is not None
+            assert other is not None
             cells.append(f"{ratio(run, ours, other, do):.2f}× ({other})")
             cells.append(f"{ratio(run, ours, 'llama.cpp F16', do):.2f}×")
         ours = best(run, "bitdistill", "decode8")
         assert ours is not None
         cells.append(f"{rate(run, ours, 'decode8') / rate(run, ours, 'decode'):.2f}×")
-        smallest = min(
-            e["peak_rss_bytes"] for n, e in run["engines"].items() if n.startswith("bitdistill")
-        )
+        smallest = min(e["peak_rss_bytes"] for n, e in run["engines"].items() if n.startswith("bitdistill"))
         cells.append(f"{run['engines']['llama.cpp F16']['peak_rss_bytes'] / smallest:.1f}×")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

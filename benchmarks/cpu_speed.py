@@ -104,10 +104,10 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
     student = str(shapes.write_student(shape, folder / "student"))
     f16 = shapes.write_f16(shape, folder / "F16.gguf")
     engines: dict[str, Worker | LlamaBench] = {}
-    wanted = QUICK if args.quick else None
+    wanted = args.only or (QUICK if args.quick else None)
     context = str(args.context)
     for name, (layout, head) in NATIVE.items():
-        if (wanted is None or name in wanted) and (shape != "4B" or head != "float"):
+        if wanted is None or name in wanted:
             engines[f"bitdistill {name}"] = Worker(
                 ["native", student, str(threads), context, layout, head], args.isa
             )
@@ -141,9 +141,14 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
                 if number:
                     seconds[name][do].append(answer["seconds"])
         print(f"{shape}, {threads} threads: round {number} of {args.rounds}", file=sys.stderr)
+    if args.fill:
+        for name, engine in engines.items():
+            if name.startswith("bitdistill"):
+                engine.ask(do="prefill", tokens=args.context - 1)
     return {
         "shape": shape,
         "threads": threads,
+        "filled_tokens": args.context - 1 if args.fill else 0,
         "prefill_tokens": args.prefill,
         "decode_tokens": args.decode,
         "read_bandwidth_bytes_per_s": bandwidth[1:],
@@ -180,7 +185,9 @@ def gemv(binary: Path, threads: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", type=Path, default=ROOT / "build/models", help="where models are made")
     parser.add_argument("--shapes", nargs="+", default=["0.6B", "1.7B"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
@@ -188,15 +195,23 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--decode", type=int, default=128)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument(
+        "--fill",
+        action="store_true",
+        help="fill the context before peak memory is read (llama.cpp reserves its own at the start)",
+    )
     parser.add_argument("--isa", help="instruction set of the native engine")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=BINARY,MODEL[@SHAPE]")
     parser.add_argument("--gemv", type=Path, metavar="BENCH_GEMV", help="also run this build of bench_gemv")
+    parser.add_argument("--only", nargs="+", metavar="FORMAT", help=f"of {', '.join(NATIVE)}, F16, Q8_0, ...")
     parser.add_argument("--quick", action="store_true", help="six formats, 3 rounds, decode 48, prefill 256")
     parser.add_argument("--skip-tests", action="store_true", help="recorded in the result")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--render", action="store_true", help="only draw tables and chart from the result")
     parser.add_argument("--make-models", action="store_true", help="only make the models")
     args = parser.parse_args()
+    if args.only and "F16" not in args.only:
+        parser.error("--only: F16 must be among the formats, the summary compares with it")
     if args.render:
         cpu_render.write(args.out)
         return
@@ -223,6 +238,7 @@ def main() -> None:
     for shape in args.shapes:
         for threads in args.threads:
             result["runs"].append(run_shape(args, shape, threads))
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     for run in result["runs"]:
         print(cpu_render.table(run))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 Run = Callable[[int, int], float]
+_KEPT: list[Any] = []  # what llama.cpp calls back for as long as it runs
 
 
 def native(model: str, threads: int, layout: str, head: str) -> tuple[dict[str, Any], Run, Run]:
@@ -68,8 +69,8 @@ def llama(model: str, threads: int, context: int) -> tuple[dict[str, Any], Run, 
     import llama_cpp
     import numpy as np
 
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    _KEPT.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+    llama_cpp.llama_log_set(_KEPT[0], ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     start = time.perf_counter()
     handle = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
@@ -83,7 +84,7 @@ def llama(model: str, threads: int, context: int) -> tuple[dict[str, Any], Run, 
     state = llama_cpp.llama_init_from_model(handle, params)
     if state is None:
         raise SystemExit(f"{model}: llama.cpp cannot make a context of {context} tokens")
-    facts: dict[str, Any] = {"load_s": time.perf_counter() - start, "quiet": bool(quiet)}
+    facts: dict[str, Any] = {"load_s": time.perf_counter() - start}
     vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle))
     facts["weight_bytes"] = llama_cpp.llama_model_size(handle)
     ids = np.random.default_rng(0).integers(0, vocab, 4096, dtype=np.int32)

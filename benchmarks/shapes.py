@@ -71,7 +71,7 @@ def write_student(shape: str, folder: Path) -> Path:
     rng = np.random.default_rng(0)
     drawn: dict[str, np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
-    for name, (dims, dtypes) in contents.expected_tensors(config, plan, True, shape).items():
+    for name, (dims, _) in contents.expected_tensors(config, plan, True, shape).items():
         key = _layer_key(name)
         if key not in drawn:
             if name.endswith(".codes"):
