@@ -60,7 +60,11 @@ std::shared_ptr<Model> load(const std::string& folder, int threads, const std::s
   options.threads = threads;
   options.layout = choice<Layout>("layout", layout, {{"2bit", Layout::kTwoBitRows16}, {"base3", Layout::kBase3Rows16}});
   options.kv = choice<KvType>("kv", kv, {{"float32", KvType::kFloat32}, {"float16", KvType::kFloat16}, {"int8", KvType::kInt8}});
-  options.head = choice<HeadType>("head", head, {{"float", HeadType::kFloat}, {"int8", HeadType::kInt8}, {"screened", HeadType::kScreened}});
+  options.head = choice<HeadType>("head", head, {{"float", HeadType::kFloat},
+                                                        {"int8", HeadType::kInt8},
+                                                        {"int4", HeadType::kInt4},
+                                                        {"screened", HeadType::kScreened},
+                                                        {"screened4", HeadType::kScreened4}});
   const nb::gil_scoped_release released;
   return Model::load(folder, options);
 }

@@ -144,6 +144,15 @@ void register_kernels(nb::module_& m) {
   m.def("set_isa", [](const std::string& name) { set_isa(name); }, "isa"_a,
         "Use this instruction set ('auto': the best) from now on, in the whole process.");
 
+  m.def(
+      "read_bandwidth",
+      [](int threads) {
+        const nb::gil_scoped_release released;
+        ThreadPool pool(threads);
+        return read_bandwidth(pool, bandwidth_memory(std::int64_t{256} << 20));
+      },
+      "threads"_a, "Bytes a second that this many threads read from memory, measured once over 256 MiB.");
+
   nb::class_<TernaryMatrix>(m, "TernaryMatrix", "A packed ternary matrix (docs/engine.md).")
       .def("__init__",
            [](TernaryMatrix* self, const In<std::uint8_t, 2>& codes, std::int64_t cols, float scale,

@@ -166,20 +166,19 @@ void check(int64_t rows, int64_t cols, int64_t x_cols, int64_t row_begin, int64_
 }
 
 ActivationView view(const QuantizedRows& x) {
-  return {reinterpret_cast<const int8_t*>(x.codes.data()), x.stride, x.scales.data(), x.sums.data(), x.tokens};
+  return {x.row(0), x.stride, x.scales.data(), x.sums.data(), x.tokens};
 }
 
 void ternary(const TernaryMatrix& m, const QuantizedRows& x, const OutputView& out, int64_t row_begin,
              int64_t row_end, bool use_gemm) {
   check(m.rows, m.cols, x.cols, row_begin, row_end);
   if (row_begin == row_end || x.tokens == 0) return;
-  const TernaryView w = {m.codes, m.rows, m.block_count(), m.layout, m.scale,
-                         m.row_scales.empty() ? nullptr : m.row_scales.data()};
+  const TernaryView w = {m.codes,  m.rows,  m.quads(), m.group_quads(),
+                         m.layout, m.scale, m.row_scales.empty() ? nullptr : m.row_scales.data()};
   const KernelTable& table = kernels();
   if (!use_gemm) return table.ternary_gemv(w, view(x), out, row_begin, row_end);
   thread_local AlignedBuffer tile;
-  const size_t bytes =
-      static_cast<size_t>(table.gemm_tile_groups * w.blocks * block_columns(m.layout) * kGroupRows);
+  const size_t bytes = static_cast<size_t>(table.gemm_tile_groups * tile_bytes(w.quads));
   if (tile.size() < bytes) tile = AlignedBuffer(bytes);
   table.ternary_gemm(w, view(x), out, row_begin, row_end, tile.data());
 }
@@ -189,6 +188,12 @@ void int8(const Int8Matrix& m, const QuantizedRows& x, const OutputView& out, in
   if (row_begin == row_end || x.tokens == 0) return;
   const Int8View w = {m.codes, m.rows, m.block_count(), m.row_scales.data()};
   kernels().int8_matmul(w, view(x), out, row_begin, row_end);
+}
+
+void int4(const Int4Matrix& m, const QuantizedRows& x, const OutputView& out, int64_t row_begin, int64_t row_end) {
+  check(m.rows, m.cols, x.cols, row_begin, row_end);
+  if (row_begin == row_end || x.tokens == 0) return;
+  kernels().int4_matmul({m.codes, m.rows, m.block_count(), m.row_scales.data()}, view(x), out, row_begin, row_end);
 }
 
 }  // namespace
@@ -217,6 +222,14 @@ void matmul_i32(const Int8Matrix& matrix, const QuantizedRows& x, int32_t* y, in
                 int64_t row_end) {
   int8(matrix, x, {nullptr, y, ldy}, row_begin, row_end);
 }
+void matmul(const Int4Matrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
+            int64_t row_end) {
+  int4(matrix, x, {y, nullptr, ldy}, row_begin, row_end);
+}
+void matmul_i32(const Int4Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
+                int64_t row_end) {
+  int4(matrix, x, {nullptr, y, ldy}, row_begin, row_end);
+}
 void matmul(const FloatMatrix& matrix, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
             int64_t row_begin, int64_t row_end) {
   if (row_begin < 0 || row_begin > row_end || row_end > matrix.rows)
@@ -233,6 +246,9 @@ float dot_f16(const float* a, const uint16_t* b, int64_t n) { return kernels().d
 void axpy(float alpha, const float* x, float* y, int64_t n) { kernels().axpy(alpha, x, y, n); }
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) { kernels().axpy_f16(alpha, x, y, n); }
 void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n) { kernels().axpy_i8(alpha, x, y, n); }
+void mix(const FloatMatrix& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
+  kernels().mix({values.data, values.rows, values.cols, values.type}, shares, groups, ld, y, ldy);
+}
 void to_f16(const float* x, uint16_t* y, int64_t n) { kernels().to_f16(x, y, n); }
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().silu_mul(gate, up, y, n); }
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n) {

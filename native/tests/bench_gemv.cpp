@@ -72,34 +72,6 @@ QuantizedRows activations(int64_t tokens, int64_t cols) {
   return x;
 }
 
-volatile uint64_t g_sink;
-
-double read_once(ThreadPool& pool, const AlignedBuffer& memory, int64_t prefetch) {  // bytes a second
-  typedef uint64_t Line __attribute__((vector_size(64)));
-  const auto* lines = reinterpret_cast<const Line*>(memory.data());
-  const int64_t count = static_cast<int64_t>(memory.size() / 64);
-  const double start = now();
-  pool.parallel_for(count, 4096, [&](int64_t begin, int64_t end, int) {
-    Line a = {}, b = {};
-    for (int64_t i = begin; i + 1 < end; i += 2) {
-      if (prefetch) {
-        __builtin_prefetch(lines + i + prefetch);
-        __builtin_prefetch(lines + i + prefetch + 1);
-      }
-      a |= lines[i];
-      b |= lines[i + 1];
-    }
-    a |= b;
-    g_sink = a[0] ^ a[3] ^ a[7];
-  });
-  return static_cast<double>(memory.size()) / seconds_since(start);
-}
-
-// The best of reading with and without prefetches: what the products are measured against.
-double read_bandwidth(ThreadPool& pool, const AlignedBuffer& memory) {
-  return std::max({read_once(pool, memory, 0), read_once(pool, memory, 16), read_once(pool, memory, 32)});
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -110,7 +82,7 @@ int main(int argc, char** argv) {
   const Layout layouts[] = {Layout::kTwoBitRows16, Layout::kBase3Rows16};
   const char* names[] = {"2-bit", "base-3"};
   std::vector<TernaryMatrix> models[2] = {model(layouts[0], kLayers), model(layouts[1], kLayers)};
-  AlignedBuffer memory(size_t{128} << 20);
+  const AlignedBuffer memory = bandwidth_memory(int64_t{256} << 20);
   std::map<int64_t, QuantizedRows> one, many;
   for (const auto& shape : kShapes) {
     if (!one.count(shape.second)) one[shape.second] = activations(1, shape.second);

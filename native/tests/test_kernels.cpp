@@ -88,22 +88,23 @@ void check_guarded(const Problem& p, Layout layout, Guarded::Side side, bool use
   const KernelTable& table = kernels();
   const TernaryMatrix m = repack(p.file_bytes().data(), p.rows, p.cols, layout, 0.5f);
   const int64_t stride = (p.cols + 63) / 64 * 64 + 64;
-  Guarded codes(m.bytes(), side), x(p.tokens * stride, side), y(p.tokens * p.rows * 4, side);
+  constexpr int64_t kFront = 16;  // what ActivationView promises before a row
+  Guarded codes(m.bytes(), side), x(kFront + p.tokens * stride, side), y(p.tokens * p.rows * 4, side);
   std::memcpy(codes.data, m.codes, m.bytes());
-  std::memset(x.data, 0, p.tokens * stride);
+  std::memset(x.data, 0, kFront + p.tokens * stride);
   std::vector<int32_t> sums(p.tokens);
   for (int64_t t = 0; t < p.tokens; ++t) {
-    std::memcpy(x.data + t * stride, &p.x[t * p.cols], p.cols);
+    std::memcpy(x.data + kFront + t * stride, &p.x[t * p.cols], p.cols);
     for (int64_t i = 0; i < p.cols; ++i) sums[t] += p.x[t * p.cols + i];
   }
   std::memset(y.data, 0x7f, p.tokens * p.rows * 4);
-  const TernaryView w = {codes.data, m.rows, m.block_count(), layout, m.scale, nullptr};
-  const ActivationView a = {reinterpret_cast<const int8_t*>(x.data), stride, nullptr, sums.data(), p.tokens};
+  const TernaryView w = {codes.data, m.rows, m.quads(), m.group_quads(), layout, m.scale, nullptr};
+  const ActivationView a = {reinterpret_cast<const int8_t*>(x.data) + kFront, stride, nullptr, sums.data(), p.tokens};
   auto* got = reinterpret_cast<int32_t*>(y.data);
   const OutputView out = {nullptr, got, p.rows};
   // Two ranges, as two threads would: nothing outside a range is written.
   const int64_t middle = m.group_count() / 2 * kGroupRows;
-  Guarded tile(table.gemm_tile_groups * w.blocks * block_columns(layout) * kGroupRows, side);
+  Guarded tile(table.gemm_tile_groups * tile_bytes(w.quads), side);
   const auto run = [&](int64_t begin, int64_t end) {
     if (begin == end) return;
     use_gemm ? table.ternary_gemm(w, a, out, begin, end, tile.data) : table.ternary_gemv(w, a, out, begin, end);
@@ -184,6 +185,42 @@ void check_int8(int64_t shapes) {
     for (const int value : {-128, -127, 127})
       run(Problem(16, 65536, 2, [&] { return code; }, [&] { return value; }), Guarded::kBack);
   std::printf("%s: int8, %lld shapes and extreme values up to K 65536\n", isa_name(current_isa()),
+              static_cast<long long>(shapes));
+}
+
+void check_int4(int64_t shapes) {
+  const auto run = [](const Problem& p, Guarded::Side side) {  // codes -7..7
+    const int64_t blocks = (p.cols + 7) / 8, groups = (p.rows + 15) / 16, stride = (p.cols + 63) / 64 * 64 + 64;
+    Guarded codes(groups * blocks * 64, side), x(p.tokens * stride, side), y(p.tokens * p.rows * 4, side);
+    std::memset(codes.data, 0xff, groups * blocks * 64);  // rows and columns beyond the matrix must not count
+    std::memset(x.data, 0, p.tokens * stride);
+    for (int64_t o = 0; o < p.rows; ++o)
+      for (int64_t i = 0; i < p.cols; ++i) {
+        uint8_t& byte = codes.data[(o / 16 * blocks + i / 8) * 64 + 4 * (o % 16) + i % 4];
+        const int digit = p.codes[o * p.cols + i] + 7;
+        byte = static_cast<uint8_t>(i / 4 % 2 ? (byte & 0x0f) | digit << 4 : (byte & 0xf0) | digit);
+      }
+    std::vector<int32_t> sums(p.tokens);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      std::memcpy(x.data + t * stride, &p.x[t * p.cols], p.cols);
+      for (int64_t i = 0; i < p.cols; ++i) sums[t] += p.x[t * p.cols + i];
+    }
+    const Int4View w = {codes.data, p.rows, blocks, nullptr};
+    const ActivationView a = {reinterpret_cast<const int8_t*>(x.data), stride, nullptr, sums.data(), p.tokens};
+    auto* got = reinterpret_cast<int32_t*>(y.data);
+    kernels().int4_matmul(w, a, {nullptr, got, p.rows}, 0, p.rows);
+    for (int64_t i = 0; i < p.tokens * p.rows; ++i)
+      if (got[i] != p.product[i]) fail(std::string(isa_name(current_isa())) + " int4 " + p.name());
+  };
+  const auto code = [] { return static_cast<int>(g_random() % 15) - 7; };
+  const auto byte = [] { return static_cast<int8_t>(g_random()); };
+  for (int64_t i = 0; i < shapes; ++i)
+    run(Problem(uniform(1, 67), i < 300 ? i + 1 : uniform(1, 1024), uniform(1, 19), code, byte),
+        i & 1 ? Guarded::kFront : Guarded::kBack);
+  for (const int extreme : {-7, 7})
+    for (const int value : {-128, -127, 127})
+      run(Problem(16, 65536, 2, [&] { return extreme; }, [&] { return value; }), Guarded::kBack);
+  std::printf("%s: int4, %lld shapes and extreme values up to K 65536\n", isa_name(current_isa()),
               static_cast<long long>(shapes));
 }
 
@@ -337,12 +374,14 @@ void check_threads() {
 
 void check_packing() {
   for (const Layout layout : {Layout::kTwoBitRows16, Layout::kBase3Rows16}) {
-    const Problem p = random_problem(37, 203, 1);
-    const TernaryMatrix m = repack(p.file_bytes().data(), p.rows, p.cols, layout, 1.0f);
-    std::vector<int8_t> row(p.cols);
-    for (int64_t o = 0; o < p.rows; ++o) {
-      unpack_row(m, o, row.data());
-      if (std::memcmp(row.data(), &p.codes[o * p.cols], p.cols) != 0) fail("repack and unpack_row");
+    for (int64_t i = 0; i < 200; ++i) {
+      const Problem p = random_problem(uniform(1, 67), i < 64 ? i + 1 : uniform(1, 300), 1);
+      const TernaryMatrix m = repack(p.file_bytes().data(), p.rows, p.cols, layout, 1.0f);
+      std::vector<int8_t> row(p.cols);
+      for (int64_t o = 0; o < p.rows; ++o) {
+        unpack_row(m, o, row.data());
+        if (std::memcmp(row.data(), &p.codes[o * p.cols], p.cols) != 0) fail("repack and unpack_row " + p.name());
+      }
     }
   }
   const auto refused = [](std::vector<uint8_t> bytes, int64_t rows, int64_t cols, const char* text) {
@@ -378,6 +417,7 @@ int main(int argc, char** argv) {
     check_ternary(shapes);
     check_saturation();
     check_int8(shapes / 4 + 300);
+    check_int4(shapes / 4 + 300);
     check_floats();
     check_threads();
   }

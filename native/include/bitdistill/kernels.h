@@ -66,14 +66,17 @@ class AlignedBuffer {
 // Rows are stored in groups of 16, a group as a sequence of 64-byte blocks; byte 4 * r + j of a block belongs to
 // row r of the group. With block number b:
 //   kTwoBitRows16: 16 columns a block. Bits 2p, 2p + 1 hold code + 1 of column 16 b + 4 p + j, p = 0..3.
-//   kBase3Rows16:  20 columns a block. The byte is sum over p = 0..4 of 3^p * (code + 1) of column 20 b + 4 p + j.
+//   kBase3Rows16:  five quads of four columns a block. The byte is sum over p = 0..4 of 3^p * (code + 1) of column
+//                  4 (5 b + p - lead) + j. Groups follow each other without padding: group g's first quad is quad
+//                  g * ceil(cols / 4) of the whole stream, `lead` places into its first block, so that a matrix takes
+//                  1.6 bits a weight whatever its width.
 // So four consecutive activations, broadcast, meet one digit of all sixteen rows, and one cache line of output
 // is one group. Columns and rows beyond the matrix hold code 0.
 enum class Layout { kTwoBitRows16, kBase3Rows16 };
 
 constexpr int64_t kGroupRows = 16;
 constexpr int64_t kBlockBytes = 64;
-constexpr int64_t block_columns(Layout layout) { return layout == Layout::kTwoBitRows16 ? 16 : 20; }
+constexpr int64_t block_quads(Layout layout) { return layout == Layout::kTwoBitRows16 ? 4 : 5; }
 
 // Largest in_features: float32(sum) is exact below 2^24 = 127 * 132104 (docs/format.md). int32 accumulators of
 // every kernel hold far more (their own bounds are stated beside them).
@@ -84,13 +87,17 @@ struct TernaryMatrix {
   Layout layout = Layout::kTwoBitRows16;
   float scale = 1.0f;             // w_hat = codes * scale
   std::vector<float> row_scales;  // empty, or one scale a row that replaces `scale`
-  const uint8_t* codes = nullptr;  // group_count() * group_bytes(), 64-byte aligned
+  const uint8_t* codes = nullptr;  // bytes(), 64-byte aligned
   AlignedBuffer storage;           // owns `codes`, or is empty when they are mapped from elsewhere
 
   int64_t group_count() const { return (rows + kGroupRows - 1) / kGroupRows; }
-  int64_t block_count() const { return (cols + block_columns(layout) - 1) / block_columns(layout); }
-  int64_t group_bytes() const { return block_count() * kBlockBytes; }
-  int64_t bytes() const { return group_count() * group_bytes(); }
+  int64_t quads() const { return (cols + 3) / 4; }
+  // Quads from one group to the next: whole blocks in two bits, no padding in base 3.
+  int64_t group_quads() const { return layout == Layout::kTwoBitRows16 ? (quads() + 3) / 4 * 4 : quads(); }
+  int64_t bytes() const {
+    const int64_t per_block = block_quads(layout);
+    return (group_count() * group_quads() + per_block - 1) / per_block * kBlockBytes;
+  }
 };
 
 // From the student's file (docs/format.md): row-major, ceil(cols / 4) bytes a row, value = code + 1, four codes a
@@ -98,9 +105,6 @@ struct TernaryMatrix {
 // Throws ArtifactError: value 3, padding that is not value 1; ModelError: sizes out of range.
 TernaryMatrix repack(const uint8_t* codes_2bit, int64_t rows, int64_t cols, Layout layout, float scale,
                      const std::string& name = "codes");
-// One matrix of several, stacked along the rows (q, k, v; gate, up): each part keeps its own scale through
-// row_scales. Parts agree in cols and layout; every part but the last has a multiple of 16 rows.
-TernaryMatrix stack_rows(std::vector<TernaryMatrix> parts);
 // Codes of one row, -1, 0, 1: the slow inverse.
 void unpack_row(const TernaryMatrix& matrix, int64_t row, int8_t* codes);
 
@@ -114,6 +118,20 @@ struct Int8Matrix {
 
   int64_t group_count() const { return (rows + kGroupRows - 1) / kGroupRows; }
   int64_t block_count() const { return (cols + 3) / 4; }
+  int64_t group_bytes() const { return block_count() * kBlockBytes; }
+};
+
+// Row-wise quantized 4-bit matrix (screen of the output head): w_hat[o] = codes[o] * row_scales[o], codes -7 to 7.
+// Blocks of 64 bytes as above, two quads a block: byte 4 r + j of block b holds code + 7 of column 8 b + j of row r in
+// its low four bits, of column 8 b + 4 + j in its high ones.
+struct Int4Matrix {
+  int64_t rows = 0, cols = 0;
+  std::vector<float> row_scales;
+  const uint8_t* codes = nullptr;
+  AlignedBuffer storage;
+
+  int64_t group_count() const { return (rows + kGroupRows - 1) / kGroupRows; }
+  int64_t block_count() const { return (cols + 7) / 8; }
   int64_t group_bytes() const { return block_count() * kBlockBytes; }
 };
 
@@ -137,18 +155,23 @@ void dequantize_row(const FloatMatrix& matrix, int64_t row, float* out);
 
 // ------------------------------------------------------------------------------------------- activations
 
-// int8 activations of T tokens: row t at codes + t * stride, zero from `cols` to `stride`.
+// int8 activations of T tokens: row t at row(t), zero from `cols` to `stride` and for kFrontBytes before the first
+// row (every other row has the end of the one before it there).
 struct QuantizedRows {
+  static constexpr int64_t kFrontBytes = 64;  // kernels may read whole blocks before a row and beyond its cols
+
   int64_t tokens = 0, cols = 0;
-  int64_t stride = 0;  // a multiple of 64, at least cols + 64: kernels may read whole blocks beyond cols
+  int64_t stride = 0;  // a multiple of 64, at least cols + 64
   AlignedBuffer codes;
   std::vector<float> scales;  // amax / 127
   std::vector<int32_t> sums;  // sum of the codes of a row
 
   // Makes room for tokens x cols (never shrinks; zeroes the padding).
   void resize(int64_t new_tokens, int64_t new_cols);
-  int8_t* row(int64_t t) { return reinterpret_cast<int8_t*>(codes.data()) + t * stride; }
-  const int8_t* row(int64_t t) const { return reinterpret_cast<const int8_t*>(codes.data()) + t * stride; }
+  int8_t* row(int64_t t) { return reinterpret_cast<int8_t*>(codes.data()) + kFrontBytes + t * stride; }
+  const int8_t* row(int64_t t) const {
+    return reinterpret_cast<const int8_t*>(codes.data()) + kFrontBytes + t * stride;
+  }
 };
 
 // q and scale of one row; returns the sum of the codes. Throws nothing: NaN and Inf must be refused by the caller
@@ -188,6 +211,11 @@ void matmul(const Int8Matrix& matrix, const QuantizedRows& x, float* y, int64_t 
 void matmul_i32(const Int8Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
                 int64_t row_end);
 
+void matmul(const Int4Matrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
+            int64_t row_end);
+void matmul_i32(const Int4Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
+                int64_t row_end);
+
 // Float weights and float32 activations (row t at x + t * ldx); float32 accumulation.
 void matmul(const FloatMatrix& matrix, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
             int64_t row_begin, int64_t row_end);
@@ -199,6 +227,8 @@ float dot_f16(const float* a, const uint16_t* b, int64_t n);            // b in 
 void axpy(float alpha, const float* x, float* y, int64_t n);            // y += alpha * x
 void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n);
 void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n);
+// y_g += sum over rows t of shares[g * ld + t] * row t: the bits of axpy row by row.
+void mix(const FloatMatrix& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy);
 void to_f16(const float* x, uint16_t* y, int64_t n);                    // round to nearest even
 void silu_mul(const float* gate, const float* up, float* y, int64_t n);       // silu(gate) * up
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n);  // gelu_tanh(gate) * up

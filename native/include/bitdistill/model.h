@@ -20,9 +20,9 @@ namespace bitdistill {
 
 // kInt8: each key and value row of a head as int8 codes with a float32 scale of its own (absmax / 127).
 enum class KvType { kFloat32, kFloat16, kInt8 };
-// As stored; quantized to int8 a row; or int8 as a screen, which finds greedy and top-k choices of the stored head
-// exactly from fewer bytes (src/model/head.h).
-enum class HeadType { kFloat, kInt8, kScreened };
+// As stored; quantized to int8 or 4 bits a row; or these as a screen, which finds greedy and top-k choices of the stored
+// head exactly from fewer bytes (src/model/head.h: always, and with a probability of 1 - 2e-10 a token).
+enum class HeadType { kFloat, kInt8, kInt4, kScreened, kScreened4 };
 
 struct ModelOptions {
   int threads = 1;
@@ -32,7 +32,7 @@ struct ModelOptions {
 };
 
 class Model;
-struct Int8Head;
+class LowBitHead;
 
 // Rows of one forward pass over the blocks: enough to make the integer products compute-bound, few enough to keep
 // scratch small.
@@ -147,10 +147,18 @@ class Model : public std::enable_shared_from_this<Model> {
   void extend_rope(std::int64_t positions) const;
   // All rows of the segments, in passes of kPassRows; logits of the rows numbered in `wanted` (ascending).
   // `top`: how many of each row's largest logits are needed (the others may then be -infinity), or null: all.
-  std::vector<float> run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted,
-                         const std::int64_t* top = nullptr) const;
+  // Where a screen found the largest logit of a row with top 1, `best` holds its word and the row is not written out;
+  // elsewhere `best` is -1.
+  void run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
+           std::vector<float>& logits, std::vector<std::int32_t>& best) const;
+  std::vector<float> run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted) const {
+    std::vector<float> logits;
+    std::vector<std::int32_t> best;
+    run(segments, wanted, nullptr, logits, best);
+    return logits;
+  }
   void run_pass(const std::vector<Row>& rows, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
-                float* logits) const;
+                float* logits, std::int32_t* best) const;
   void embed(const std::vector<Row>& rows, Scratch& s) const;
   void attention_block(std::size_t layer, const std::vector<Row>& all, const std::vector<std::int64_t>* keep,
                        std::vector<Row>& rows, Scratch& s) const;
@@ -166,9 +174,8 @@ class Model : public std::enable_shared_from_this<Model> {
                Scratch& s) const;
   void run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
                     QuantizedRows& quantized) const;
-  void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits) const;
-  void rescore(const float* hidden, const QuantizedRows& quantized, std::int64_t t, std::int64_t top,
-               float* logits) const;
+  void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits, std::int32_t* best) const;
+  void rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits, std::int32_t* best) const;
 
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Weights> weights_;
@@ -180,7 +187,7 @@ class Model : public std::enable_shared_from_this<Model> {
   ModelOptions options_;
   std::int64_t ring_rows_ = 0;
   std::vector<std::size_t> sliding_before_;  // sliding layers below each layer; one entry more than layers
-  std::unique_ptr<Int8Head> int8_head_;
+  std::unique_ptr<LowBitHead> low_bit_head_;
   mutable std::mutex mutex_;  // one pass at a time: passes share the pool and what follows
   // cos and sin of position * inv_freq: [position][head_dim / 2], for full and sliding layers.
   struct RopeTable {

@@ -5,6 +5,8 @@
 #include <functional>
 #include <memory>
 
+#include "bitdistill/kernels.h"
+
 namespace bitdistill {
 
 class ThreadPool {
@@ -46,5 +48,10 @@ class ThreadPool {
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+// Bytes a second that the pool reads from `memory` (much larger than the caches), once: the best of reading with and
+// without software prefetches.
+double read_bandwidth(ThreadPool& pool, const AlignedBuffer& memory);
+AlignedBuffer bandwidth_memory(int64_t bytes);
 
 }  // namespace bitdistill

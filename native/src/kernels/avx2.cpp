@@ -5,6 +5,7 @@
 //   digits 0..2 x i8:  |pair| <= 2 * 2 * 128 = 512, so int16 holds 63 pairs; kPairs = 60 are added before widening.
 //   4 * digits x i8:   |pair| <= 2048, so int16 holds 15 pairs; field 1 and 3 add 14 (7 blocks), and 14 * 512 + 14 *
 //                      2048 / 4 = 14336 fits when both sums are joined.
+//   4-bit codes 0..14 x i8: |pair| <= 2 * 14 * 128 = 3584; 8 pairs (4 blocks) are added.
 // Widening: vpmaddwd with ones joins the two lanes of a row into int32 (2 * 32767 at most a step).
 // Zen 4: maddubs 2 a cycle, add/and 4 a cycle, shift 2 a cycle.
 
@@ -82,38 +83,47 @@ inline void two_bit_halves(const uint8_t* group, int64_t blocks, const int8_t* c
 
 constexpr int64_t kBase3Blocks = 12;  // 60 pairs between widenings
 
-template <int T>
-inline void base3_half(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
-  __m256i total[T] = {};
+template <int T, int H>
+inline void base3_halves(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
+  __m256i total[T][H] = {};
   for (int64_t b0 = 0; b0 < blocks; b0 += kBase3Blocks) {
     const int64_t b1 = b0 + kBase3Blocks < blocks ? b0 + kBase3Blocks : blocks;
-    __m256i sum[T] = {};
+    __m256i sum[T][H] = {};
     for (int64_t b = b0; b < b1; ++b) {
-      const Digits w = base3_digits(load32(group + b * 64));
-      each<T>([&](auto t) BITDISTILL_INLINE { each<5>([&](auto p) BITDISTILL_INLINE {
-          const __m256i four = broadcast4(codes + t * stride + 20 * b + 4 * p);
-          sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(w.d[p], four));
-        }); });
+      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+      each<H>([&](auto h) BITDISTILL_INLINE {
+        const Digits w = base3_digits(load32(group + b * 64 + 32 * h));
+        const int8_t* x = codes + 20 * b;
+        asm("" : "+r"(x));  // both halves load their own: five kept broadcasts would push tables out of registers
+        each<T>([&](auto t) BITDISTILL_INLINE { each<5>([&](auto p) BITDISTILL_INLINE {
+            const __m256i four = broadcast4(x + t * stride + 4 * p);
+            sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(w.d[p], four));
+          }); });
+      });
     }
-    each<T>([&](auto t) BITDISTILL_INLINE { total[t] = _mm256_add_epi32(total[t], widen(sum[t])); });
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      each<H>([&](auto h) BITDISTILL_INLINE { total[t][h] = _mm256_add_epi32(total[t][h], widen(sum[t][h])); });
+    });
   }
-  each<T>([&](auto t) BITDISTILL_INLINE { store32(sums + 16 * t, total[t]); });
+  each<T>([&](auto t) BITDISTILL_INLINE {
+    each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); });
+  });
 }
 
 template <int T>
 inline void ternary_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
                           int64_t row, int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
-  const int8_t* codes = x.codes + t0 * x.stride;
+  const Group group = group_at(w, row);
+  const int8_t* codes = x.codes + t0 * x.stride - 4 * group.lead;
+  const bool base3 = w.layout == Layout::kBase3Rows16;
   int32_t sums[T * 16];
-  if (w.layout == Layout::kBase3Rows16) {
-    base3_half<T>(group, w.blocks, codes, x.stride, sums);
-    base3_half<T>(group + 32, w.blocks, codes, x.stride, sums + 8);
-  } else if (T == 1) {
-    two_bit_halves<T, 2>(group, w.blocks, codes, x.stride, sums);
+  if constexpr (T == 1) {
+    base3 ? base3_halves<T, 2>(group.codes, group.blocks, codes, x.stride, sums)
+          : two_bit_halves<T, 2>(group.codes, group.blocks, codes, x.stride, sums);
   } else {
-    two_bit_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
-    two_bit_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
+    for (int h = 0; h < 2; ++h)
+      base3 ? base3_halves<T, 1>(group.codes + 32 * h, group.blocks, codes, x.stride, sums + 8 * h)
+            : two_bit_halves<T, 1>(group.codes + 32 * h, group.blocks, codes, x.stride, sums + 8 * h);
   }
   for (int t = 0; t < T; ++t)
     store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
@@ -135,13 +145,13 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
 
 // ----------------------------------------------------------------------------------------- tiles, prefill
 
-void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
+void unpack_group(Layout layout, const Group& group, uint8_t* tile) {
   const __m256i three = _mm256_set1_epi8(3);
-  for (int64_t b = 0; b < w.blocks; ++b) {
+  for (int64_t b = 0; b < group.blocks; ++b) {
     each<2>([&](auto h) BITDISTILL_INLINE {
-      const __m256i bytes = load32(group + b * 64 + 32 * h);
+      const __m256i bytes = load32(group.codes + b * 64 + 32 * h);
       uint8_t* half = tile + 32 * h;
-      if (w.layout == Layout::kTwoBitRows16) {
+      if (layout == Layout::kTwoBitRows16) {
         store32(half, _mm256_and_si256(bytes, three));
         store32(half + 64, _mm256_and_si256(_mm256_srli_epi16(bytes, 2), three));
         store32(half + 128, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), three));
@@ -151,22 +161,27 @@ void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
         each<5>([&](auto p) BITDISTILL_INLINE { store32(half + 64 * p, digits.d[p]); });
       }
     });
-    tile += 16 * block_columns(w.layout);
+    tile += 64 * block_quads(layout);
   }
 }
 
 constexpr int64_t kPairs = 60;
 
 // 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers. The sums have names,
-// and leave their registers by plain stores, because GCC otherwise spills them inside the loop.
+// leave their registers by plain stores, and are added to in assembly, because GCC otherwise spills or copies them
+// inside the loop. At T = 6 a step is 12 maddubs, 12 additions and 8 loads for 384 products: the limit of two maddubs
+// a cycle.
 #define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #define BITDISTILL_DECLARE(t) __m256i a##t = _mm256_setzero_si256(), b##t = a##t;
 #define BITDISTILL_MULTIPLY(t)                                        \
   if constexpr (t < T) {                                              \
-    const __m256i four = broadcast4(codes + t * stride);              \
-    a##t = _mm256_add_epi16(a##t, _mm256_maddubs_epi16(low, four));   \
-    b##t = _mm256_add_epi16(b##t, _mm256_maddubs_epi16(high, four));  \
-    asm volatile("" : "+x"(a##t), "+x"(b##t));                        \
+    __m256i four = broadcast4(codes + t * stride), product;           \
+    asm("vpmaddubsw %[four], %[low], %[product]\n\t"                  \
+        "vpaddw %[product], %[a], %[a]\n\t"                           \
+        "vpmaddubsw %[four], %[high], %[four]\n\t"                    \
+        "vpaddw %[four], %[b], %[b]"                                  \
+        : [a] "+x"(a##t), [b] "+x"(b##t), [product] "=&x"(product), [four] "+x"(four) \
+        : [low] "x"(low), [high] "x"(high));                          \
   }
 #define BITDISTILL_STORE(t)                     \
   if constexpr (t < T) {                        \
@@ -176,7 +191,7 @@ constexpr int64_t kPairs = 60;
 template <int T>
 void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                int64_t row_end, const uint8_t* tile) {
-  const int64_t quads = w.blocks * block_columns(w.layout) / 4, stride = x.stride;
+  const int64_t quads = w.quads, stride = x.stride;
   const int8_t* codes = x.codes + t0 * stride;
   alignas(32) int32_t sums[T * 16] = {};
   for (int64_t q0 = 0; q0 < quads; q0 += kPairs) {
@@ -199,14 +214,40 @@ void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& 
 #undef BITDISTILL_DECLARE
 #undef BITDISTILL_TOKENS
 
+// So many groups meet a handful of tokens before the next tokens are read: activations stay in the first-level cache,
+// unpacked groups in the second.
+constexpr int64_t kTileGroups = 4;
+
+template <int T>
+void gemm_groups(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t, int64_t row,
+                 int64_t row_end, const uint8_t* const* digits) {
+  for (; row < row_end; row += kGroupRows, ++digits) gemm_tile<T>(w, x, out, t, row, row_end, *digits);
+}
+
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
-  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    unpack_group(w, w.codes + row / kGroupRows * w.blocks * kBlockBytes, tile);
+  for (int64_t row = row_begin; row < row_end; row += kTileGroups * kGroupRows) {
+    const int64_t end = row + kTileGroups * kGroupRows < row_end ? row + kTileGroups * kGroupRows : row_end;
+    const uint8_t* digits[kTileGroups] = {};
+    for (int64_t g = 0; row + g * kGroupRows < end; ++g) {
+      const Group group = group_at(w, row + g * kGroupRows);
+      uint8_t* place = tile + g * tile_bytes(w.quads);
+      unpack_group(w.layout, group, place);
+      digits[g] = place + 64 * group.lead;
+    }
     int64_t t = 0;
-    for (; t + 6 <= x.tokens; t += 6) gemm_tile<6>(w, x, out, t, row, row_end, tile);
-    for (; t + 2 <= x.tokens; t += 2) gemm_tile<2>(w, x, out, t, row, row_end, tile);
-    if (t < x.tokens) gemm_tile<1>(w, x, out, t, row, row_end, tile);
+    // The last 7 or 8 are split evenly: a tile of one or two tokens spends its time on loads.
+    for (; t + 6 <= x.tokens && x.tokens - t != 7 && x.tokens - t != 8; t += 6)
+      gemm_groups<6>(w, x, out, t, row, end, digits);
+    for (; x.tokens - t > 5; t += 4) gemm_groups<4>(w, x, out, t, row, end, digits);
+    switch (x.tokens - t) {
+      case 5: gemm_groups<5>(w, x, out, t, row, end, digits); break;
+      case 4: gemm_groups<4>(w, x, out, t, row, end, digits); break;
+      case 3: gemm_groups<3>(w, x, out, t, row, end, digits); break;
+      case 2: gemm_groups<2>(w, x, out, t, row, end, digits); break;
+      case 1: gemm_groups<1>(w, x, out, t, row, end, digits); break;
+      default: break;
+    }
   }
 }
 
@@ -254,8 +295,67 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
   }
 }
 
+// -------------------------------------------------------------------------------------------------- 4 bits
+
+constexpr int64_t kInt4Blocks = 4;  // between widenings, see above
+
+template <int T, int H>
+inline void int4_halves(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
+  const __m256i low4 = _mm256_set1_epi8(0x0f);
+  __m256i total[T][H] = {};
+  for (int64_t b0 = 0; b0 < blocks; b0 += kInt4Blocks) {
+    const int64_t b1 = b0 + kInt4Blocks < blocks ? b0 + kInt4Blocks : blocks;
+    __m256i sum[T][H] = {};
+    for (int64_t b = b0; b < b1; ++b) {
+      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+      each<H>([&](auto h) BITDISTILL_INLINE {
+        const __m256i bytes = load32(group + b * 64 + 32 * h);
+        const __m256i low = _mm256_and_si256(bytes, low4);
+        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low4);
+        each<T>([&](auto t) BITDISTILL_INLINE {
+          const int8_t* x = codes + t * stride + 8 * b;
+          sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(low, broadcast4(x)));
+          sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(high, broadcast4(x + 4)));
+        });
+      });
+    }
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      each<H>([&](auto h) BITDISTILL_INLINE { total[t][h] = _mm256_add_epi32(total[t][h], widen(sum[t][h])); });
+    });
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE {
+    each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); });
+  });
+}
+
+template <int T>
+inline void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+                       int64_t row_end) {
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const int8_t* codes = x.codes + t0 * x.stride;
+  int32_t sums[T * 16];
+  if constexpr (T == 1) {
+    int4_halves<T, 2>(group, w.blocks, codes, x.stride, sums);
+  } else {
+    int4_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
+    int4_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
+  }
+  for (int t = 0; t < T; ++t) store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+}
+
+void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                 int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
+    for (; t + 2 <= x.tokens; t += 2) int4_group<2>(w, x, out, t, row, row_end);
+    if (t < x.tokens) int4_group<1>(w, x, out, t, row, row_end);
+  }
+}
+
 }  // namespace
 
-const KernelTable kAvx2Kernels = {Isa::kAvx2, ternary_gemv, ternary_gemm, 1, int8_matmul, BITDISTILL_FLOAT_KERNELS};
+const KernelTable kAvx2Kernels = {Isa::kAvx2,  ternary_gemv, ternary_gemm, kTileGroups, int8_matmul,
+                                  int4_matmul, BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -68,16 +68,17 @@ template <int T>
 inline void two_bit_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
                           int64_t row, int64_t row_end) {
   constexpr int kChains = T == 1 ? 2 : 1;  // independent sums enough to hide the latency of dpbusd
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const uint8_t* group = group_at(w, row).codes;
+  const int64_t blocks = w.group_quads / 4;
   const int8_t* codes = x.codes + t0 * x.stride;
   __m512i sum[kChains][T][4] = {};
   int64_t b = 0;
-  for (; b + kChains <= w.blocks; b += kChains)
+  for (; b + kChains <= blocks; b += kChains)
     each<kChains>([&](auto c) BITDISTILL_INLINE {
       if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + (b + c) * 64 + kPrefetchBytes), _MM_HINT_T0);
       two_bit_block<T>(group + (b + c) * 64, codes + 16 * (b + c), x.stride, sum[c]);
     });
-  for (; b < w.blocks; ++b) two_bit_block<T>(group + b * 64, codes + 16 * b, x.stride, sum[0]);
+  for (; b < blocks; ++b) two_bit_block<T>(group + b * 64, codes + 16 * b, x.stride, sum[0]);
   each<T>([&](auto t) BITDISTILL_INLINE {
     __m512i field[4];
     each<4>([&](auto p) BITDISTILL_INLINE {
@@ -115,14 +116,14 @@ inline void split_base3(__m512i bytes, __m512i table_low, __m512i table_high, __
 template <int T>
 inline void base3_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
                         int64_t row, int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
-  const int8_t* codes = x.codes + t0 * x.stride;
+  const Group group = group_at(w, row);
+  const int8_t* codes = x.codes + t0 * x.stride - 4 * group.lead;
   const __m512i table_low = load64(kFieldTable.fields), table_high = load64(kFieldTable.fields + 64);
   __m512i sum[T][5] = {};
-  for (int64_t b = 0; b < w.blocks; ++b) {
-    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+  for (int64_t b = 0; b < group.blocks; ++b) {
+    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group.codes + b * 64 + kPrefetchBytes), _MM_HINT_T0);
     __m512i fields, top;
-    split_base3(load64(group + b * 64), table_low, table_high, &fields, &top);
+    split_base3(load64(group.codes + b * 64), table_low, table_high, &fields, &top);
     const __m512i p0 = _mm512_and_si512(fields, _mm512_set1_epi8(0x03));
     const __m512i p1 = _mm512_and_si512(fields, _mm512_set1_epi8(0x0c));
     const __m512i p2 = _mm512_and_si512(fields, _mm512_set1_epi8(0x30));
@@ -173,12 +174,12 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
 
 // ----------------------------------------------------------------------------------------- tiles, prefill
 
-void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
+void unpack_group(Layout layout, const Group& group, uint8_t* tile) {
   const __m512i three = _mm512_set1_epi8(3);
   const __m512i table_low = load64(kFieldTable.fields), table_high = load64(kFieldTable.fields + 64);
-  const bool two_bit = w.layout == Layout::kTwoBitRows16;
-  for (int64_t b = 0; b < w.blocks; ++b) {
-    __m512i fields = load64(group + b * 64), top = fields;
+  const bool two_bit = layout == Layout::kTwoBitRows16;
+  for (int64_t b = 0; b < group.blocks; ++b) {
+    __m512i fields = load64(group.codes + b * 64), top = fields;
     if (!two_bit) split_base3(fields, table_low, table_high, &fields, &top);
     _mm512_storeu_si512(tile, _mm512_and_si512(fields, three));
     _mm512_storeu_si512(tile + 64, _mm512_and_si512(_mm512_srli_epi16(fields, 2), three));
@@ -209,12 +210,12 @@ void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
   }
 template <int G, int T>
 void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
-               int64_t row_end, const uint8_t* tile) {
-  const int64_t quads = w.blocks * block_columns(w.layout) / 4, stride = x.stride;
+               int64_t row_end, const uint8_t* tile, const uint8_t* next) {
+  const int64_t quads = w.quads, stride = x.stride;
   const int8_t* codes = x.codes + t0 * stride;
   BITDISTILL_TOKENS(BITDISTILL_DECLARE)
-  for (int64_t q = 0; q < quads; ++q, codes += 4, tile += 64) {
-    const __m512i first = load64(tile), second = G == 2 ? load64(tile + quads * 64) : first;
+  for (int64_t q = 0; q < quads; ++q, codes += 4) {
+    const __m512i first = load64(tile + 64 * q), second = G == 2 ? load64(next + 64 * q) : first;
     BITDISTILL_TOKENS(BITDISTILL_MULTIPLY)
   }
   alignas(64) int32_t sums[G * T * 16];
@@ -233,25 +234,26 @@ constexpr int kTileTokens = 12;  // 2 * 12 accumulators, 2 digits, 1 broadcast o
 
 template <int G>
 void gemm_groups(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row,
-                 int64_t row_end, const uint8_t* tile) {
+                 int64_t row_end, const uint8_t* tile, const uint8_t* next) {
   int64_t t = 0;
   for (; t + kTileTokens <= x.tokens; t += kTileTokens)
-    gemm_tile<G, kTileTokens>(w, x, out, t, row, row_end, tile);
-  for (; t + 4 <= x.tokens; t += 4) gemm_tile<G, 4>(w, x, out, t, row, row_end, tile);
-  for (; t < x.tokens; ++t) gemm_tile<G, 1>(w, x, out, t, row, row_end, tile);
+    gemm_tile<G, kTileTokens>(w, x, out, t, row, row_end, tile, next);
+  for (; t + 4 <= x.tokens; t += 4) gemm_tile<G, 4>(w, x, out, t, row, row_end, tile, next);
+  for (; t < x.tokens; ++t) gemm_tile<G, 1>(w, x, out, t, row, row_end, tile, next);
 }
 
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
-  const int64_t tile_bytes = w.blocks * block_columns(w.layout) * kGroupRows;
+  uint8_t* next = tile + tile_bytes(w.quads);
   for (int64_t row = row_begin; row < row_end; row += 2 * kGroupRows) {
-    const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
-    unpack_group(w, group, tile);
+    const Group first = group_at(w, row);
+    unpack_group(w.layout, first, tile);
     if (row + kGroupRows < row_end) {
-      unpack_group(w, group + w.blocks * kBlockBytes, tile + tile_bytes);
-      gemm_groups<2>(w, x, out, row, row_end, tile);
+      const Group second = group_at(w, row + kGroupRows);
+      unpack_group(w.layout, second, next);
+      gemm_groups<2>(w, x, out, row, row_end, tile + 64 * first.lead, next + 64 * second.lead);
     } else {
-      gemm_groups<1>(w, x, out, row, row_end, tile);
+      gemm_groups<1>(w, x, out, row, row_end, tile + 64 * first.lead, next);
     }
   }
 }
@@ -300,9 +302,43 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
   }
 }
 
+// -------------------------------------------------------------------------------------------------- 4 bits
+
+template <int T>
+inline void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+                       int64_t row_end) {
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const int8_t* codes = x.codes + t0 * x.stride;
+  const __m512i low4 = _mm512_set1_epi8(0x0f);
+  __m512i low[T] = {}, high[T] = {};
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+    const __m512i bytes = load64(group + b * 64);
+    const __m512i first = _mm512_and_si512(bytes, low4);
+    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low4);
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      low[t] = _mm512_dpbusd_epi32(low[t], first, broadcast4(codes + t * x.stride + 8 * b));
+      high[t] = _mm512_dpbusd_epi32(high[t], second, broadcast4(codes + t * x.stride + 8 * b + 4));
+    });
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE {
+    store_sums(out, x, _mm512_add_epi32(low[t], high[t]), t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+  });
+}
+
+void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                 int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    int64_t t = 0;
+    for (; t + 8 <= x.tokens; t += 8) int4_group<8>(w, x, out, t, row, row_end);
+    for (; t + 2 <= x.tokens; t += 2) int4_group<2>(w, x, out, t, row, row_end);
+    if (t < x.tokens) int4_group<1>(w, x, out, t, row, row_end);
+  }
+}
+
 }  // namespace
 
-const KernelTable kAvx512VnniKernels = {Isa::kAvx512Vnni, ternary_gemv, ternary_gemm, 2, int8_matmul,
+const KernelTable kAvx512VnniKernels = {Isa::kAvx512Vnni, ternary_gemv, ternary_gemm, 2, int8_matmul, int4_matmul,
                                         BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

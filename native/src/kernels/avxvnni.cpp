@@ -74,12 +74,12 @@ inline void base3_half(const uint8_t* group, int64_t blocks, const int8_t* codes
 template <int T>
 void ternary_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                    int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
-  const int8_t* codes = x.codes + t0 * x.stride;
+  const Group group = group_at(w, row);
+  const int8_t* codes = x.codes + t0 * x.stride - 4 * group.lead;
   int32_t sums[T * 16];
   const auto half = w.layout == Layout::kTwoBitRows16 ? two_bit_half<T> : base3_half<T>;
-  half(group, w.blocks, codes, x.stride, sums);
-  half(group + 32, w.blocks, codes, x.stride, sums + 8);
+  half(group.codes, group.blocks, codes, x.stride, sums);
+  half(group.codes + 32, group.blocks, codes, x.stride, sums + 8);
   for (int t = 0; t < T; ++t)
     store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
 }
@@ -95,12 +95,12 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
 
 // ----------------------------------------------------------------------------------------- tiles, prefill
 
-void unpack_group(const TernaryView& w, const uint8_t* group, uint8_t* tile) {
+void unpack_group(Layout layout, const Group& group, uint8_t* tile) {
   const __m256i three = _mm256_set1_epi8(3);
-  for (int64_t b = 0; b < w.blocks; ++b, tile += 16 * block_columns(w.layout))
+  for (int64_t b = 0; b < group.blocks; ++b, tile += 64 * block_quads(layout))
     for (int64_t h = 0; h < 64; h += 32) {
-      const __m256i bytes = load32(group + b * 64 + h);
-      if (w.layout == Layout::kTwoBitRows16) {
+      const __m256i bytes = load32(group.codes + b * 64 + h);
+      if (layout == Layout::kTwoBitRows16) {
         store32(tile + h, _mm256_and_si256(bytes, three));
         store32(tile + h + 64, _mm256_and_si256(_mm256_srli_epi16(bytes, 2), three));
         store32(tile + h + 128, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), three));
@@ -171,10 +171,10 @@ void tile_rows(const Tile& w, const ActivationView& x, const OutputView& out, in
 
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
-  const Tile unpacked = {tile, w.blocks * block_columns(w.layout) / 4, 1, w.scale, w.row_scales};
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    unpack_group(w, w.codes + row / kGroupRows * w.blocks * kBlockBytes, tile);
-    tile_rows(unpacked, x, out, row, row_end);
+    const Group group = group_at(w, row);
+    unpack_group(w.layout, group, tile);
+    tile_rows({tile + 64 * group.lead, w.quads, 1, w.scale, w.row_scales}, x, out, row, row_end);
   }
 }
 
@@ -185,9 +185,46 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
               row_end);
 }
 
+template <int T>
+inline void int4_half(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
+  const __m256i low4 = _mm256_set1_epi8(0x0f);
+  __m256i sum[T][2] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+    const __m256i bytes = load32(group + b * 64);
+    const __m256i low = _mm256_and_si256(bytes, low4), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low4);
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      const int8_t* x = codes + t * stride + 8 * b;
+      sum[t][0] = dpbusd(sum[t][0], low, broadcast4(x));
+      sum[t][1] = dpbusd(sum[t][1], high, broadcast4(x + 4));
+    });
+  }
+  each<T>([&](auto t) BITDISTILL_INLINE { store32(sums + 16 * t, _mm256_add_epi32(sum[t][0], sum[t][1])); });
+}
+
+template <int T>
+void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+                int64_t row_end) {
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const int8_t* codes = x.codes + t0 * x.stride;
+  int32_t sums[T * 16];
+  int4_half<T>(group, w.blocks, codes, x.stride, sums);
+  int4_half<T>(group + 32, w.blocks, codes, x.stride, sums + 8);
+  for (int t = 0; t < T; ++t) store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+}
+
+void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                 int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
+    for (; t < x.tokens; ++t) int4_group<1>(w, x, out, t, row, row_end);
+  }
+}
+
 }  // namespace
 
-const KernelTable kAvxVnniKernels = {Isa::kAvxVnni, ternary_gemv, ternary_gemm, 1, int8_matmul,
+const KernelTable kAvxVnniKernels = {Isa::kAvxVnni, ternary_gemv, ternary_gemm, 1, int8_matmul, int4_matmul,
                                      BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -43,7 +43,21 @@ inline void store_group(const OutputView& out, const ActivationView& x, const in
   }
 }
 
-// The tile of a GEMM: digit of row r, column c of the group at tile[(c / 4) * 64 + 4 * r + c % 4].
+// Where a group of sixteen rows lies: `blocks` blocks, of which the first `lead` quads (base 3 only) and what follows
+// w.quads belong to its neighbours. A product over whole blocks starts its activations 4 * lead bytes early: the
+// neighbours' digits meet the zeros around a row.
+struct Group {
+  const uint8_t* codes;
+  int64_t blocks, lead;
+};
+inline Group group_at(const TernaryView& w, int64_t row) {
+  const int64_t first = row / kGroupRows * w.group_quads;
+  if (w.layout == Layout::kTwoBitRows16) return {w.codes + first * 16, w.group_quads / 4, 0};
+  const int64_t block = first / 5, lead = first % 5;
+  return {w.codes + block * kBlockBytes, (lead + w.quads + 4) / 5, lead};
+}
+
+// The tile of a GEMM: digit of row r, column c of the group at tile[(c / 4 + lead) * 64 + 4 * r + c % 4].
 // Portable; an instruction set may have its own.
 inline void unpack_group_portable(Layout layout, const uint8_t* __restrict group, int64_t blocks,
                                   uint8_t* __restrict tile) {

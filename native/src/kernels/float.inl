@@ -2,72 +2,7 @@
 // Included by every instruction set's file, inside its anonymous namespace. No contraction (-ffp-contract=off), one
 // order of summation: the same bits on every instruction set.
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IVec __attribute__((vector_size(64)));
-typedef uint32_t UVec __attribute__((vector_size(64)));
-typedef uint16_t HVec __attribute__((vector_size(32)));
-typedef int8_t BVec __attribute__((vector_size(16)));
-constexpr int64_t kLanes = 16;
-
-inline Vec splat(float x) { return Vec{} + x; }
-
-inline Vec load(const float* p) {
-  Vec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const float* p, int64_t n) {  // n < 16 lanes, zeros after them
-  Vec v = {};
-  __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
-  return v;
-}
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline void store(float* p, Vec v, int64_t n) { __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float)); }
-
-// bf16 is the high half of a float32.
-inline Vec widen_bf16(HVec h) {
-  const UVec bits = __builtin_convertvector(h, UVec) << 16;
-  Vec v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
-
-#if defined(__AVX512F__)
-inline Vec widen_f16(HVec h) {
-  __m256i bits;
-  __builtin_memcpy(&bits, &h, sizeof bits);
-  const __m512 wide = _mm512_cvtph_ps(bits);
-  Vec v;
-  __builtin_memcpy(&v, &wide, sizeof v);
-  return v;
-}
-#elif defined(__F16C__)
-inline Vec widen_f16(HVec h) {
-  __m128i bits[2];
-  __builtin_memcpy(bits, &h, sizeof bits);
-  const __m256 wide[2] = {_mm256_cvtph_ps(bits[0]), _mm256_cvtph_ps(bits[1])};
-  Vec v;
-  __builtin_memcpy(&v, wide, sizeof v);
-  return v;
-}
-#else
-// Exponent and mantissa moved into place, then scaled by 2^112 (exact, subnormals too); Inf and NaN apart.
-inline Vec widen_f16(HVec h) {
-  const UVec wide = __builtin_convertvector(h, UVec);
-  const UVec magnitude = (wide & 0x7fff) << 13;
-  Vec scaled;
-  __builtin_memcpy(&scaled, &magnitude, sizeof scaled);
-  scaled = scaled * splat(5.192296858534828e33f);  // 2^112
-  UVec bits;
-  __builtin_memcpy(&bits, &scaled, sizeof bits);
-  const UVec special = (UVec)((wide & 0x7c00) == 0x7c00);
-  bits = (special & (magnitude | 0x7f800000)) | (~special & bits);
-  bits |= (wide & 0x8000) << 16;
-  Vec v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
-#endif
+#include "vec.inl"
 
 inline uint16_t narrow_f16(float x) {  // round to nearest even
   uint32_t bits;
@@ -110,42 +45,18 @@ using BF16 = Half<widen_bf16>;
 using F16 = Half<widen_f16>;
 struct I8 {
   using Element = int8_t;
-  static Vec widen(BVec b) { return __builtin_convertvector(__builtin_convertvector(b, IVec), Vec); }
   static Vec at(const int8_t* p) {
     BVec b;
     __builtin_memcpy(&b, p, sizeof b);
-    return widen(b);
+    return widen_i8(b);
   }
   static Vec at(const int8_t* p, int64_t n) {
     BVec b = {};
     __builtin_memcpy(&b, p, static_cast<size_t>(n));
-    return widen(b);
+    return widen_i8(b);
   }
 };
 
-inline float sum_lanes(Vec v) {
-  float a[16];
-  store(a, v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
-  return a[0];
-}
-inline float max_lanes(Vec v) {
-  float a[16], best;
-  store(a, v);
-  best = a[0];
-  for (int i = 1; i < 16; ++i) best = a[i] > best ? a[i] : best;
-  return best;
-}
-inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec vabs(Vec v) {
-  IVec bits;
-  __builtin_memcpy(&bits, &v, sizeof bits);
-  bits &= 0x7fffffff;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
 // Half to even for |v| <= 2^22: the adder rounds.
 inline Vec round_even(Vec v) { return (v + 12582912.0f) - 12582912.0f; }
 
@@ -163,10 +74,7 @@ inline Vec vexp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
-  Vec scale;
-  __builtin_memcpy(&scale, &power, sizeof scale);
-  return p * scale;
+  return p * power_of_two(n);
 }
 
 int32_t quantize_row_impl(const float* x, int64_t n, int8_t* codes, float* scale) {
@@ -182,14 +90,12 @@ int32_t quantize_row_impl(const float* x, int64_t n, int8_t* codes, float* scale
     const Vec v = lanes == kLanes ? load(x + i) : load(x + i, lanes);
     // Clamped before rounding: the same, as the limits are integers (they are met only if 127 x overflows).
     const Vec q = round_even(vmin(vmax(v * 127.0f / amax, splat(-128.0f)), splat(127.0f)));
-    const IVec integers = __builtin_convertvector(q, IVec);
+    const IVec integers = to_int(q);
     sum += integers;
-    const BVec bytes = __builtin_convertvector(integers, BVec);
+    const BVec bytes = to_bytes(integers);
     __builtin_memcpy(codes + i, &bytes, static_cast<size_t>(lanes));
   }
-  int32_t total = 0;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
+  return sum_ints(sum);
 }
 
 void rmsnorm_impl(const float* x, const float* gain, int64_t n, float eps, float* y) {
@@ -278,6 +184,57 @@ float exp_minus_max_impl(float* x, int64_t n) {
   return total;
 }
 
+// `values` holds cols rounded up to 16 lanes, and so does `codes`.
+template <class W>
+inline void screen_row_of(const FloatView& m, int64_t row, const ScreenDither& d, float* values, int8_t* codes,
+                          ScreenRow* out) {
+  const auto* w = static_cast<const typename W::Element*>(m.data) + row * m.cols;
+  const int64_t whole = m.cols / kLanes * kLanes, rest = m.cols - whole;
+  Vec best = {};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec v = W::at(w + i);
+    store(values + i, v);
+    best = vmax(vabs(v), best);
+  }
+  if (rest) {
+    const Vec v = W::at(w + whole, rest);
+    store(values + whole, v);
+    best = vmax(vabs(v), best);
+  }
+  const float amax = max_lanes(best), limit = static_cast<float>(d.levels);
+  float scale = amax / limit * d.margin;
+  if (!(scale >= 1.17549435e-38f)) scale = amax > 0.0f ? 1.17549435e-38f : 1.0f;  // no subnormal divisor
+  Vec size = {}, error = {}, mixed = {};
+  for (int64_t i = 0; i < m.cols; i += kLanes) {
+    const Vec x = load(values + i), u = load(d.u + i);
+    const Vec q = vmin(vmax(round_even(x / scale + u), splat(-limit)), splat(limit));
+    const BVec bytes = to_bytes(to_int(q));
+    __builtin_memcpy(codes + i, &bytes, sizeof bytes);
+    const Vec shown = (q - u) * scale, e = x - shown;
+    size += shown * shown;
+    error += e * e;
+    mixed += q * load(d.v + i);
+  }
+  *out = {scale, sum_lanes(size), sum_lanes(error), sum_lanes(mixed)};
+}
+
+void screen_row_impl(const FloatView& m, int64_t row, const ScreenDither& d, float* values, int8_t* codes,
+                     ScreenRow* out) {
+  switch (m.type) {
+    case FloatType::kF32: return screen_row_of<F32>(m, row, d, values, codes, out);
+    case FloatType::kBF16: return screen_row_of<BF16>(m, row, d, values, codes, out);
+    case FloatType::kF16: return screen_row_of<F16>(m, row, d, values, codes, out);
+    case FloatType::kI8: return;  // no head is stored so
+  }
+}
+
+// Rows and tokens of a tile whose sums stay in registers.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kFloatTileRows = 2, kFloatTileTokens = 2;
+#else
+constexpr int kFloatTileRows = 4, kFloatTileTokens = 4;
+#endif
+
 // R rows against T tokens; each (row, token) has one accumulator, so a tile changes no bit.
 template <class W, int R, int T>
 inline void float_tile(const typename W::Element* w, int64_t cols, const float* x, int64_t ldx, float* y,
@@ -305,7 +262,8 @@ template <class W, int R>
 inline void float_rows(const typename W::Element* w, int64_t cols, const float* x, int64_t tokens, int64_t ldx,
                        float* y, int64_t ldy) {
   int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) float_tile<W, R, 4>(w, cols, x + t * ldx, ldx, y + t * ldy, ldy);
+  for (; t + kFloatTileTokens <= tokens; t += kFloatTileTokens)
+    float_tile<W, R, kFloatTileTokens>(w, cols, x + t * ldx, ldx, y + t * ldy, ldy);
   for (; t < tokens; ++t) float_tile<W, R, 1>(w, cols, x + t * ldx, ldx, y + t * ldy, ldy);
 }
 
@@ -314,9 +272,58 @@ void float_matmul_of(const FloatView& matrix, const float* x, int64_t tokens, in
                      int64_t row_begin, int64_t row_end) {
   const auto* w = static_cast<const typename W::Element*>(matrix.data);
   int64_t row = row_begin;
-  for (; row + 4 <= row_end; row += 4)
-    float_rows<W, 4>(w + row * matrix.cols, matrix.cols, x, tokens, ldx, y + row, ldy);
+  if (tokens == 1)  // one token leaves room for more rows
+    for (; row + 4 <= row_end; row += 4)
+      float_rows<W, 4>(w + row * matrix.cols, matrix.cols, x, tokens, ldx, y + row, ldy);
+  for (; row + kFloatTileRows <= row_end; row += kFloatTileRows)
+    float_rows<W, kFloatTileRows>(w + row * matrix.cols, matrix.cols, x, tokens, ldx, y + row, ldy);
   for (; row < row_end; ++row) float_rows<W, 1>(w + row * matrix.cols, matrix.cols, x, tokens, ldx, y + row, ldy);
+}
+
+// y_g += sum over rows t of share_gt * row t, in the order of t, as axpy does one by one: G vectors y, a stretch of
+// their columns in registers.
+template <class W, int G, int C>
+inline void mix_tile(const typename W::Element* w, int64_t cols, int64_t rows, const float* shares, int64_t ld, float* y,
+                     int64_t ldy) {
+  Vec sum[G][C];
+  for (int g = 0; g < G; ++g)
+    for (int c = 0; c < C; ++c) sum[g][c] = load(y + g * ldy + c * kLanes);
+  for (int64_t t = 0; t < rows; ++t, w += cols)
+    for (int c = 0; c < C; ++c) {
+      const Vec row = W::at(w + c * kLanes);
+      for (int g = 0; g < G; ++g) sum[g][c] += row * shares[g * ld + t];
+    }
+  for (int g = 0; g < G; ++g)
+    for (int c = 0; c < C; ++c) store(y + g * ldy + c * kLanes, sum[g][c]);
+}
+
+template <class W, int G>
+inline void mix_group(const typename W::Element* w, int64_t cols, int64_t rows, const float* shares, int64_t ld, float* y,
+                      int64_t ldy) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) mix_tile<W, G, 2>(w + c, cols, rows, shares, ld, y + c, ldy);
+  for (; c + kLanes <= cols; c += kLanes) mix_tile<W, G, 1>(w + c, cols, rows, shares, ld, y + c, ldy);
+  if (c < cols)
+    for (int g = 0; g < G; ++g)
+      for (int64_t t = 0; t < rows; ++t)
+        axpy_of<W>(shares[g * ld + t], w + t * cols + c, y + g * ldy + c, cols - c);
+}
+
+template <class W>
+void mix_of(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
+  const auto* w = static_cast<const typename W::Element*>(values.data);
+  int64_t g = 0;
+  for (; g + 2 <= groups; g += 2) mix_group<W, 2>(w, values.cols, values.rows, shares + g * ld, ld, y + g * ldy, ldy);
+  if (g < groups) mix_group<W, 1>(w, values.cols, values.rows, shares + g * ld, ld, y + g * ldy, ldy);
+}
+
+void mix_impl(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
+  switch (values.type) {
+    case FloatType::kF32: return mix_of<F32>(values, shares, groups, ld, y, ldy);
+    case FloatType::kBF16: return mix_of<BF16>(values, shares, groups, ld, y, ldy);
+    case FloatType::kF16: return mix_of<F16>(values, shares, groups, ld, y, ldy);
+    case FloatType::kI8: return mix_of<I8>(values, shares, groups, ld, y, ldy);
+  }
 }
 
 void float_matmul_impl(const FloatView& matrix, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
@@ -331,4 +338,5 @@ void float_matmul_impl(const FloatView& matrix, const float* x, int64_t tokens, 
 
 #define BITDISTILL_FLOAT_KERNELS                                                                              \
   float_matmul_impl, quantize_row_impl, rmsnorm_impl, dot_impl, dot_f16_impl, axpy_impl, axpy_f16_impl,        \
-      to_f16_impl, silu_mul_impl, gelu_tanh_mul_impl, exp_minus_max_impl, axpy_i8_impl, relu2_mul_impl
+      to_f16_impl, silu_mul_impl, gelu_tanh_mul_impl, exp_minus_max_impl, axpy_i8_impl, relu2_mul_impl,          \
+      screen_row_impl, mix_impl

@@ -99,13 +99,13 @@ inline void base3_group(const uint8_t* group, int64_t blocks, const int8_t* code
 template <int T>
 void ternary_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                    int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
-  const int8_t* codes = x.codes + t0 * x.stride;
+  const Group group = group_at(w, row);
+  const int8_t* codes = x.codes + t0 * x.stride - 4 * group.lead;
   int32_t sums[T * 16];
   if (w.layout == Layout::kTwoBitRows16) {
-    two_bit_group<T>(group, w.blocks, codes, x.stride, sums);
+    two_bit_group<T>(group.codes, group.blocks, codes, x.stride, sums);
   } else {
-    base3_group<T>(group, w.blocks, codes, x.stride, sums);
+    base3_group<T>(group.codes, group.blocks, codes, x.stride, sums);
   }
   for (int t = 0; t < T; ++t)
     store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
@@ -158,10 +158,11 @@ void tile_rows(const int8_t* tile, int64_t quads, const ActivationView& x, const
 
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
-  const int64_t quads = w.blocks * block_columns(w.layout) / 4;
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    unpack_group_portable(w.layout, w.codes + row / kGroupRows * w.blocks * kBlockBytes, w.blocks, tile);
-    tile_rows(reinterpret_cast<const int8_t*>(tile), quads, x, out, row, row_end, 1, w.scale, w.row_scales);
+    const Group group = group_at(w, row);
+    unpack_group_portable(w.layout, group.codes, group.blocks, tile);
+    tile_rows(reinterpret_cast<const int8_t*>(tile) + 64 * group.lead, w.quads, x, out, row, row_end, 1, w.scale,
+              w.row_scales);
   }
 }
 
@@ -172,9 +173,42 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
               w.row_scales);
 }
 
+template <int T>
+inline void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+                       int64_t row_end) {
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const int8_t* codes = x.codes + t0 * x.stride;
+  int32x4_t sum[T][4] = {};
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    int8x8_t eight[T];
+    each<T>([&](auto t) BITDISTILL_INLINE { eight[t] = vld1_s8(codes + t * x.stride + 8 * b); });
+    each<4>([&](auto i) BITDISTILL_INLINE {
+      const uint8x16_t bytes = vld1q_u8(group + b * 64 + 16 * i);
+      const int8x16_t low = as_signed(vandq_u8(bytes, vdupq_n_u8(15))), high = as_signed(vshrq_n_u8(bytes, 4));
+      each<T>([&](auto t) BITDISTILL_INLINE {
+        sum[t][i] = vdotq_lane_s32(vdotq_lane_s32(sum[t][i], low, eight[t], 0), high, eight[t], 1);
+      });
+    });
+  }
+  for (int t = 0; t < T; ++t) {
+    int32_t sums[16];
+    for (int i = 0; i < 4; ++i) vst1q_s32(sums + 4 * i, sum[t][i]);
+    store_group(out, x, sums, t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+  }
+}
+
+void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                 int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    int64_t t = 0;
+    for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
+    for (; t < x.tokens; ++t) int4_group<1>(w, x, out, t, row, row_end);
+  }
+}
+
 }  // namespace
 
-const KernelTable kNeonDotKernels = {Isa::kNeonDot, ternary_gemv, ternary_gemm, 1, int8_matmul,
+const KernelTable kNeonDotKernels = {Isa::kNeonDot, ternary_gemv, ternary_gemm, 1, int8_matmul, int4_matmul,
                                      BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -10,16 +10,16 @@ namespace {
 
 void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end) {
-  const int64_t fields = block_columns(w.layout) / 4;
+  const int64_t fields = block_quads(w.layout);
   const unsigned base = w.layout == Layout::kTwoBitRows16 ? 4 : 3;
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+    const Group group = group_at(w, row);
     for (int64_t t = 0; t < x.tokens; ++t) {
       int32_t sums[kGroupRows] = {};
-      for (int64_t b = 0; b < w.blocks; ++b)
+      for (int64_t b = 0; b < group.blocks; ++b)
         for (int64_t i = 0; i < kBlockBytes; ++i) {
-          unsigned byte = group[b * kBlockBytes + i];
-          const int8_t* codes = x.codes + t * x.stride + 4 * fields * b + i % 4;
+          unsigned byte = group.codes[b * kBlockBytes + i];
+          const int8_t* codes = x.codes + t * x.stride + 4 * (fields * b - group.lead) + i % 4;
           for (int64_t p = 0; p < fields; ++p, byte /= base)
             sums[i / 4] += static_cast<int32_t>(byte % base) * codes[4 * p];
         }
@@ -30,15 +30,16 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
 
 void ternary_gemm(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                   int64_t row_end, uint8_t* tile) {
-  const int64_t quads = w.blocks * block_columns(w.layout) / 4;
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    unpack_group_portable(w.layout, w.codes + row / kGroupRows * w.blocks * kBlockBytes, w.blocks, tile);
+    const Group group = group_at(w, row);
+    unpack_group_portable(w.layout, group.codes, group.blocks, tile);
+    const uint8_t* digits = tile + 64 * group.lead;
     for (int64_t t = 0; t < x.tokens; ++t) {
       int32_t sums[kGroupRows] = {};
       const int8_t* codes = x.codes + t * x.stride;
-      for (int64_t q = 0; q < quads; ++q)
+      for (int64_t q = 0; q < w.quads; ++q)
         for (int64_t r = 0; r < kGroupRows; ++r)
-          for (int64_t j = 0; j < 4; ++j) sums[r] += tile[64 * q + 4 * r + j] * codes[4 * q + j];
+          for (int64_t j = 0; j < 4; ++j) sums[r] += digits[64 * q + 4 * r + j] * codes[4 * q + j];
       store_group(out, x, sums, t, row, row_end, 1, w.scale, w.row_scales);
     }
   }
@@ -59,9 +60,26 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
   }
 }
 
+void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+                 int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
+    const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      int32_t sums[kGroupRows] = {};
+      const int8_t* codes = x.codes + t * x.stride;
+      for (int64_t b = 0; b < w.blocks; ++b)
+        for (int64_t i = 0; i < kBlockBytes; ++i) {
+          const int byte = group[b * kBlockBytes + i];
+          sums[i / 4] += (byte & 15) * codes[8 * b + i % 4] + (byte >> 4) * codes[8 * b + 4 + i % 4];
+        }
+      store_group(out, x, sums, t, row, row_end, 7, 1.0f, w.row_scales);
+    }
+  }
+}
+
 }  // namespace
 
-const KernelTable kScalarKernels = {Isa::kScalar, ternary_gemv, ternary_gemm, 1, int8_matmul,
+const KernelTable kScalarKernels = {Isa::kScalar, ternary_gemv, ternary_gemm, 1, int8_matmul, int4_matmul,
                                     BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

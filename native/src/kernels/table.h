@@ -12,7 +12,7 @@ namespace bitdistill {
 
 struct TernaryView {
   const uint8_t* codes;
-  int64_t rows, blocks;
+  int64_t rows, quads, group_quads;  // see TernaryMatrix
   Layout layout;
   float scale;
   const float* row_scales;  // or null
@@ -24,8 +24,15 @@ struct Int8View {
   const float* row_scales;
 };
 
+// codes and code + 7 of two quads a byte, see Int4Matrix
+struct Int4View {
+  const uint8_t* codes;
+  int64_t rows, blocks;
+  const float* row_scales;
+};
+
 struct ActivationView {
-  const int8_t* codes;
+  const int8_t* codes;  // readable and zero for 16 bytes before each row
   int64_t stride;
   const float* scales;
   const int32_t* sums;
@@ -45,17 +52,34 @@ struct FloatView {
   FloatType type;
 };
 
+// A row of the output head as low-bit codes (model/head.h): code = rint(w / scale + u), w_hat = (code - u) * scale.
+// u and v: zeros, or uniform in [-1/2, 1/2), padded to a multiple of 16 columns with zeros.
+struct ScreenDither {
+  int levels;  // largest code
+  float margin;  // scale = max|w| / levels * margin: above 1 where u could carry the largest value past `levels`
+  const float* u;
+  const float* v;
+};
+struct ScreenRow {
+  float scale;
+  float code_square;   // |w_hat|^2
+  float error_square;  // |w - w_hat|^2
+  float mixed;         // sum of code * v
+};
+
 struct KernelTable {
   Isa isa;
 
   // Integer products over rows [row_begin, row_end); see kernels.h for what may be assumed.
   void (*ternary_gemv)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
                        int64_t row_end);
-  // `tile` holds gemm_tile_groups * 16 * block_columns * blocks bytes, 64-byte aligned.
+  // `tile` holds gemm_tile_groups * tile_bytes(w.quads), 64-byte aligned.
   void (*ternary_gemm)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
                        int64_t row_end, uint8_t* tile);
   int64_t gemm_tile_groups;
   void (*int8_matmul)(const Int8View&, const ActivationView&, const OutputView&, int64_t row_begin,
+                      int64_t row_end);
+  void (*int4_matmul)(const Int4View&, const ActivationView&, const OutputView&, int64_t row_begin,
                       int64_t row_end);
 
   // Float kernels; the same bits on every instruction set (float.inl).
@@ -73,6 +97,9 @@ struct KernelTable {
   float (*exp_minus_max)(float* x, int64_t n);
   void (*axpy_i8)(float alpha, const int8_t* x, float* y, int64_t n);
   void (*relu2_mul)(const float* gate, const float* up, float* y, int64_t n);
+  void (*screen_row)(const FloatView&, int64_t row, const ScreenDither& dither, float* values, int8_t* codes,
+                     ScreenRow* out);
+  void (*mix)(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy);
 };
 
 extern const KernelTable kScalarKernels;
@@ -84,6 +111,9 @@ extern const KernelTable kAvx512VnniKernels;
 #if defined(BITDISTILL_ARM64)
 extern const KernelTable kNeonDotKernels;
 #endif
+
+// An unpacked group: its quads, and those that share its first and last block.
+constexpr int64_t tile_bytes(int64_t quads) { return (quads + 8) * 64; }
 
 // The table in use (current_isa()).
 const KernelTable& kernels();

@@ -159,19 +159,15 @@ void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) 
         for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= config().attention_scale;
         const float inverse = 1.0f / exp_minus_max(row_scores, n);
         for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= inverse;
-        for (const KvSpan& span : spans) {
-          for (std::int64_t t = 0; t < span.n; ++t) {
-            const float share = *row_scores++;
-            if (kv == KvType::kInt8) {
-              axpy_i8(share * span.value_scales[t], reinterpret_cast<const std::int8_t*>(span.values) + t * width,
-                      out + g * width, width);
-            } else if (kv == KvType::kFloat16) {
-              axpy_f16(share, reinterpret_cast<const std::uint16_t*>(span.values) + t * width, out + g * width, width);
-            } else {
-              axpy(share, reinterpret_cast<const float*>(span.values) + t * width, out + g * width, width);
-            }
-          }
+      }
+      done = 0;
+      for (const KvSpan& span : spans) {
+        float* shares = scores.data() + done;  // [query head of the group], a row n apart
+        for (std::int64_t g = 0; span.value_scales != nullptr && g < group; ++g) {
+          for (std::int64_t t = 0; t < span.n; ++t) shares[g * n + t] *= span.value_scales[t];
         }
+        mix(FloatMatrix{span.n, width, type, span.values}, shares, group, n, out, width);
+        done += span.n;
       }
     }
   });

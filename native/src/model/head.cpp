@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <queue>
 
+#include "../kernels/table.h"
 #include "bitdistill/errors.h"
 #include "bitdistill/model.h"
 #include "scratch.h"
@@ -18,69 +18,84 @@ namespace {
 constexpr std::int64_t kMaxHeadColumns = 65536;
 // Norms and bounds are computed in float32; this factor covers their own rounding.
 constexpr float kUp = 1.001f;
+constexpr float kDeviations = 8.5f;
+constexpr float kUniformDeviation = 0.288675135f;  // 1 / sqrt(12)
+constexpr std::int64_t kPartRows = 256;            // words that a selection skips together
 
-// |x| <= 2^22: adding 1.5 * 2^23 rounds half to even.
-inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| <= 2^22, half to even
 
-// Row of the head -> values, codes, norms. Plain loops that compilers vectorize.
-void quantize_head_row(const FloatMatrix& head, std::int64_t row, float* values, float* rounded, Int8Head& out) {
-  const std::int64_t n = head.cols;
-  if (head.type == FloatType::kBF16) {
-    const auto* source = static_cast<const std::uint16_t*>(head.data) + row * n;
-    for (std::int64_t c = 0; c < n; ++c) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(source[c]) << 16;
-      std::memcpy(values + c, &bits, 4);
-    }
-  } else {
-    dequantize_row(head, row, values);
-  }
-  float amax = 0.0f;
-  for (std::int64_t c = 0; c < n; ++c) {
-    const float a = std::fabs(values[c]);
-    amax = a > amax ? a : amax;
-  }
-  float scale = amax / 127.0f;
-  if (!(scale >= 1.17549435e-38f)) scale = amax > 0.0f ? 1.17549435e-38f : 1.0f;  // no subnormal divisor
-  double error = 0.0, size = 0.0;
-  for (std::int64_t c = 0; c < n; ++c) {
-    float q = round_even(values[c] / scale);
-    q = q > 127.0f ? 127.0f : q < -127.0f ? -127.0f : q;
-    rounded[c] = q;
-  }
-  for (std::int64_t c = 0; c < n; ++c) {
-    const double w8 = static_cast<double>(rounded[c]) * scale, e = values[c] - w8;
-    error += e * e;
-    size += w8 * w8;
-  }
-  const auto index = static_cast<std::size_t>(row);
-  out.matrix.row_scales[index] = scale;
-  out.error_norm[index] = static_cast<float>(std::sqrt(error)) * kUp;
-  out.code_norm[index] = static_cast<float>(std::sqrt(size)) * kUp;
-  auto* group = reinterpret_cast<std::int8_t*>(out.matrix.storage.data()) + row / kGroupRows * out.matrix.group_bytes() +
-                4 * (row % kGroupRows);
-  for (std::int64_t c = 0; c < n; ++c) group[c / 4 * kBlockBytes + c % 4] = static_cast<std::int8_t>(rounded[c]);
+// Uniform in [-1/2, 1/2) on a grid of 2^-24, from the counter alone (splitmix64).
+float dither(std::uint64_t counter) {
+  std::uint64_t z = counter * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+  z ^= z >> 31;
+  return static_cast<float>(static_cast<std::int32_t>(z >> 40) - (1 << 23)) * 0x1p-24f;
+}
+
+template <class T>
+std::vector<T> per_row(std::int64_t rows) { return std::vector<T>(static_cast<std::size_t>(rows)); }
+
+// Codes -7..7 of eight columns -> the four bytes of a row in a block.
+inline void place_int4(const std::int8_t* codes, std::uint8_t* to) {
+  std::uint32_t low, high;
+  std::memcpy(&low, codes, 4);
+  std::memcpy(&high, codes + 4, 4);
+  // code + 7 is 0..14, so neither sum carries into the next byte once the sign bits are gone.
+  low = (((low & 0x0f0f0f0fu) + 0x07070707u) & 0x0f0f0f0fu) | (((high & 0x0f0f0f0fu) + 0x07070707u) & 0x0f0f0f0fu) << 4;
+  std::memcpy(to, &low, 4);
 }
 
 }  // namespace
 
-Int8Head quantize_head(const FloatMatrix& head, ThreadPool& pool) {
+LowBitHead::LowBitHead(const FloatMatrix& head, int bits, ThreadPool& pool) : bits_(bits), cols_(head.cols) {
   if (head.cols > kMaxHeadColumns) {
     throw ModelError("output head: " + std::to_string(head.cols) + " columns pass " + std::to_string(kMaxHeadColumns) +
                      ", the bound of the int8 product; use head float");
   }
-  Int8Head out;
-  out.matrix.rows = head.rows;
-  out.matrix.cols = head.cols;
-  out.matrix.row_scales.resize(static_cast<std::size_t>(head.rows));
-  out.error_norm.resize(static_cast<std::size_t>(head.rows));
-  out.code_norm.resize(static_cast<std::size_t>(head.rows));
-  out.matrix.storage = AlignedBuffer(static_cast<std::size_t>(out.matrix.group_count() * out.matrix.group_bytes()));
-  out.matrix.codes = reinterpret_cast<const std::int8_t*>(out.matrix.storage.data());
+  const bool four = bits == 4;
+  const std::int64_t padded = (head.cols + 15) / 16 * 16;
+  u_.assign(static_cast<std::size_t>(padded), 0.0f);
+  v_ = u_;
+  for (std::int64_t i = 0; four && i < head.cols; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    u_[at] = dither(2 * static_cast<std::uint64_t>(i));
+    v_[at] = dither(2 * static_cast<std::uint64_t>(i) + 1);
+    uv_ += static_cast<double>(u_[at]) * v_[at];
+  }
+  const auto place = [&](auto& matrix) {
+    matrix.rows = head.rows;
+    matrix.cols = head.cols;
+    matrix.row_scales = per_row<float>(head.rows);
+    matrix.storage = AlignedBuffer(static_cast<std::size_t>(matrix.group_count() * matrix.group_bytes()));
+    matrix.codes = reinterpret_cast<decltype(matrix.codes)>(matrix.storage.data());
+  };
+  four ? place(int4_) : place(int8_);
+  code_norms_ = per_row<float>(head.rows);
+  (four ? offsets_ : error_norms_) = per_row<float>(head.rows);
+  const FloatView view = {head.data, head.rows, head.cols, head.type};
+  const ScreenDither rounding = {four ? 7 : 127, four ? 1.00001f : 1.0f, u_.data(), v_.data()};
   pool.parallel_for(head.rows, kGroupRows, [&](std::int64_t begin, std::int64_t end, int) {
-    std::vector<float> values(static_cast<std::size_t>(head.cols)), rounded(values.size());
+    std::vector<float> values(static_cast<std::size_t>(padded));
+    std::vector<std::int8_t> codes(values.size());
     const std::int64_t stride = head.cols * float_bytes(head.type), chunk = std::max((4 << 20) / stride, std::int64_t{1});
     for (std::int64_t row = begin; row < end; ++row) {
-      quantize_head_row(head, row, values.data(), rounded.data(), out);
+      ScreenRow found;
+      kernels().screen_row(view, row, rounding, values.data(), codes.data(), &found);
+      const auto index = static_cast<std::size_t>(row);
+      code_norms_[index] = std::sqrt(found.code_square) * kUp;
+      std::fill(codes.begin() + head.cols, codes.end(), std::int8_t{0});
+      if (four) {
+        int4_.row_scales[index] = found.scale;
+        offsets_[index] = found.mixed * found.scale;
+        std::uint8_t* to = int4_.storage.data() + row / kGroupRows * int4_.group_bytes() + 4 * (row % kGroupRows);
+        for (std::int64_t b = 0; b < int4_.block_count(); ++b) place_int4(codes.data() + 8 * b, to + b * kBlockBytes);
+      } else {
+        int8_.row_scales[index] = found.scale;
+        error_norms_[index] = std::sqrt(found.error_square) * kUp;
+        std::uint8_t* to = int8_.storage.data() + row / kGroupRows * int8_.group_bytes() + 4 * (row % kGroupRows);
+        for (std::int64_t b = 0; b < int8_.block_count(); ++b) std::memcpy(to + b * kBlockBytes, codes.data() + 4 * b, 4);
+      }
       if ((row + 1 - begin) % chunk == 0 || row + 1 == end) {  // keeps the peak of memory low
         const std::int64_t first = begin + (row - begin) / chunk * chunk;
         release_pages(static_cast<const std::uint8_t*>(head.data) + first * stride,
@@ -88,59 +103,113 @@ Int8Head quantize_head(const FloatMatrix& head, ThreadPool& pool) {
       }
     }
   });
-  return out;
 }
 
-std::vector<Candidate> candidates(const Int8Head& head, const float* screen, const float* hidden,
-                                  const QuantizedRows& quantized, std::int64_t t, std::int64_t k) {
-  const std::int64_t n = head.matrix.cols, rows = head.matrix.rows;
-  const std::int8_t* codes = quantized.row(t);
-  const float x_scale = quantized.scales[static_cast<std::size_t>(t)];
-  double squares = 0.0, differences = 0.0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    const double d = hidden[i] - static_cast<double>(codes[i]) * x_scale;
+std::int64_t LowBitHead::bytes() const {
+  const auto rows = static_cast<std::int64_t>(code_norms_.size());
+  const std::int64_t codes = bits_ == 8 ? int8_.group_count() * int8_.group_bytes() : int4_.group_count() * int4_.group_bytes();
+  return codes + rows * 3 * static_cast<std::int64_t>(sizeof(float));
+}
+
+void LowBitHead::quantize_token(const float* hidden, std::int64_t t, Input& input) const {
+  std::int8_t* codes = input.codes.row(t);
+  const auto at = static_cast<std::size_t>(t);
+  if (bits_ == 8) {
+    input.codes.sums[at] = quantize_row(hidden, cols_, codes, &input.codes.scales[at]);
+  } else {
+    float amax = 1e-30f;
+    for (std::int64_t i = 0; i < cols_; ++i) amax = std::max(amax, std::fabs(hidden[i]));
+    const float scale = amax / 126.0f;  // 126 and the dither stay below 127
+    std::int32_t sum = 0;
+    for (std::int64_t i = 0; i < cols_; ++i) {
+      const float q = round_even(hidden[i] / scale + v_[static_cast<std::size_t>(i)]);
+      const auto code = static_cast<std::int32_t>(std::min(std::max(q, -127.0f), 127.0f));
+      codes[i] = static_cast<std::int8_t>(code);
+      sum += code;
+    }
+    input.codes.scales[at] = scale;
+    input.codes.sums[at] = sum;
+  }
+  const float scale = input.codes.scales[at];
+  double squares = 0.0, differences = 0.0, mixed = 0.0;
+  for (std::int64_t i = 0; i < cols_; ++i) {
+    const double shown = (static_cast<double>(codes[i]) - v_[static_cast<std::size_t>(i)]) * scale;
+    const double d = hidden[i] - shown;
     squares += static_cast<double>(hidden[i]) * hidden[i];
     differences += d * d;
+    mixed += static_cast<double>(u_[static_cast<std::size_t>(i)]) * codes[i];
   }
-  const float size = static_cast<float>(std::sqrt(squares)) * kUp;         // |h|
-  const float left = static_cast<float>(std::sqrt(differences)) * kUp;     // |d|
-  const float rounding = static_cast<float>(n + 8) * 0x1p-23f * (size + left);
-  const float by_error = (size + rounding) * kUp, by_code = (left + rounding) * kUp;
-  std::vector<float> lower(static_cast<std::size_t>(rows)), upper(lower.size());
-  for (std::size_t o = 0; o < lower.size(); ++o) {
-    const float bound = head.error_norm[o] * by_error + head.code_norm[o] * by_code;
-    lower[o] = screen[o] - bound;
-    upper[o] = screen[o] + bound;
+  const float size = static_cast<float>(std::sqrt(squares)) * kUp;      // |h|
+  const float left = static_cast<float>(std::sqrt(differences)) * kUp;  // |d|
+  Token& token = input.tokens[at];
+  if (bits_ == 8) {
+    const float rounding = static_cast<float>(cols_ + 8) * 0x1p-22f * (size + left);
+    token = {0.0f, (size + rounding) * kUp, (left + rounding) * kUp, 0.0f};
+    return;
   }
-  float threshold;
-  if (k == 1) {
-    threshold = *std::max_element(lower.begin(), lower.end());
-  } else if (k < rows) {
-    std::nth_element(lower.begin(), lower.begin() + (k - 1), lower.end(), std::greater<float>());
-    threshold = lower[static_cast<std::size_t>(k - 1)];
-  } else {
-    threshold = -INFINITY;
+  // Row norms that enter the arithmetic are at most |w4| + s sqrt(n), the token's |h| + t sqrt(n).
+  const float root = std::sqrt(static_cast<float>(cols_));
+  const float rounding = static_cast<float>(cols_ + 8) * 0x1p-22f * (size + scale * root);
+  const float by_dither = kDeviations * kUniformDeviation * kUp;
+  token = {static_cast<float>(uv_ - mixed) * scale, by_dither * size + rounding * root, by_dither * scale + rounding,
+           -scale};
+}
+
+void LowBitHead::prepare(const float* hidden, std::int64_t n, Input& input) const {
+  input.codes.resize(n, cols_);
+  input.tokens.resize(static_cast<std::size_t>(n));
+  for (std::int64_t t = 0; t < n; ++t) quantize_token(hidden + t * cols_, t, input);
+}
+
+void LowBitHead::product(const Input& input, bool upper, float* y, std::int64_t begin, std::int64_t end) const {
+  const std::int64_t ldy = rows();
+  bits_ == 8 ? matmul(int8_, input.codes, y, ldy, begin, end) : matmul(int4_, input.codes, y, ldy, begin, end);
+  if (bits_ == 8 && !upper) return;
+  const float* scales = bits_ == 8 ? error_norms_.data() : int4_.row_scales.data();
+  const float* norms = code_norms_.data();
+  for (std::int64_t t = 0; t < input.codes.tokens; ++t) {
+    const Token& token = input.tokens[static_cast<std::size_t>(t)];
+    const float by_scale = token.shift + (upper ? token.scale_factor : 0.0f), by_norm = upper ? token.norm_factor : 0.0f;
+    float* row = y + t * ldy;
+    if (bits_ == 8) {
+      for (std::int64_t o = begin; o < end; ++o) row[o] = row[o] + (scales[o] * by_scale + norms[o] * by_norm);
+    } else {
+      const float* offsets = offsets_.data();
+      const float by_offset = token.offset_factor;
+      for (std::int64_t o = begin; o < end; ++o) {
+        row[o] = row[o] + (scales[o] * by_scale + offsets[o] * by_offset + norms[o] * by_norm);
+      }
+    }
   }
-  std::vector<Candidate> found;
-  for (std::int64_t o = 0; o < rows; ++o) {
-    if (const float u = upper[static_cast<std::size_t>(o)]; !(u < threshold)) found.push_back({u, o});
-  }
-  std::sort(found.begin(), found.end(), [](const Candidate& a, const Candidate& b) { return a.upper > b.upper; });
-  return found;
 }
 
 // Logits of n final hidden states. `top`: how many of the largest each row needs; the others may be -infinity.
-void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits) const {
+void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits,
+                 std::int32_t* best_words) const {
   const std::int64_t vocab = config().vocab, width = config().hidden;
-  const bool screened = options_.head == HeadType::kScreened && top != nullptr && config().logit_softcap == 0.0f;
-  if (options_.head == HeadType::kInt8 || screened) {
-    QuantizedRows& rows = scratch_->quantized;
-    rows.resize(n, width);
-    for (std::int64_t r = 0; r < n; ++r) quantize_into(rows, r, hidden + r * width);
-    parallel(vocab, kGroupRows, n * vocab * width / 4, [&](std::int64_t begin, std::int64_t end, int) {
-      matmul(int8_head_->matrix, rows, logits, vocab, begin, end);
+  const bool screens = options_.head == HeadType::kScreened || options_.head == HeadType::kScreened4;
+  const bool screened = screens && top != nullptr && config().logit_softcap == 0.0f;
+  if (low_bit_head_ != nullptr && (screened || !screens)) {
+    LowBitHead::Input& input = scratch_->head_input;
+    low_bit_head_->prepare(hidden, n, input);
+    const std::int64_t parts = (vocab + kPartRows - 1) / kPartRows;
+    scratch_->part_tops.resize(static_cast<std::size_t>(screened ? n * parts : 0));
+    parallel(vocab, kPartRows, n * vocab * width / 4, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t first = begin; first < end; first += kPartRows) {
+        const std::int64_t last = std::min(first + kPartRows, end);
+        low_bit_head_->product(input, screened, logits, first, last);
+        for (std::int64_t r = 0; screened && r < n; ++r) {
+          const float* row = logits + r * vocab;
+          float best = row[first];
+          for (std::int64_t o = first + 1; o < last; ++o) best = row[o] > best ? row[o] : best;
+          scratch_->part_tops[static_cast<std::size_t>(r * parts + first / kPartRows)] = best;
+        }
+      }
     });
-    for (std::int64_t r = 0; screened && r < n; ++r) rescore(hidden + r * width, rows, r, top[r], logits + r * vocab);
+    for (std::int64_t r = 0; screened && r < n; ++r) {
+      rescore(hidden + r * width, scratch_->part_tops.data() + r * parts, top[r], logits + r * vocab,
+              best_words + r);
+    }
   } else {
     parallel(vocab, kGroupRows, n * vocab * width, [&](std::int64_t begin, std::int64_t end, int) {
       matmul(weights_->head.matrix, hidden, n, width, logits, vocab, begin, end);
@@ -151,24 +220,81 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
   }
 }
 
-void Model::rescore(const float* hidden, const QuantizedRows& quantized, std::int64_t t, std::int64_t top,
-                    float* logits) const {
+// `logits` holds upper ends, part_tops the largest of each part of kPartRows words; afterwards the exact logits of all
+// words that may be among the `top` largest, and -infinity for the others. Of the largest alone only its word is
+// handed on.
+void Model::rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits,
+                    std::int32_t* best_word) const {
   const FloatMatrix& head = weights_->head.matrix;
-  const std::vector<Candidate> found = candidates(*int8_head_, logits, hidden, quantized, t, top);
-  std::fill_n(logits, head.rows, -INFINITY);
-  std::vector<std::uint8_t> stored(static_cast<std::size_t>(weights_->head.row_bytes()));
-  const FloatMatrix row = {1, head.cols, head.type, stored.data()};
-  std::priority_queue<float, std::vector<float>, std::greater<float>> best;  // the `top` largest so far
-  for (const Candidate& candidate : found) {
-    const bool full = static_cast<std::int64_t>(best.size()) == top;
-    if (full && candidate.upper < best.top()) break;
-    weights_->head.read_row(candidate.row, stored.data());
-    matmul(row, hidden, 1, head.cols, logits + candidate.row, 1, 0, 1);  // the bits of the full product
-    best.push(logits[candidate.row]);
-    if (full) best.pop();
-    rescored_rows_ += 1;
+  const std::int64_t parts = (head.rows + kPartRows - 1) / kPartRows;
+  const auto exact = [&](const std::vector<std::int64_t>& words, std::vector<float>& values) {
+    values.resize(words.size());
+    const auto count = static_cast<std::int64_t>(words.size());
+    parallel(count, 8, 8 * count * head.cols, [&](std::int64_t begin, std::int64_t end, int) {
+      std::vector<std::uint8_t> stored(static_cast<std::size_t>(weights_->head.row_bytes()));
+      const FloatMatrix row = {1, head.cols, head.type, stored.data()};
+      for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+        weights_->head.read_row(words[i], stored.data());
+        matmul(row, hidden, 1, head.cols, &values[i], 1, 0, 1);  // the bits of the full product
+      }
+    });
+  };
+  const auto part_end = [&](std::int64_t part) { return std::min((part + 1) * kPartRows, head.rows); };
+
+  // Seeds, whose logits set the floor: the best word of each of the best parts, or, if there are too few parts, the
+  // best words.
+  std::vector<std::int64_t> seeds, words;
+  std::vector<float> seed_values, values;
+  top = std::min(top, head.rows);
+  const std::int64_t wanted = std::min(std::max(2 * top, std::int64_t{8}), head.rows);
+  const auto best = [&](const float* score, std::int64_t n) {  // the places of the `wanted` largest of n
+    std::vector<std::int64_t> order(static_cast<std::size_t>(n));
+    for (std::int64_t i = 0; i < n; ++i) order[static_cast<std::size_t>(i)] = i;
+    std::nth_element(order.begin(), order.begin() + (wanted - 1), order.end(), [&](std::int64_t i, std::int64_t j) {
+      return score[i] != score[j] ? score[i] > score[j] : i < j;
+    });
+    order.resize(static_cast<std::size_t>(wanted));
+    return order;
+  };
+  if (wanted <= parts) {
+    for (const std::int64_t part : best(part_tops, parts)) {
+      seeds.push_back(std::max_element(logits + part * kPartRows, logits + part_end(part)) - logits);
+    }
+  } else {
+    seeds = best(logits, head.rows);
   }
+  exact(seeds, seed_values);
+  values = seed_values;
+  std::nth_element(values.begin(), values.begin() + (top - 1), values.end(), std::greater<float>());
+  const float floor = values[static_cast<std::size_t>(top - 1)];
+  for (const std::int64_t seed : seeds) logits[seed] = -INFINITY;
+  for (std::int64_t part = 0; part < parts; ++part) {
+    if (part_tops[part] < floor) continue;
+    for (std::int64_t o = part * kPartRows; o < part_end(part); ++o) {
+      if (!(logits[o] < floor)) words.push_back(o);
+    }
+  }
+  exact(words, values);
+  rescored_rows_ += static_cast<std::int64_t>(words.size() + seeds.size());
   screened_tokens_ += 1;
+  if (top == 1) {  // the first of equals, as everywhere
+    float largest = -INFINITY;
+    std::int64_t found = head.rows;
+    const auto look = [&](const std::vector<std::int64_t>& at, const std::vector<float>& of) {
+      for (std::size_t i = 0; i < at.size(); ++i) {
+        if (of[i] < largest || (of[i] == largest && at[i] > found)) continue;
+        largest = of[i];
+        found = at[i];
+      }
+    };
+    look(words, values);
+    look(seeds, seed_values);
+    *best_word = static_cast<std::int32_t>(found);
+    return;
+  }
+  std::fill_n(logits, head.rows, -INFINITY);
+  for (std::size_t i = 0; i < words.size(); ++i) logits[words[i]] = values[i];
+  for (std::size_t i = 0; i < seeds.size(); ++i) logits[seeds[i]] = seed_values[i];
 }
 
 }  // namespace bitdistill

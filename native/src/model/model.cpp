@@ -15,7 +15,10 @@ Model::Model(std::unique_ptr<ThreadPool> pool, std::unique_ptr<Weights> weights,
   sliding_before_.push_back(0);
   for (const Block& block : weights_->blocks) sliding_before_.push_back(sliding_before_.back() + block.sliding);
   if (sliding_before_.back() != 0) ring_rows_ = (config().sliding_window + kPassRows + 63) / 64 * 64;
-  if (options_.head != HeadType::kFloat) int8_head_ = std::make_unique<Int8Head>(quantize_head(weights_->head.matrix, *pool_));
+  if (options_.head != HeadType::kFloat) {
+    const bool four = options_.head == HeadType::kInt4 || options_.head == HeadType::kScreened4;
+    low_bit_head_ = std::make_unique<LowBitHead>(weights_->head.matrix, four ? 4 : 8, *pool_);
+  }
 }
 
 Model::~Model() = default;
@@ -29,7 +32,7 @@ std::shared_ptr<Model> Model::load(const std::string& folder, const ModelOptions
 
 std::int64_t Model::head_bytes() const {
   const FloatMatrix& head = weights_->head.matrix;
-  return head.rows * head.cols * (options_.head == HeadType::kFloat ? float_bytes(head.type) : 1);
+  return low_bit_head_ != nullptr ? low_bit_head_->bytes() : head.rows * head.cols * float_bytes(head.type);
 }
 
 void Model::check(const std::vector<Segment>& segments) const {
@@ -71,8 +74,8 @@ void Model::extend_rope(std::int64_t positions) const {
   rope_positions_ = target;
 }
 
-std::vector<float> Model::run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted,
-                              const std::int64_t* top) const {
+void Model::run(const std::vector<Segment>& segments, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
+                std::vector<float>& logits, std::vector<std::int32_t>& best) const {
   std::vector<Row> rows;
   std::int64_t positions = 0;
   for (const Segment& segment : segments) {
@@ -85,7 +88,8 @@ std::vector<float> Model::run(const std::vector<Segment>& segments, const std::v
     positions = std::max(positions, sequence.length() + segment.count);
   }
   extend_rope(positions);
-  std::vector<float> logits(wanted.size() * config().vocab);
+  logits.resize(wanted.size() * config().vocab);
+  best.assign(wanted.size(), -1);
   std::size_t done = 0;
   const ThreadPool::Burst burst(*pool_);
   for (std::int64_t start = 0; start < static_cast<std::int64_t>(rows.size()); start += kPassRows) {
@@ -94,7 +98,7 @@ std::vector<float> Model::run(const std::vector<Segment>& segments, const std::v
     for (std::size_t i = done; i < wanted.size() && wanted[i] < end; ++i) here.push_back(wanted[i] - start);
     try {
       run_pass({rows.begin() + start, rows.begin() + end}, here, top == nullptr ? nullptr : top + done,
-               logits.data() + done * config().vocab);
+               logits.data() + done * config().vocab, best.data() + done);
     } catch (...) {  // memory ran out, or a file was cut short: rings may have lost what the sequences rely on
       for (const Segment& segment : segments) segment.sequence->clear();
       throw;
@@ -106,11 +110,10 @@ std::vector<float> Model::run(const std::vector<Segment>& segments, const std::v
     tokens.insert(tokens.end(), segment.tokens, segment.tokens + segment.count);
     segment.sequence->reached_ = std::max(segment.sequence->reached_, static_cast<std::int64_t>(tokens.size()));
   }
-  return logits;
 }
 
 void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t>& wanted, const std::int64_t* top,
-                     float* logits) const {
+                     float* logits, std::int32_t* best) const {
   Scratch& s = *scratch_;
   std::vector<Row> rows = all;
   embed(rows, s);
@@ -123,7 +126,7 @@ void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t
   }
   const auto n = static_cast<std::int64_t>(rows.size());
   norm_rows(s.x.data(), weights_->final_norm, n, s.normed.data());
-  head(s.normed.data(), n, top, logits);
+  head(s.normed.data(), n, top, logits, best);
 }
 
 void Model::embed(const std::vector<Row>& rows, Scratch& s) const {
@@ -170,9 +173,15 @@ std::vector<std::int32_t> Model::step(const std::vector<Segment>& segments, cons
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   check(segments);
-  const std::vector<float> logits = run(segments, rows, whole ? nullptr : top.data());
+  const std::vector<float>& logits = scratch_->logits;
+  const std::vector<std::int32_t>& best = scratch_->best;
+  run(segments, rows, whole ? nullptr : top.data(), scratch_->logits, scratch_->best);
   std::vector<std::int32_t> chosen;
   for (std::size_t i = 0; i < draws.size(); ++i) {
+    if (best[i] >= 0) {
+      chosen.push_back(best[i]);
+      continue;
+    }
     chosen.push_back(sample(logits.data() + i * config().vocab, config().vocab, draws[i].options, draws[i].stream,
                             draws[i].step));
   }

@@ -6,6 +6,7 @@
 
 #include "bitdistill/kernels.h"
 #include "bitdistill/model.h"
+#include "head.h"
 
 namespace bitdistill {
 
@@ -21,6 +22,10 @@ struct Model::Scratch {
   std::vector<float> x, normed, q, k, v, mixed, gate, up, out;  // [rows][features]
   QuantizedRows quantized, own;  // rows as int8; `own` for linears with a SubLN of their own
   std::vector<float> sub;        // rows after SubLN, for float linears
+  LowBitHead::Input head_input;
+  std::vector<float> part_tops;  // of a screen: [row][part of the vocabulary]
+  std::vector<float> logits;     // of a step, kept: fresh memory would cost more than the choice
+  std::vector<std::int32_t> best;
 };
 
 // y[row * ldy ...] = linear(x): where the result of one linear goes.

@@ -37,7 +37,9 @@ class HeadName(StrEnum):
 
     float = "float"
     screened = "screened"
+    screened4 = "screened4"
     int8 = "int8"
+    int4 = "int4"
 
 
 Folder = Annotated[

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Layout = Literal["2bit", "base3"]
 KvType = Literal["float32", "float16", "int8"]
-HeadType = Literal["float", "screened", "int8"]
+HeadType = Literal["float", "screened", "screened4", "int8", "int4"]
 SHARED_PREFIX_TOKENS = 16
 """Prompts of a batch with so long a common beginning (a system message, examples) share its keys and values."""
 FinishReason = Literal["stop", "length", "callback"]
@@ -74,7 +74,9 @@ class Engine:
         kv: keys and values in "float32", "float16" (half the memory, rounded), or "int8" (a quarter: codes with
             a scale for each token and head). Layers with a sliding window keep only what it can reach.
         head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the
-            stored head exactly from half its bytes or fewer; "int8": only the int8 copy is read (rounded).
+            stored head exactly from half its bytes; "screened4": a 4-bit copy does so from a quarter, each token
+            with a probability above 1 - 2e-10 (native/src/model/head.h); "int8", "int4": only the copy is
+            read, so logits are rounded.
         verify: check every file of a bitdistill folder against its SHA-256.
 
     Raises:

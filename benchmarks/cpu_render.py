@@ -1,0 +1,148 @@
+"""docs/cpu-speed.md and its chart from results/cpu-speed.json; nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/cpu-speed.md"
+CHART = ROOT / "docs/cpu-speed.svg"
+
+
+def rate(run: dict[str, Any], name: str, do: str) -> float:
+    """Median tokens per second."""
+    tokens = {
+        "prefill": run["prefill_tokens"],
+        "decode": run["decode_tokens"],
+        "decode8": 8 * (run["decode_tokens"] // 4),
+    }
+    seconds = run["engines"][name]["seconds"][do]
+    return float(tokens[do] / median(seconds)) if seconds else 0.0
+
+
+def ratio(run: dict[str, Any], name: str, other: str, do: str) -> float:
+    """How many times as fast `name` is as `other`: the median of the ratios inside a round."""
+    ours, theirs = (run["engines"][n]["seconds"][do] for n in (name, other))
+    return float(median(b / a for a, b in zip(ours, theirs, strict=True)))
+
+
+def best(run: dict[str, Any], prefix: str | None, do: str) -> str | None:
+    """The fastest of our formats ("bitdistill"), or of all others (None)."""
+    names = [n for n in run["engines"] if n.startswith("bitdistill") == (prefix == "bitdistill")]
+    return max(names, key=lambda n: rate(run, n, do)) if names else None
+
+
+def bytes_per_token(engine: dict[str, Any]) -> int | None:
+    """Weights that one decoded token reads."""
+    if "ternary_bytes" in engine:
+        return int(engine["ternary_bytes"] + engine["dense_bytes"] + engine["head_bytes"])
+    return engine.get("weight_bytes")
+
+
+def table(run: dict[str, Any]) -> str:
+    """One line an engine and format."""
+    bandwidth = median(run["read_bandwidth_bytes_per_s"])
+    lines = [
+        f"**{run['shape']}, {run['threads']} thread{'s' * (run['threads'] > 1)}** "
+        f"(read bandwidth {bandwidth / 1e9:.1f} GB/s)",
+        "",
+        "| engine, format | decode, tokens/s | prefill, tokens/s | 8 sequences, tokens/s | MB a token | "
+        "share of bandwidth | peak RSS, MB | load, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, engine in run["engines"].items():
+        decode, prefill, eight = (rate(run, name, do) for do in ("decode", "prefill", "decode8"))
+        size = bytes_per_token(engine)
+        cells = [
+            name,
+            f"{decode:.1f}",
+            f"{prefill:.0f}",
+            f"{eight:.1f}" if eight else "",
+            f"{size / 1e6:.0f}" if size else "",
+            f"{100 * size * decode / bandwidth:.0f} %" if size else "",
+            f"{engine['peak_rss_bytes'] / 1e6:.0f}" if "peak_rss_bytes" in engine else "",
+            f"{engine['load_s']:.2f}" if "load_s" in engine else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def summary(runs: list[dict[str, Any]]) -> str:
+    """The ratios that count: our best format against the best of the others, and against F16."""
+    lines = [
+        "| shape | threads | decode against the best other format | decode against F16 | "
+        "prefill against the best other | prefill against F16 | 8 sequences against one | RSS, F16 against ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        cells = [run["shape"], str(run["threads"])]
+        for do in ("decode", "prefill"):
+            ours, other = best(run, "bitdistill", do), best(run, None, do)
+            assert ours is not None
+            assert other is not None
+            cells.append(f"{ratio(run, ours, other, do):.2f}× ({other})")
+            cells.append(f"{ratio(run, ours, 'llama.cpp F16', do):.2f}×")
+        ours = best(run, "bitdistill", "decode8")
+        assert ours is not None
+        cells.append(f"{rate(run, ours, 'decode8') / rate(run, ours, 'decode'):.2f}×")
+        smallest = min(e["peak_rss_bytes"] for n, e in run["engines"].items() if n.startswith("bitdistill"))
+        cells.append(f"{run['engines']['llama.cpp F16']['peak_rss_bytes'] / smallest:.1f}×")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def chart(runs: list[dict[str, Any]], path: Path) -> None:
+    """Decode and prefill rates as bars, one panel a shape and number of threads."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "cpu-speed"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(runs), figsize=(4.2 * len(runs), 7), squeeze=False)
+    for column, run in enumerate(runs):
+        for line, do in enumerate(("decode", "prefill")):
+            axis = axes[line][column]
+            names = sorted(run["engines"], key=lambda n: rate(run, n, do))
+            colours = ["#2a6f97" if n.startswith("bitdistill") else "#adb5bd" for n in names]
+            axis.barh(names, [rate(run, n, do) for n in names], color=colours)
+            axis.set_title(f"{run['shape']}, {run['threads']} threads: {do}, tokens/s", fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def page(result: dict[str, Any]) -> str:
+    """The whole page."""
+    host = result["machine"]
+    parts = [
+        "# CPU speed\n",
+        "Generated by `python benchmarks/cpu_speed.py --render` from `results/cpu-speed.json`. Random weights in the "
+        "shapes of SmolLM2 and Qwen3; medians over interleaved rounds, ratios inside a round. Native rows pick the "
+        "greedy token, llama.cpp rows only compute logits. `screened4` and `screened` give the tokens of the full head "
+        "([engine.md](engine.md)). The student has SubLN, which the GGUF models lack. RSS is the whole process, Python "
+        "included.\n",
+        f"{host.get('model name', '?')} (family {host.get('cpu family', '?')}, model {host.get('model', '?')}), "
+        f"{host['cpus']} CPUs, load {host['load_average']:.1f} at the start; {result['date']}; "
+        f"`{result['command']}`; exactness tests before it: {result['tests']['outcome']}; "
+        + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        + ".\n",
+        summary(result["runs"]),
+        f"![decode and prefill rates]({CHART.name})\n",
+        *(table(run) for run in result["runs"]),
+    ]
+    for threads, text in result.get("gemv", {}).items():
+        parts.append(f"Ternary products alone (`bench_gemv {threads} 15`):\n\n```\n{text.strip()}\n```\n")
+    return "\n".join(parts)
+
+
+def write(source: Path) -> None:
+    """docs/cpu-speed.md and docs/cpu-speed.svg."""
+    result = json.loads(source.read_text("utf-8"))
+    PAGE.write_text(page(result), "utf-8")
+    chart(result["runs"], CHART)
