@@ -32,6 +32,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"hidden_size": 40, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 18}),
     "gemma3_text": ("gemma3_text", {"head_dim": 18, "sliding_window": 8, "layer_types": GEMMA_LAYERS}),
+    "bitnet": ("bitnet", {"hidden_size": 40, "tie_word_embeddings": True}),
 }
 
 

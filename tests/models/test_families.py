@@ -116,6 +116,7 @@ def test_layer_types_without_the_key() -> None:
         ({"num_key_value_heads": 3}, ["4 is not a multiple of num_key_value_heads 3"]),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, ["attn_logit_softcapping is 50.0"]),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, ["embedding model"]),
+        ({"model_type": "bitnet", "head_dim": 16}, ["4 heads of 16 are not as wide as hidden_size 44"]),
     ],
 )
 def test_refusals_name_place_and_value(changes: dict[str, Any], words: list[str]) -> None:

@@ -106,6 +106,8 @@ class Family:
     block_norms: tuple[str, ...]
     gguf_architecture: str
     qk_norm: bool = False
+    sub_norms: bool = False
+    """Norms of its own before the attention output and FFN down projections, where the paper puts SubLN."""
     bias: Mapping[Kind, bool | str] = field(default_factory=dict)
     activation_key: str = "hidden_act"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -205,6 +207,16 @@ FAMILIES: dict[str, Family] = {
             "use_bidirectional_attention": "so this is an embedding model, not a causal one",
         },
     ),
+    "bitnet": Family(
+        model_type="bitnet",
+        architecture="BitNetForCausalLM",
+        examples="BitNet b1.58 2B",
+        block_norms=_LLAMA_NORMS,
+        gguf_architecture="bitnet-b1.58",
+        sub_norms=True,
+        bias=_BY_ATTENTION_BIAS,
+        defaults={"hidden_act": "relu2", "tie_word_embeddings": False, "rope_theta": 500_000.0},
+    ),
 }
 
 
@@ -258,6 +270,11 @@ def _sizes(family: Family, config: Mapping[str, Any], where: str) -> dict[str, i
         )
     head_dim = config.get("head_dim") or family.defaults.get("head_dim") or sizes["hidden_size"] // heads
     sizes["head_dim"] = _positive(head_dim, "head_dim", where)
+    if family.sub_norms and heads * head_dim != sizes["hidden_size"]:
+        raise ModelError(
+            f"{where}: {heads} heads of {head_dim} are not as wide as hidden_size {sizes['hidden_size']}, which "
+            f"{family.model_type}'s attention norm needs; the config is damaged"
+        )
     return sizes
 
 
@@ -302,6 +319,11 @@ def _kept(
         if family.qk_norm:
             kept += [
                 Kept(f"{block}.self_attn.{n}.weight", (head_dim,), "q/k-norm") for n in ("q_norm", "k_norm")
+            ]
+        if family.sub_norms:
+            kept += [
+                Kept(f"{block}.self_attn.attn_sub_norm.weight", (hidden,), "norm"),
+                Kept(f"{block}.mlp.ffn_sub_norm.weight", (sizes["intermediate_size"],), "norm"),
             ]
     kept += [Kept(f"{lin.name}.bias", (lin.out_features,), "bias") for lin in linears if lin.bias]
     kept.append(Kept("model.norm.weight", (hidden,), "norm"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitdistill.errors import MissingDependencyError, ModelError
 from bitdistill.models.families import Layout, layout_of
-from bitdistill.models.gguf_header import GgufHeader, type_sizes
+from bitdistill.models.gguf_header import I2_S, GgufHeader, type_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ _NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -82,25 +84,26 @@ def _tensors(header: GgufHeader, layout: Layout) -> Iterator[tuple[str, Tensor]]
         f"{lin.name}.weight": (lin.out_features, lin.in_features) for lin in layout.linears
     }
     shapes |= {kept.name: kept.shape for kept in layout.kept}
-    names = {_gguf_name(name, layout.family): name for name in shapes}
+    names = {gguf_name(name, layout.family): name for name in shapes}
     if unknown := header.tensors.keys() - names.keys():
         raise ModelError(f"{header.path}: tensor {min(unknown)} has no place in a {layout.family} model")
     for theirs, ours in names.items():
         if theirs not in header.tensors:
             raise ModelError(f"{header.path}: tensor {theirs} is missing; the GGUF file is incomplete")
-        tensor = _dequantize(header, theirs)
+        tensor = dequantize(header, theirs)
         if tuple(tensor.shape) != shapes[ours]:
             raise ModelError(f"{header.path}: {theirs} is {list(tensor.shape)}, not {list(shapes[ours])}")
         if layout.family == "llama" and ".attn_q." in theirs:
-            tensor = _halves(tensor, layout.heads)
+            tensor = to_halves(tensor, layout.heads)
         elif layout.family == "llama" and ".attn_k." in theirs:
-            tensor = _halves(tensor, layout.kv_heads)
+            tensor = to_halves(tensor, layout.kv_heads)
         elif layout.family == "gemma3_text" and theirs.endswith("norm.weight"):
             tensor = tensor - 1  # llama.cpp stores what the norm multiplies by, transformers adds the 1
         yield ours, tensor
 
 
-def _gguf_name(name: str, family: str) -> str:
+def gguf_name(name: str, family: str) -> str:
+    """llama.cpp's name of a parameter, for example `model.norm.weight` -> `output_norm.weight`."""
     table = _GEMMA_NAMES if family == "gemma3_text" else _NAMES
     module, kind = name.removeprefix("model.").rsplit(".", 1)
     if module.startswith("layers."):
@@ -109,17 +112,22 @@ def _gguf_name(name: str, family: str) -> str:
     return f"{table[module]}.{kind}"
 
 
-def _halves(tensor: Tensor, heads: int) -> Tensor:
+def to_halves(tensor: Tensor, heads: int) -> Tensor:
     """Undo llama.cpp's interleaving of the two rotary halves of each head's rows (weights and biases)."""
     size = tensor.shape[0] // heads
     return tensor.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
 
 
-def _dequantize(header: GgufHeader, name: str) -> Tensor:
-    """One tensor as float32, in torch's order of dimensions."""
+def dequantize(header: GgufHeader, name: str) -> Tensor:
+    """One tensor as float32, in torch's order of dimensions.
+
+    Raises:
+        ModelError: a type that cannot be dequantized.
+        MissingDependencyError: the `gguf` package is not installed.
+    """
     try:
         from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
+        from gguf.quants import dequantize as from_blocks
     except ImportError:
         raise MissingDependencyError(
             'reading GGUF files needs two more packages: pip install "bitdistill[gguf]"'
@@ -128,13 +136,17 @@ def _dequantize(header: GgufHeader, name: str) -> Tensor:
     import torch
 
     entry = header.tensors[name]
+    if entry.ggml_type == I2_S:
+        raise ModelError(
+            f"{header.path}: {name} is ternary (I2_S); turn the file into a student with `bitdistill import`"
+        )
     block, size = type_sizes()[entry.ggml_type]
     shape = tuple(reversed(entry.dims))
     row_bytes = shape[-1] // block * size
     raw = np.memmap(header.path, np.uint8, "r", header.data_start + entry.offset, (*shape[:-1], row_bytes))
     kind = GGMLQuantizationType(entry.ggml_type)
     try:
-        values = dequantize(np.array(raw), kind)
+        values = from_blocks(np.array(raw), kind)
     except NotImplementedError:
         raise ModelError(
             f"{header.path}: {name} has type {kind.name}, which cannot be dequantized here; use another file"

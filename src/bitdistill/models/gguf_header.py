@@ -19,6 +19,8 @@ from bitdistill.models.families import FAMILIES, Family
 # GGUF value types: struct format of the fixed-size ones; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+I2_S = 36
+"""bitnet.cpp's ternary type: 4 weights a byte over the whole tensor, then 32 bytes that begin with its scale."""
 _MAX_STRING = 1 << 24
 _MAX_KEY = 1 << 16
 _MAX_ALIGNMENT = 1 << 20
@@ -166,23 +168,28 @@ def _check_extents(cursor: _Cursor, metadata: dict[str, Any], tensors: list[Gguf
         block, size = sizes[tensor.ggml_type]
         if tensor.dims[0] % block:
             raise cursor.fail(f"{tensor.name}: rows of {tensor.dims[0]} do not fill blocks of {block}")
+        tail = 32 if tensor.ggml_type == I2_S else 0
         if tensor.offset % alignment or tensor.offset < end:
             raise cursor.fail(f"{tensor.name}: offset {tensor.offset} is unaligned or overlaps {before!r}")
-        end, before = tensor.offset + math.prod(tensor.dims) // block * size, tensor.name
+        end, before = tensor.offset + math.prod(tensor.dims) // block * size + tail, tensor.name
         if start + end > len(cursor.data):
             raise cursor.fail(f"{tensor.name}: ends at byte {start + end}, the file has {len(cursor.data)}")
     return start
 
 
 def type_sizes() -> dict[int, tuple[int, int]]:
-    """Tensor type -> (elements, bytes) of a block."""
+    """Tensor type -> (elements, bytes) of a block; I2_S has 32 bytes more a tensor."""
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError:
         raise MissingDependencyError(
             'reading GGUF files needs two more packages: pip install "bitdistill[gguf]"'
         ) from None
-    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()} | {I2_S: (128, 32)}
+
+
+# The files do not name the activation: each architecture has its own (llama.cpp's bitnet, bitnet.cpp's others).
+_BITNET_ACTIVATIONS = {"bitnet": "silu", "bitnet-25": "relu2", "bitnet-b1.58": "relu2"}
 
 
 def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
@@ -193,14 +200,19 @@ def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
     """
     metadata, tensors, where = header.metadata, header.tensors, header.path
     architecture = metadata.get("general.architecture")
-    family = {f.gguf_architecture: f for f in FAMILIES.values()}.get(str(architecture))
+    families = {f.gguf_architecture: f for f in FAMILIES.values()}
+    families |= dict.fromkeys(_BITNET_ACTIVATIONS, FAMILIES["bitnet"])
+    family = families.get(str(architecture))
     if family is None:
-        supported = ", ".join(f.gguf_architecture for f in FAMILIES.values())
+        supported = ", ".join(families)
         raise ModelError(
             f"{where}: GGUF architecture {architecture!r} is not supported; supported are {supported}"
         )
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
+    plain = scaling == "none" or (
+        scaling == "linear" and _is_one(metadata, f"{architecture}.rope.scaling.factor")
+    )
+    if not plain or "rope_freqs.weight" in tensors:
         raise ModelError(
             f"{where}: rope scaling cannot be restored from GGUF; use the Hugging Face folder instead"
         )
@@ -229,16 +241,24 @@ def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
         "rope_parameters": _rope(family, metadata, str(architecture)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
     }
+    if family.model_type == "bitnet":
+        config["hidden_act"] = _BITNET_ACTIVATIONS[str(architecture)]
     if family.model_type == "gemma3_text":
         config["sliding_window"] = key("attention.sliding_window")
         # Not in the file: the head size, but hidden / heads for the 27B model (62 layers), as in llama.cpp.
         largest = config["num_hidden_layers"] == 62
         config["query_pre_attn_scalar"] = hidden // heads if largest else config["head_dim"]
     return config
+
+
+def _is_one(metadata: dict[str, Any], key: str) -> bool:
+    """Linear rope scaling by 1 (as llama.cpp writes it for BitNet) is none."""
+    return metadata.get(key, 1.0) == 1.0
 
 
 def _short(value: float) -> float:

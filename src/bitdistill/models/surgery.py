@@ -105,6 +105,8 @@ def plan(config: Any, refine: RefineConfig, where: str = "config") -> SurgeryPla
     values = as_config_dict(config)
     layout = layout_of(values, where)
     kinds = _SUBLN_KINDS[refine.subln]
+    if refine.subln == "paper" and family_of(values, where).sub_norms:
+        kinds = frozenset()  # the model has its own norms in these places; a second one would only rescale
     replace = {
         lin.name: LinearSpec(lin.in_features, lin.out_features, lin.bias, lin.kind, lin.kind in kinds)
         for lin in layout.linears
