@@ -62,12 +62,16 @@ def architecture_of(config: Mapping[str, Any], plan: SurgeryPlan, weights: str, 
     """
 
     def refuse(why: str) -> ModelError:
-        return ModelError(f"{where}: {why}; llama.cpp has no architecture for it (format packed keeps it whole)")
+        return ModelError(
+            f"{where}: {why}; llama.cpp has no architecture for it (format packed keeps it whole)"
+        )
 
     layout = layout_of(config, where)
     family = layout.family
     if not plan.quantize_activations:
-        raise refuse("a weights-only student, and llama.cpp always quantizes activations beside ternary weights")
+        raise refuse(
+            "a weights-only student, and llama.cpp always quantizes activations beside ternary weights"
+        )
     subs = plan.subln == "paper" or FAMILIES[family].sub_norms
     if plan.subln == "every_linear":
         raise refuse("SubLN before every linear")
@@ -76,7 +80,9 @@ def architecture_of(config: Mapping[str, Any], plan: SurgeryPlan, weights: str, 
     if layout.activation != _ACTIVATIONS.get(family, "silu"):
         raise refuse(f"{family} with activation {layout.activation}")
     target = _PLAIN[family]
-    if extra := sorted({s.kind for s in plan.replace.values() if s.bias} - _BIASES.get(target.name, frozenset())):
+    if extra := sorted(
+        {s.kind for s in plan.replace.values() if s.bias} - _BIASES.get(target.name, frozenset())
+    ):
         raise refuse(f"{family} with biases on {', '.join(extra)}")
     if family == "qwen2" and layout.heads * layout.head_dim != layout.hidden:
         raise refuse(f"qwen2 with {layout.heads} heads of {layout.head_dim} on hidden size {layout.hidden}")
@@ -90,13 +96,17 @@ def architecture_of(config: Mapping[str, Any], plan: SurgeryPlan, weights: str, 
 def _with_sub_norms(layout: Layout, plan: SurgeryPlan, weights: str, refuse: Any) -> Architecture:
     family, width = layout.family, layout.heads * layout.head_dim
     if family not in ("llama", "bitnet"):
-        raise refuse(f"{family} with SubLN (its sub-norms go with no {'q/k-norms' if 'qwen2' != family else 'biases'})")
+        raise refuse(
+            f"{family} with SubLN (its sub-norms go with no {'q/k-norms' if family != 'qwen2' else 'biases'})"
+        )
     if any(spec.bias for spec in plan.replace.values()):
         raise refuse(f"{family} with SubLN and biases")
     if width != layout.hidden:
         raise refuse(f"SubLN with heads {width} wide on hidden size {layout.hidden}")
     if not layout.tied:
-        raise refuse("SubLN and an output head of its own (the bitnet architecture takes the embedding as head)")
+        raise refuse(
+            "SubLN and an output head of its own (the bitnet architecture takes the embedding as head)"
+        )
     if layout.activation == "silu":
         return Architecture("bitnet", scale_tensors=weights != "i2_s")
     if layout.activation == "relu2" and weights == "i2_s":
@@ -130,10 +140,16 @@ def rope(config: Mapping[str, Any], target: Architecture, head_dim: int, where: 
     by_layer = {k: v for k, v in parameters.items() if isinstance(v, Mapping)}
     full = by_layer.get("full_attention", {} if by_layer else parameters)
     local = by_layer.get("sliding_attention", {})
-    theta = full.get("rope_theta") or config.get("rope_theta") or FAMILIES[config["model_type"]].defaults["rope_theta"]
+    theta = (
+        full.get("rope_theta")
+        or config.get("rope_theta")
+        or FAMILIES[config["model_type"]].defaults["rope_theta"]
+    )
     found: dict[str, Any] = {"theta": float(theta)}
     if target.name == "gemma3":
-        found["theta_local"] = float(local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0)
+        found["theta_local"] = float(
+            local.get("rope_theta") or config.get("rope_local_base_freq") or 10_000.0
+        )
     kind = full.get("rope_type") or full.get("type") or "default"
     plain_local = (local.get("rope_type") or "default") == "default"
     if full.get("partial_rotary_factor", 1.0) != 1.0 or not plain_local:

@@ -76,7 +76,9 @@ def encode(kind: TernaryType, codes_OI: Codes, scale: float) -> Bytes:
     blocks = raw.reshape(-1, TYPES[kind][2])
     blocks[:, -2:] = np.array([half]).view(np.uint8)
     if not np.array_equal(_from_tq(kind, blocks, "")[0].reshape(codes_OI.shape), codes_OI):
-        raise ModelError(f"{kind}: the gguf package wrote other codes than it was given; install another version")
+        raise ModelError(
+            f"{kind}: the gguf package wrote other codes than it was given; install another version"
+        )
     return raw
 
 
@@ -93,7 +95,9 @@ def decode(kind: TernaryType, raw: Bytes, shape: tuple[int, int], where: str) ->
     """
     wanted = tensor_bytes(kind, shape)
     if raw.size != wanted:
-        raise ModelError(f"{where}: {raw.size} bytes of {kind}, {shape[0]} x {shape[1]} weights take {wanted}")
+        raise ModelError(
+            f"{where}: {raw.size} bytes of {kind}, {shape[0]} x {shape[1]} weights take {wanted}"
+        )
     flat = np.ascontiguousarray(raw).reshape(-1)
     if kind == "i2_s":
         return _from_i2_s(flat, shape, where)
@@ -138,7 +142,7 @@ def _from_tq(kind: str, blocks: Bytes, where: str) -> tuple[Codes, NDArray[np.fl
     count = len(blocks)
     if kind == "tq2_0":
         halves = blocks[:, :64].reshape(count, 2, 1, 32)
-        values = (halves >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)) & 3
+        values: Bytes = (halves >> np.array([0, 2, 4, 6], np.uint8).reshape(1, 1, 4, 1)) & np.uint8(3)
         _refuse_three(values, where)
         return values.reshape(count, 256).astype(np.int8) - np.int8(1), scales
     five, four = base3_tables()
@@ -177,7 +181,8 @@ def _to_i2_s(codes_OI: Codes, scale: float) -> Bytes:
 
 
 def _from_i2_s(flat: Bytes, shape: tuple[int, int], where: str) -> tuple[Codes, float]:
-    values = (flat[:-I2_S_TAIL].reshape(-1, 1, 32) >> np.array([6, 4, 2, 0], np.uint8).reshape(1, 4, 1)) & 3
+    shifts = np.array([6, 4, 2, 0], np.uint8).reshape(1, 4, 1)
+    values: Bytes = (flat[:-I2_S_TAIL].reshape(-1, 1, 32) >> shifts) & np.uint8(3)
     _refuse_three(values, where)
     scale = float(flat[-I2_S_TAIL : -I2_S_TAIL + 4].copy().view("<f4")[0])
     if not (np.isfinite(scale) and scale > 0):

@@ -91,7 +91,7 @@ def write_gguf(packed_folder: Path, path: Path, options: ExportConfig) -> None:
     kinds = {name: _kind(spec.in_features, weights, name, where) for name, spec in plan.replace.items()}
     if other := [name for name, kind in kinds.items() if kind != weights]:
         log.warning(
-            "%s: %d of %d linears have rows that fill no block of %s and are written as q4_0 (the same codes, 4.5 bits)",
+            "%s: %d of %d linears have rows that fill no block of %s: written as q4_0 (the same codes)",
             where, len(other), len(kinds), weights,
         )  # fmt: skip
     if not target.scale_tensors:
@@ -101,7 +101,9 @@ def write_gguf(packed_folder: Path, path: Path, options: ExportConfig) -> None:
     tensors = list(_tensors(model, plan, layout, target, kinds, options, factors, where))
     for tensor in tensors:
         # The dtype only says "not raw bytes": then the shape is taken in weights, for every type.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.int8), tensor.data.nbytes, tensor.ggml_type)
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.int8), tensor.data.nbytes, tensor.ggml_type
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -197,7 +199,7 @@ def _tensors(
     for name, layer in layers.items():
         spec, base = plan.replace[name], _base(name, layout)
         codes = unpack_2bit(layer.codes.cpu(), layer.in_features)
-        bias = layer.bias
+        bias: torch.Tensor | None = layer.bias
         if spec.kind in heads:
             codes = from_halves(codes, heads[spec.kind])
             bias = None if bias is None else from_halves(bias, heads[spec.kind])

@@ -101,20 +101,29 @@ def _ternary(
     if f"{base}.scale" in header.tensors:
         factor = dequantize(header, f"{base}.scale")
         if factor.numel() != 1 or not (math.isfinite(float(factor)) and float(factor) > 0):
-            raise ModelError(f"{header.path}: {base}.scale is {factor.flatten()[:4].tolist()}, not one positive number")
+            raise ModelError(
+                f"{header.path}: {base}.scale is {factor.flatten()[:4].tolist()}, not one positive number"
+            )
         used.add(f"{base}.scale")
         # In float32, as the tool that reads both multiplies.
         scale = float(np.float32(scale) * np.float32(float(factor)))
     exact = header.metadata.get(f"{SCALE_KEY}{base}")
     if exact is not None:
         if not isinstance(exact, float) or not abs(exact - scale) <= 2 * gguf_codec.FLOAT16_ERROR * scale:
-            raise ModelError(f"{header.path}: {SCALE_KEY}{base} is {exact!r}, the tensor's scale {scale:g}; damaged")
+            raise ModelError(
+                f"{header.path}: {SCALE_KEY}{base} is {exact!r}, the tensor's scale {scale:g}; damaged"
+            )
         scale = exact
     return codes, scale
 
 
 def _floats(
-    header: GgufHeader, config: dict[str, Any], layout: Layout, plan: SurgeryPlan, halved: bool, used: set[str]
+    header: GgufHeader,
+    config: dict[str, Any],
+    layout: Layout,
+    plan: SurgeryPlan,
+    halved: bool,
+    used: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every other tensor by our name; float16 stays float16, all other types become float32."""
     for ours in expected_tensors(config, plan, True, str(header.path)):

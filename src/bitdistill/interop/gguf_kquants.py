@@ -38,7 +38,8 @@ def encode_table(kind: TableType, table: _Floats, where: str) -> NDArray:
     if table.shape[1] % block:
         smaller = " or ".join(name for name, size in BLOCKS.items() if table.shape[1] % size == 0)
         raise ModelError(
-            f"{where}: rows of {table.shape[1]} do not fill {kind}'s blocks of {block}; set export.gguf.table to {smaller}"
+            f"{where}: rows of {table.shape[1]} do not fill {kind}'s blocks of {block}; "
+            f"set export.gguf.table to {smaller}"
         )
     if not np.abs(table).max() <= np.finfo(np.float16).max:
         raise ModelError(f"{where}: a value does not fit float16, which GGUF's {kind} needs")
@@ -82,7 +83,8 @@ def _q6_k(rows: _Floats) -> NDArray[np.uint8]:
     qh = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
     count = len(x)
     return np.concatenate(
-        [ql.reshape(count, 128), qh.reshape(count, 64), sc.astype(np.int8).view(np.uint8), d.view(np.uint8)], axis=1
+        [ql.reshape(count, 128), qh.reshape(count, 64), sc.astype(np.int8).view(np.uint8), d.view(np.uint8)],
+        axis=1,
     )
 
 
@@ -93,7 +95,9 @@ def _q4_k(rows: _Floats) -> NDArray[np.uint8]:
     q = np.clip(np.rint(_divide(x - low, scale)), 0, 15)
     # Least squares of x = scale * q - minimum over the group; kept only where both come out positive.
     q_mean, x_mean = q.mean(axis=2, keepdims=True), x.mean(axis=2, keepdims=True)
-    fitted = _divide(((q - q_mean) * x).sum(axis=2, keepdims=True), np.square(q - q_mean).sum(axis=2, keepdims=True))
+    fitted = _divide(
+        ((q - q_mean) * x).sum(axis=2, keepdims=True), np.square(q - q_mean).sum(axis=2, keepdims=True)
+    )
     offset = fitted * q_mean - x_mean
     good = (fitted > 0) & (offset >= 0)
     scale, minimum = np.where(good, fitted, scale)[..., 0], np.where(good, offset, -low)[..., 0]

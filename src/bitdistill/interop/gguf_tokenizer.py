@@ -61,7 +61,9 @@ def vocabulary(tokenizer: Any, rows: int, eos_ids: Sequence[int], where: str) ->
     whole = json.loads(backend.to_str())
     model = whole["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ModelError(f"{where}: the tokenizer's model is {model['type']}; llama.cpp gets byte-level or SentencePiece BPE")
+        raise ModelError(
+            f"{where}: the tokenizer's model is {model['type']}; GGUF holds byte-level and SentencePiece BPE"
+        )
     tokens, types = _tokens(whole, rows, where)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in model["merges"]]
     steps = _steps(whole["pre_tokenizer"], "pretokenizers")
@@ -75,7 +77,9 @@ def vocabulary(tokenizer: Any, rows: int, eos_ids: Sequence[int], where: str) ->
     found.add_bos, found.add_eos = _framing(tokenizer, where)
     template = tokenizer.chat_template
     found.chat_template = template.get("default") if isinstance(template, Mapping) else template
-    eos = list(dict.fromkeys([*eos_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+    eos = list(
+        dict.fromkeys([*eos_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+    )
     named = {
         "bos": tokenizer.bos_token_id,
         "eos": eos[0] if eos else None,
@@ -83,7 +87,9 @@ def vocabulary(tokenizer: Any, rows: int, eos_ids: Sequence[int], where: str) ->
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }
-    found.special_ids = {name: number for name, number in named.items() if number is not None and number < rows}
+    found.special_ids = {
+        name: number for name, number in named.items() if number is not None and number < rows
+    }
     return found
 
 
@@ -113,7 +119,9 @@ def _tokens(whole: Mapping[str, Any], rows: int, where: str) -> tuple[list[str],
     unknown = whole["model"].get("unk_token")
     fallback = whole["model"].get("byte_fallback")
     added = {entry["id"]: entry for entry in whole["added_tokens"]}
-    by_id = {i: token for token, i in whole["model"]["vocab"].items()} | {i: e["content"] for i, e in added.items()}
+    by_id = {i: token for token, i in whole["model"]["vocab"].items()} | {
+        i: e["content"] for i, e in added.items()
+    }
     for i, token in by_id.items():
         if i >= rows:
             raise ModelError(f"{where}: token {i} ({token!r}) lies beyond the embedding of {rows} rows")
@@ -186,7 +194,9 @@ def _space_prefix(normalizer: Any, steps: list[dict[str, Any]], byte_fallback: b
     others = [s for s in steps if s["type"] != "Metaspace" and s.get("pattern") != {"String": " "}]
     sound = set(names) <= {"Prepend", "Replace"} and len(texts) <= 2 and not others and byte_fallback
     if metaspace is not None:
-        sound = sound and not texts and metaspace["replacement"] == _SPACE and not metaspace.get("split", True)
+        sound = (
+            sound and not texts and metaspace["replacement"] == _SPACE and not metaspace.get("split", True)
+        )
         prepended = metaspace.get("prepend_scheme", "always") != "never"
     else:
         sound = sound and replaced
@@ -212,7 +222,9 @@ def _scores(
     for left, right in merges:
         piece = left + right
         if piece != last and piece in order:
-            raise ModelError(f"{where}: the merges of {piece!r} do not stand together, so no scores give their order")
+            raise ModelError(
+                f"{where}: the merges of {piece!r} do not stand together, so no scores give their order"
+            )
         last = piece
         order.setdefault(piece, len(order))
     known = {(left, right) for left, right in merges}
@@ -221,7 +233,9 @@ def _scores(
         for at in range(1, len(piece)):
             pair = (piece[:at], piece[at:])
             if pair not in known and pair[0] in pieces and pair[1] in pieces:
-                raise ModelError(f"{where}: {pair[0]!r} and {pair[1]!r} join to a piece but are no merge; scores cannot say so")
+                raise ModelError(
+                    f"{where}: {pair[0]!r} and {pair[1]!r} join to a piece, but are no merge, which scores cannot say"
+                )
     scores = []
     for token, kind in zip(tokens, types, strict=True):
         normal = kind == NORMAL and len(token) > 1

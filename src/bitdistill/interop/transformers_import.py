@@ -49,14 +49,18 @@ def import_transformers(source: Path, out: Path) -> Path:
     if as_llama:
         # Exactly a Llama student with SubLN as in the paper.
         if subln != "none":
-            raise ModelError(f"{source}: use_rms_norm in a model with sub-norms of its own; no format holds that")
+            raise ModelError(
+                f"{source}: use_rms_norm in a model with sub-norms of its own; no format holds that"
+            )
         rope = {"rope_theta": layout_of(config, str(source)).rope_theta, "rope_type": "default"}
         config = {"rope_parameters": rope, **config, "model_type": "llama", "hidden_act": "silu"}
         config["architectures"] = [FAMILIES["llama"].architecture]
         subln = "paper"
     eps = section.get("rms_norm_eps")
     if subln == "every_linear" and eps is not None and eps != config.get("rms_norm_eps"):
-        raise ModelError(f"{source}: rms_norm_eps {eps} before linears, {config.get('rms_norm_eps')} elsewhere")
+        raise ModelError(
+            f"{source}: rms_norm_eps {eps} before linears, {config.get('rms_norm_eps')} elsewhere"
+        )
     plan = surgery.plan(config, RefineConfig(subln=subln), str(source))  # type: ignore[arg-type]
     tensors = _Tensors(source)
     ternary = {name: _ternary(tensors, name, spec, linear_class) for name, spec in plan.replace.items()}
@@ -127,7 +131,9 @@ class _Tensors:
 
     def take(self, name: str) -> Tensor:
         if name not in self.files:
-            raise ModelError(f"{self.folder}: tensor {name} is missing; the model is incomplete, fetch it again")
+            raise ModelError(
+                f"{self.folder}: tensor {name} is missing; the model is incomplete, fetch it again"
+            )
         self.left.discard(name)
         with safe_open(self.files[name], framework="pt") as handle:
             tensor: Tensor = handle.get_tensor(name)
@@ -141,7 +147,9 @@ def _ternary(tensors: _Tensors, name: str, spec: LinearSpec, linear_class: str) 
     rows = spec.out_features
     if weight.dtype == torch.uint8 and tuple(weight.shape) == (-(-rows // 4), spec.in_features):
         if rows % 4:
-            raise ModelError(f"{where}: {rows} rows do not fill bytes of 4, which no reader of this format agrees on")
+            raise ModelError(
+                f"{where}: {rows} rows do not fill bytes of 4, which no reader of this format agrees on"
+            )
         try:
             codes = unpack_rows(weight)
         except ModelError as error:
@@ -160,5 +168,7 @@ def _ternary(tensors: _Tensors, name: str, spec: LinearSpec, linear_class: str) 
     if linear_class == "bitlinear" and scale > 0:
         scale = float(1.0 / stored)
     if not (math.isfinite(scale) and scale > 0):
-        raise ModelError(f"{where}: weight_scale {stored.flatten()[:4].tolist()} is not one positive finite number")
+        raise ModelError(
+            f"{where}: weight_scale {stored.flatten()[:4].tolist()} is not one positive finite number"
+        )
     return codes, scale

@@ -246,4 +246,3 @@ def quiet() -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
