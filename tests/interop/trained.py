@@ -70,12 +70,17 @@ def stream(split: str, limit: int | None = None) -> torch.Tensor:
 
 
 def train_student(family: str, subln: str, *, steps: int, seed: int = 0, **changes: Any) -> Any:
-    """A latent student of a random model, trained on the demo's rows with the language-model loss."""
+    """A latent student of a random model, trained on the demo's rows with the language-model loss.
+
+    With no steps it keeps its random weights: enough where only bytes are compared.
+    """
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**SIZES, **OWN.get(family, {}), **changes})
     source = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     plan = surgery.plan(config, RefineConfig(subln=subln))  # type: ignore[arg-type]
     student = surgery.apply(plan, source.train())
+    if steps == 0:
+        return student.eval()
     ids = stream("train")
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)

@@ -65,7 +65,8 @@ def encode(kind: TernaryType, codes_OI: Codes, scale: float) -> Bytes:
         raise ModelError(f"{kind}: rows of {codes_OI.shape[1]} weights do not fill blocks of {block}")
     if kind == "i2_s":
         return _to_i2_s(codes_OI, scale)
-    half = np.float16(scale)
+    with np.errstate(over="ignore"):
+        half = np.float16(scale)
     if not abs(float(half) - scale) <= FLOAT16_ERROR * scale:  # also NaN, infinity, subnormal halves
         raise ModelError(f"{kind}: scale {scale} does not fit float16; choose i2_s, or format packed")
     if kind == "q4_0":
