@@ -47,7 +47,9 @@ def write_packed_folder(
     Raises:
         ModelError: a tensor is missing, unexpected, of another shape, or not finite.
     """
-    values = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config", "dtype")}
+    # auto_map names code of the source's folder, which is never run and does not come along.
+    left_out = ("model_type", "quantization_config", "dtype", "torch_dtype", "auto_map", "_name_or_path")
+    values = {k: v for k, v in config.items() if k not in left_out}
     tensors: dict[str, Tensor] = {}
     for name, (codes, scale) in ternary.items():
         tensors[f"{name}.codes"] = pack_2bit(codes)
