@@ -8,7 +8,7 @@ rule: continuations are equal, or part at a place where our own two best logits 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NEAR_TIE = 0.1
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, WINDOW, WINDOWS = 50, 6, 32, 128, 16
-# name -> family, SubLN, further config, architecture, and how many of 50 continuations are equal at least
+# name -> family, SubLN, further config
 STUDENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bitnet": ("llama", "paper", {}),
     "llama": ("llama", "none", {"tie_word_embeddings": False}),
@@ -38,6 +38,14 @@ STUDENTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 448},
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +63,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def open_llama(path: Path) -> Any:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    return llama_cpp.Llama(
-        str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=torch.get_num_threads()
-    )
+    return llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False, n_threads=1)
 
 
 def their_logits(llama: Any, ids: list[int]) -> torch.Tensor:

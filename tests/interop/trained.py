@@ -69,6 +69,7 @@ def stream(split: str, limit: int | None = None) -> torch.Tensor:
     return torch.tensor(ids)
 
 
+@torch.enable_grad()
 def train_student(family: str, subln: str, *, steps: int, seed: int = 0, **changes: Any) -> Any:
     """A latent student of a random model, trained on the demo's rows with the language-model loss.
 
