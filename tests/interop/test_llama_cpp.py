@@ -147,4 +147,4 @@ def test_llama_cpp_computes_the_student(
     )
     if table == "f16":  # rounded tables move the logits themselves
         assert all(gap < NEAR_TIE for gap in gaps)
-        assert equal >= 0.7 * PROMPTS
+        assert equal >= 0.5 * PROMPTS
