@@ -193,7 +193,7 @@ def load_tokenizer(header: GgufHeader) -> Any:
     Raises:
         ModelError: a byte-level tokenizer whose pre-tokenizer is unknown.
     """
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     loaded = PreTrainedTokenizerFast.from_pretrained(
@@ -214,6 +214,15 @@ def load_tokenizer(header: GgufHeader) -> Any:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
         backend.model.ignore_merges = name in IGNORE_MERGES
+    elif (prefix := header.metadata.get("tokenizer.ggml.add_space_prefix")) is not None:
+        # transformers' loader treats a leading space by model class, whatever the file says.
+        spaces = normalizers.Replace(" ", "\u2581")
+        backend.normalizer = (
+            normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+        )
+        backend.pre_tokenizer = None
+        parts: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
     # By id from the metadata: some transformers releases guess the special tokens by name, and wrong.
     special = {
         name: backend.id_to_token(header.metadata[f"tokenizer.ggml.{key}"])
