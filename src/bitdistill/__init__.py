@@ -24,7 +24,7 @@ from bitdistill.version import __version__
 if TYPE_CHECKING:
     from bitdistill.config import Recipe
     from bitdistill.engine.engine import Engine
-    from bitdistill.models.student import load
+    from bitdistill.interop.foreign import load
     from bitdistill.models.surgery import refine
     from bitdistill.pipeline import run
     from bitdistill.quant.ternary import quantize_activations, ternarize
@@ -46,7 +46,7 @@ __all__ = [
 _HOMES = {
     "Engine": "bitdistill.engine.engine",
     "Recipe": "bitdistill.config",
-    "load": "bitdistill.models.student",
+    "load": "bitdistill.interop.foreign",
     "load_recipe": "bitdistill.recipe",
     "quantize_activations": "bitdistill.quant.ternary",
     "refine": "bitdistill.models.surgery",

@@ -248,11 +248,22 @@ class EvalConfig(Strict):
     bootstrap_seed: int = 0
 
 
+class GgufConfig(Strict):
+    """Formats gguf and ollama."""
+
+    weights: Literal["tq1_0", "tq2_0", "i2_s"] = "tq2_0"
+    """Type of the ternary tensors; i2_s is read by bitnet.cpp only."""
+    table: Literal["f16", "q8_0", "q6_k", "q4_k"] = "f16"
+    """Type of embedding and output head."""
+
+
 class ExportConfig(Strict):
     """The packed student."""
 
-    formats: tuple[Literal["packed", "hf"], ...] = ("packed",)
-    """packed is always written; hf adds a folder that plain transformers loads, where it has a class for it."""
+    formats: tuple[Literal["packed", "hf", "gguf", "ollama"], ...] = ("packed",)
+    """packed is always written; hf adds a folder that plain transformers loads, gguf a file for llama.cpp, ollama
+    the same with a Modelfile: each where the tool can compute the student."""
+    gguf: GgufConfig = GgufConfig()
     float_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Storage of embeddings, norms, gains, biases and head. Rounding happens once, before the student is scored."""
 

@@ -23,7 +23,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from bitdistill import recipe_errors
 from bitdistill.artifact import hash_json
-from bitdistill.config import METHODS, Recipe, Task
+from bitdistill.config import METHODS, ExportConfig, Recipe, Task
 from bitdistill.errors import RecipeError
 
 MAX_BYTES = 1 << 20
@@ -72,6 +72,27 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         places = recipe_errors.Places(where, {})
         raise RecipeError(recipe_errors.one_line(error, dict(tree), Recipe, places)) from None
+
+
+def export_options(overrides: Sequence[str]) -> ExportConfig:
+    """The recipe's `export` section from `export.key=value` overrides alone, for a student without its recipe.
+
+    Raises:
+        RecipeError: as load_recipe; also an override of another section.
+    """
+    tree: Tree = {}
+    for override in overrides:
+        if not override.startswith("export."):
+            raise RecipeError(
+                f"--set {override}: only export.* applies to a student's folder; give the recipe instead"
+            )
+        _apply_override(tree, override)
+    section = tree.get("export", {})
+    try:
+        return ExportConfig.model_validate(section)
+    except ValidationError as error:
+        places = recipe_errors.Places("export", {})
+        raise RecipeError(recipe_errors.one_line(error, section, ExportConfig, places)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitdistill.cli import artifacts, compare, native, plan, predict, probe, runs, start, sweep
+from bitdistill.cli import artifacts, compare, exchange, native, plan, predict, probe, runs, start, sweep
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
@@ -28,11 +28,12 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("refine", runs.refine),
         ("pretrain", runs.pretrain),
         ("distill", runs.distill),
-        ("export", runs.export),
+        ("export", exchange.export),
         ("eval", runs.evaluate),
     ],
     "Use and look": [
         ("predict", predict.predict),
+        ("import", exchange.import_),
         ("results", artifacts.results),
         ("compare", compare.compare),
         ("report", artifacts.report),

@@ -38,53 +38,35 @@ def run(
 
     Finished stages are skipped, so a run that was interrupted goes on where it stopped.
     """
-    _run(recipe, set_, redo, json_, quiet, until=None)
+    run_until(recipe, set_, redo, json_, quiet, until=None)
 
 
 def sft(
     recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Fine-tune the full-precision teacher on the task."""
-    _run(recipe, set_, redo, json_, quiet, until=StageName.sft)
+    run_until(recipe, set_, redo, json_, quiet, until=StageName.sft)
 
 
 def refine(
     recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Stage 1: make the linears ternary and add SubLN."""
-    _run(recipe, set_, redo, json_, quiet, until=StageName.refine)
+    run_until(recipe, set_, redo, json_, quiet, until=StageName.refine)
 
 
 def pretrain(
     recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Stage 2: continued pre-training on a corpus; gives a ternary base that later tasks reuse."""
-    _run(recipe, set_, redo, json_, quiet, until=StageName.pretrain)
+    run_until(recipe, set_, redo, json_, quiet, until=StageName.pretrain)
 
 
 def distill(
     recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Stage 3: distil the teacher into the ternary student."""
-    _run(recipe, set_, redo, json_, quiet, until=StageName.distill)
-
-
-def export(
-    recipe: RecipePath,
-    set_: Overrides = None,
-    format_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format", help="A further format beside the packed student: hf. Repeat.", show_default=False
-        ),
-    ] = None,
-    redo: Redo = None,
-    json_: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write the packed student (2-bit codes, scales, tokenizer), and further formats."""
-    extra = [f"export.formats=[{', '.join(['packed', *format_])}]"] if format_ else []
-    _run(recipe, [*(set_ or []), *extra], redo, json_, quiet, until=StageName.export)
+    run_until(recipe, set_, redo, json_, quiet, until=StageName.distill)
 
 
 class EngineName(StrEnum):
@@ -110,7 +92,7 @@ def evaluate(
 ) -> None:
     """Score teacher, baseline and packed student and print the results table."""
     extra = [] if engine is None else [f"eval.engine={engine.value}"]
-    _run(recipe, [*(set_ or []), *extra], redo, json_, quiet, until=StageName.eval)
+    run_until(recipe, [*(set_ or []), *extra], redo, json_, quiet, until=StageName.eval)
 
 
 def demo(
@@ -137,9 +119,10 @@ def demo(
     _go(loaded, redo, json_, quiet, until=None)
 
 
-def _run(
+def run_until(
     path: Path, set_: list[str] | None, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None
-) -> None:
+) -> RunResult:
+    """Run a recipe up to a stage and print what came out."""
     from bitdistill.planning.check import check_data
     from bitdistill.recipe import load_recipe
 
@@ -147,10 +130,10 @@ def _run(
     recipe = load_recipe(path, set_ or [])
     # Before torch is even imported: what would otherwise be found after minutes or hours.
     check_data(recipe, scoring=until in (None, StageName.eval, StageName.report))
-    _go(recipe, redo, json_, quiet, until=until)
+    return _go(recipe, redo, json_, quiet, until=until)
 
 
-def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None) -> None:
+def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageName | None) -> RunResult:
     from bitdistill import pipeline
 
     result = pipeline.run(
@@ -166,11 +149,13 @@ def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageNam
                 "run_dir": str(result.run_dir),
                 "rows": [row.model_dump(mode="json") for row in result.rows],
                 "packed": None if result.packed is None else str(result.packed),
+                "formats": {name: str(path) for name, path in result.formats.items()},
                 "report": None if result.report is None else str(result.report),
             }
         )
     else:
         _show(recipe, result)
+    return result
 
 
 def _show(recipe: Recipe, result: RunResult) -> None:
@@ -184,7 +169,7 @@ def _show(recipe: Recipe, result: RunResult) -> None:
     if result.rows:
         print_table(result.rows, stdout())
     console = stderr()
-    places = {"run": result.run_dir, "student": result.packed, "report": result.report}
+    places = {"run": result.run_dir, "student": result.packed, **result.formats, "report": result.report}
     for name, path in places.items():
         if path is not None:
             console.print(f"{name:>8}  {escape(str(path))}", soft_wrap=True)

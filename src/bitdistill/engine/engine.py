@@ -17,6 +17,7 @@ from bitdistill.engine import _native
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
 from bitdistill.eval.prediction import Prediction
+from bitdistill.interop.foreign import packed_folder
 
 if TYPE_CHECKING:
     from bitdistill.config import Task
@@ -66,7 +67,8 @@ class Engine:
     runs.
 
     Args:
-        path: a model folder (docs/format.md), or a Hugging Face folder of a supported family.
+        path: a model folder (docs/format.md), a Hugging Face folder of a supported family, or a ternary model of
+            another tool (docs/formats.md), which is imported to a cache first (that needs torch, once).
         threads: compute threads; None: as many as CPUs this process may use. Results do not depend on it.
         isa: instruction set of the kernels, for the whole process; None: as it is (BITDISTILL_ISA, else the
             best).
@@ -95,7 +97,7 @@ class Engine:
         head: HeadType = "float",
         verify: bool = True,
     ) -> None:
-        folder = Path(path)
+        folder = packed_folder(path)
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such folder; give the folder of a model")
         if isa is not None:

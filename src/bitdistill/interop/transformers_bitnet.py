@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitdistill import artifact
+from bitdistill.config import ExportConfig
 from bitdistill.errors import ModelError
 from bitdistill.models.hf import plan_of
 from bitdistill.models.student import load_student
@@ -36,7 +37,7 @@ from bitdistill.quant.packing import unpack_2bit
 
 ROWS_PER_BYTE = 4
 # Ours -> theirs, for the SubLN of the paper's layout in BitNetForCausalLM.
-_SUB_NORMS = {
+SUB_NORMS = {
     "self_attn.o_proj.subln": "self_attn.attn_sub_norm",
     "mlp.down_proj.subln": "mlp.ffn_sub_norm",
 }
@@ -127,14 +128,14 @@ def _sub_norm_name(linear: str, plan: SurgeryPlan) -> str:
     if plan.subln == "every_linear":
         return f"{linear}.rms_norm.weight"
     block, part, projection = linear.rsplit(".", 2)
-    return f"{block}.{_SUB_NORMS[f'{part}.{projection}.subln']}.weight"
+    return f"{block}.{SUB_NORMS[f'{part}.{projection}.subln']}.weight"
 
 
-def export_transformers(packed_folder: Path, out: Path) -> Path:
+def export_transformers(packed_folder: Path, out: Path, options: ExportConfig | None = None) -> Path:
     """Write the packed student at `packed_folder` as a plain transformers folder.
 
     The floats keep the dtype they are stored in; config.json asks for float32 computation, in which the
-    integer products are exact.
+    integer products are exact. `options` has nothing that this format needs.
 
     Returns:
         `out`.

@@ -210,12 +210,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: missing or not a JSON object.
     """
     path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{path}: missing; this is not a Hugging Face model folder")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        ModelError: missing, unreadable, nested too deeply, or not an object.
+    """
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: missing; this is not a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: unreadable ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
+    if not isinstance(values, dict):
         raise ModelError(f"{path}: not a JSON object; fetch the model again")
-    return config
+    return values

@@ -118,6 +118,12 @@ def to_halves(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
 
 
+def from_halves(tensor: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_halves`: each head's rows as llama.cpp's `llama` wants them, halves interleaved."""
+    size = tensor.shape[0] // heads
+    return tensor.reshape(heads, 2, size // 2, -1).transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
 def dequantize(header: GgufHeader, name: str) -> Tensor:
     """One tensor as float32, in torch's order of dimensions.
 
@@ -161,7 +167,7 @@ _QWEN2_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3_SPLIT = _QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-_PRE_TOKENIZERS = {
+PRE_TOKENIZERS = {
     "gpt-2": _GPT2_SPLIT,
     "smollm": _GPT2_SPLIT,
     "qwen2": _QWEN2_SPLIT,
@@ -175,7 +181,8 @@ _SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-_SINGLE_DIGITS = ("smollm",)  # split every digit off before the byte-level regex
+SINGLE_DIGITS = ("smollm",)  # split every digit off before the byte-level regex
+IGNORE_MERGES = ("llama-bpe", "llama3")  # a word that is a token is not split into mergeable parts
 
 
 def load_tokenizer(header: GgufHeader) -> Any:
@@ -186,7 +193,7 @@ def load_tokenizer(header: GgufHeader) -> Any:
     Raises:
         ModelError: a byte-level tokenizer whose pre-tokenizer is unknown.
     """
-    from tokenizers import Regex, pre_tokenizers
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     loaded = PreTrainedTokenizerFast.from_pretrained(
@@ -195,17 +202,27 @@ def load_tokenizer(header: GgufHeader) -> Any:
     backend = loaded.backend_tokenizer
     if header.metadata.get("tokenizer.ggml.model") == "gpt2":
         name = str(header.metadata.get("tokenizer.ggml.pre", "gpt-2"))
-        if name not in _PRE_TOKENIZERS:
+        if name not in PRE_TOKENIZERS:
             raise ModelError(
                 f"{header.path}: pre-tokenizer {name!r} is not known; set model.tokenizer to "
                 "the model's own folder"
             )
-        split = _PRE_TOKENIZERS[name]
-        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name in _SINGLE_DIGITS else []
+        split = PRE_TOKENIZERS[name]
+        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if name in SINGLE_DIGITS else []
         if split:
             steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
         backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        backend.model.ignore_merges = name in IGNORE_MERGES
+    elif (prefix := header.metadata.get("tokenizer.ggml.add_space_prefix")) is not None:
+        # transformers' loader treats a leading space by model class, whatever the file says.
+        spaces = normalizers.Replace(" ", "\u2581")
+        backend.normalizer = (
+            normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+        )
+        backend.pre_tokenizer = None
+        parts: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
     # By id from the metadata: some transformers releases guess the special tokens by name, and wrong.
     special = {
         name: backend.id_to_token(header.metadata[f"tokenizer.ggml.{key}"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill.errors import MissingDependencyError, ModelError
-from bitdistill.models.families import FAMILIES, Family
+from bitdistill.models.families import FAMILIES, MAX_LAYERS, Family
 
 # GGUF value types: struct format of the fixed-size ones; 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -24,6 +24,7 @@ I2_S = 36
 _MAX_STRING = 1 << 24
 _MAX_KEY = 1 << 16
 _MAX_ALIGNMENT = 1 << 20
+_MAX_LIST = 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
     data_start: int
     """Byte of the file from which tensor offsets count."""
+    lists: dict[str, tuple[Any, ...]]
+    """Arrays of numbers with at most 1024 elements (one a layer, such as which have a sliding window)."""
 
 
 class _Cursor:
@@ -52,6 +55,7 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
+        self.lists: dict[str, tuple[Any, ...]] = {}
 
     def fail(self, what: str) -> ModelError:
         return ModelError(f"{self.path}: {what} at byte {self.at}; the GGUF file is damaged, fetch it again")
@@ -91,6 +95,8 @@ class _Cursor:
         if element in _SCALARS:
             size = struct.calcsize("<" + _SCALARS[element]) * count
             self.need(size, what)
+            if count <= _MAX_LIST:
+                self.lists[what] = struct.unpack_from(f"<{count}{_SCALARS[element]}", self.data, self.at)
             self.at += size
         elif element == _STRING:
             self.need(8 * count, what)
@@ -141,7 +147,7 @@ def _read(cursor: _Cursor) -> GgufHeader:
             raise cursor.fail(f"tensor {tensor.name!r} is there twice")
         tensors[tensor.name] = tensor
     start = _check_extents(cursor, metadata, list(tensors.values()))
-    return GgufHeader(cursor.path, metadata, tensors, start)
+    return GgufHeader(cursor.path, metadata, tensors, start, cursor.lists)
 
 
 def _tensor(cursor: _Cursor, index: int) -> GgufTensor:
@@ -250,10 +256,26 @@ def config_from_gguf(header: GgufHeader) -> dict[str, Any]:
         config["hidden_act"] = _BITNET_ACTIVATIONS[str(architecture)]
     if family.model_type == "gemma3_text":
         config["sliding_window"] = key("attention.sliding_window")
+        config["layer_types"] = _layer_types(header, config["num_hidden_layers"])
+        config["final_logit_softcapping"] = metadata.get(f"{architecture}.final_logit_softcapping")
         # Not in the file: the head size, but hidden / heads for the 27B model (62 layers), as in llama.cpp.
         largest = config["num_hidden_layers"] == 62
         config["query_pre_attn_scalar"] = hidden // heads if largest else config["head_dim"]
     return config
+
+
+def _layer_types(header: GgufHeader, layers: Any) -> list[str]:
+    """Which layers have a window: a list, or every layer but each sixth (or each Nth)."""
+    name = f"{header.metadata['general.architecture']}.attention.sliding_window_pattern"
+    each = header.metadata.get(name, 6)
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        return []  # the layout refuses it
+    sliding = header.lists.get(name) or tuple((i + 1) % max(each, 1) != 0 for i in range(layers))
+    if len(sliding) != layers:
+        raise ModelError(
+            f"{header.path}: {name} has {len(sliding)} entries for {layers} layers; the file is damaged"
+        )
+    return ["sliding_attention" if flag else "full_attention" for flag in sliding]
 
 
 def _is_one(metadata: dict[str, Any], key: str) -> bool:

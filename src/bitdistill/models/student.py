@@ -246,8 +246,3 @@ def quiet() -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def load(path: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """The model of any bitdistill folder, ready to run; `load_student` also gives the tokenizer."""
-    return load_student(path, device=device, dtype=dtype)[0]

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill import artifact
+from bitdistill.config import ExportConfig
+from bitdistill.interop.gguf_export import export_gguf
+from bitdistill.interop.ollama import export_ollama
 from bitdistill.interop.transformers_bitnet import export_transformers
 from bitdistill.models.student import load_student, pack
 from bitdistill.stages.common import Run
@@ -34,7 +37,11 @@ def write_packed(
 
 
 # Further formats, made from the packed folder without recomputing a code.
-EXPORTERS: dict[str, Callable[[Path, Path], Path]] = {"hf": export_transformers}
+EXPORTERS: dict[str, Callable[[Path, Path, ExportConfig], Path]] = {
+    "hf": export_transformers,
+    "gguf": export_gguf,
+    "ollama": export_ollama,
+}
 
 
 def export(run: Run, latent: Path, latent_key: str, name: str) -> Path:
@@ -59,13 +66,25 @@ def export(run: Run, latent: Path, latent_key: str, name: str) -> Path:
 
 
 def export_formats(run: Run, packed: Path) -> dict[str, Path]:
-    """The student's further formats, each in a folder of its name; kept when made from this very student."""
+    """The student's further formats, each in a folder of its name beside the packed one."""
+    return write_formats(packed, run.run_dir, run.recipe.export)
+
+
+def write_formats(packed: Path, place: Path, options: ExportConfig) -> dict[str, Path]:
+    """Every format of `options` but packed itself, in `place`/FORMAT; kept when made from this very student.
+
+    Raises:
+        ModelError: a format cannot hold this student.
+        ArtifactError: the packed folder is damaged.
+    """
     files = artifact.read_manifest(packed)["files"]
     made: dict[str, Path] = {}
-    for name in run.recipe.export.formats:
+    for name in options.formats:
         if name == "packed":
             continue
-        made[name] = run.run_dir / name
-        if not artifact.exists(made[name]) or artifact.read_manifest(made[name]).get("from") != files:
-            EXPORTERS[name](packed, made[name])
+        made[name] = place / name
+        there = artifact.read_manifest(made[name]) if artifact.exists(made[name]) else {}
+        wanted = options.gguf.model_dump(mode="json") if name in ("gguf", "ollama") else None
+        if there.get("from") != files or there.get("options") != wanted:
+            EXPORTERS[name](packed, made[name], options)
     return made
