@@ -211,7 +211,13 @@ def test_run_hands_the_recipe_to_the_pipeline(folder, monkeypatch, capsys):
     assert (seen["until"], seen["redo"], seen["recipe"].seed) == ("distill", frozenset({"sft", "eval"}), 3)
     assert seen["command"].startswith("bitdistill distill ")
     printed = json.loads(capsys.readouterr().out)
-    assert printed == {"run_dir": "runs/t", "rows": [], "packed": "runs/t/packed", "report": None}
+    assert printed == {
+        "run_dir": "runs/t",
+        "rows": [],
+        "packed": "runs/t/packed",
+        "formats": {},
+        "report": None,
+    }
 
 
 def test_results_and_report_of_a_run_that_is_not_there(folder):

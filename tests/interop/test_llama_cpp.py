@@ -88,7 +88,7 @@ def their_continuation(llama: Any, ids: list[int]) -> list[int]:
         *((name, "tq2_0", "f16", 0.01) for name in STUDENTS),
         ("bitnet", "tq1_0", "q8_0", 0.01),
         ("bitnet", "tq2_0", "q6_k", 0.01),
-        ("bitnet", "tq2_0", "q4_k", 0.02),  # the table's own loss
+        ("bitnet", "tq2_0", "q4_k", 0.02),  # the table's own loss: 0.9 % was measured
     ],
 )
 @torch.no_grad()
