@@ -132,6 +132,7 @@ def page(result: dict[str, Any]) -> str:
         f"`{result['command']}`; exactness tests before it: {result['tests']['outcome']}; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         + ".\n",
+        *([f"Note: {result['note']}.\n"] if "note" in result else []),
         summary(result["runs"]),
         f"![decode and prefill rates]({CHART.name})\n",
         *(table(run) for run in result["runs"]),

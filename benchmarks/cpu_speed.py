@@ -158,7 +158,7 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
 
 def run_tests() -> dict[str, Any]:
     """The exactness tests of kernels and models; SystemExit if one fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]  # -v: the last line counts
     paths = ["tests/native/test_kernels.py", "tests/native/test_engine.py"]
     print("exactness tests first ...", file=sys.stderr)
     done = subprocess.run([*command, *paths], cwd=ROOT, capture_output=True, text=True)
