@@ -226,7 +226,13 @@ def main() -> None:
             for name in shapes.gguf_types(shape):
                 shapes.write_quantized(f16, name, os.cpu_count() or 1)
         return
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "machine": machine()}
+    options = {
+        k: v
+        for k, v in vars(args).items()
+        if k not in ("models", "out", "gemv") and v != parser.get_default(k)
+    }
+    command = " ".join(["benchmarks/cpu_speed.py", *(f"{k}={v}" for k, v in options.items())])
+    result: dict[str, Any] = {"command": command, "machine": machine()}
     result["date"] = time.strftime("%Y-%m-%d")
     result["tests"] = {"outcome": "skipped"} if args.skip_tests else run_tests()
     if args.gemv:
