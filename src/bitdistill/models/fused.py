@@ -151,12 +151,13 @@ class FusedLayers:
         self.stacks: list[StackedCodes] = []
         self._attached: list[tuple[nn.Module, str]] = []
         self._table: Any = None
-        activation = ACTIVATIONS[layout_of(student.config.to_dict(), "student").activation]
+        # None (squared ReLU): gate, up and down are fused apart, the activation stays the model's own
+        activation = ACTIVATIONS.get(layout_of(student.config.to_dict(), "student").activation)
         for block in student.get_submodule("model.layers").children():
             self._attach_block(block, activation)
         self.refresh()
 
-    def _attach_block(self, block: Any, activation: str) -> None:
+    def _attach_block(self, block: Any, activation: str | None) -> None:
         attention, mlp = block.self_attn, block.mlp
         before_mlp = getattr(block, "pre_feedforward_layernorm", None)
         if before_mlp is None:
@@ -165,7 +166,8 @@ class FusedLayers:
         self._attach_group([attention.o_proj])
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         shared = gate.subln is None and up.subln is None
-        if shared and all(layer.bias is None for layer in (gate, up, down)):
+        plain = shared and all(layer.bias is None for layer in (gate, up, down))
+        if activation is not None and plain:
             stacks = StackedCodes([gate, up]), StackedCodes([down])
             self.stacks += stacks
             # A method, not the object itself: torch.compile would make a graph for each block's object.
