@@ -4,7 +4,8 @@ input, norms and gates inside the kernels.
 Nothing is moved or renamed: `fused_layers` hangs callables on the student's own modules for the time of training.
 
     q, k, v        one stacked product; the norm before them becomes a pass-through, its gain goes into the kernel
-    gate, up, down one function from the residual stream to the layer's output, where there are no biases
+    gate, up, down one function from the residual stream to the layer's output, where there are no biases, no norm of
+                   the model's own before down (family bitnet), and the kernels know the activation
     o              its SubLN goes into the kernel
 
 Layers with a SubLN before q, k, v or gate, up (`subln: every_linear`) are fused one by one.
@@ -151,7 +152,6 @@ class FusedLayers:
         self.stacks: list[StackedCodes] = []
         self._attached: list[tuple[nn.Module, str]] = []
         self._table: Any = None
-        # None (squared ReLU): gate, up and down are fused apart, the activation stays the model's own
         activation = ACTIVATIONS.get(layout_of(student.config.to_dict(), "student").activation)
         for block in student.get_submodule("model.layers").children():
             self._attach_block(block, activation)
@@ -165,9 +165,8 @@ class FusedLayers:
         self._attach_group([attention.q_proj, attention.k_proj, attention.v_proj], fold=block.input_layernorm)
         self._attach_group([attention.o_proj])
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        shared = gate.subln is None and up.subln is None
-        plain = shared and all(layer.bias is None for layer in (gate, up, down))
-        if activation is not None and plain:
+        shared = gate.subln is None and up.subln is None and not hasattr(mlp, "ffn_sub_norm")
+        if shared and activation is not None and all(layer.bias is None for layer in (gate, up, down)):
             stacks = StackedCodes([gate, up]), StackedCodes([down])
             self.stacks += stacks
             # A method, not the object itself: torch.compile would make a graph for each block's object.
