@@ -110,7 +110,8 @@ def test_what_transformers_cannot_compute_is_refused(tmp_path: Path, name: str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "subln"), [("llama_tied", "paper"), ("qwen3", "every_linear"), ("qwen2", "none")]
+    ("name", "subln"),
+    [("llama_tied", "paper"), ("qwen3", "every_linear"), ("qwen2", "none"), ("bitnet", "none")],
 )
 def test_plain_transformers_gives_the_same_logits(tmp_path: Path, name: str, subln: str) -> None:
     """In a process that never imports bitdistill. transformers compiles its BitLinear at first use (minutes)."""

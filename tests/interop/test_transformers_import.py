@@ -122,9 +122,14 @@ def test_what_we_export_comes_back(tmp_path: Path, name: str, subln: str) -> Non
         assert (ours(IDS).logits - back(IDS).logits).abs().median() < 1e-4
 
 
-def test_the_engine_takes_a_transformers_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ours", "bitnet"])
+def test_the_engine_takes_a_transformers_folder(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("bitdistill.engine._native", reason="the native engine is not built")
-    export_transformers(packed_folder(tmp_path, "llama_tied", "paper"), tmp_path / "hf")
+    if kind == "ours":
+        export_transformers(packed_folder(tmp_path, "llama_tied", "paper"), tmp_path / "hf")
+    else:  # squared ReLU and sub-norms
+        (tmp_path / "hf").mkdir()
+        bitnet_checkpoint(tmp_path / "hf")
     engine = bd.Engine(tmp_path / "hf", threads=1)
     with torch.no_grad():
         theirs = bd.load(tmp_path / "hf")(IDS[:1]).logits[0]

@@ -16,8 +16,8 @@ from bitdistill.quant.linear import BitLinear
 from .conftest import TINY, tiny_model
 
 
-def student_of(name: str, subln: str = "paper", **options: Any) -> Any:
-    student = refine(tiny_model(name), subln=subln, gains="ones", **options)
+def student_of(name: str, subln: str = "paper", config: dict[str, Any] | None = None, **options: Any) -> Any:
+    student = refine(tiny_model(name, **(config or {})), subln=subln, gains="ones", **options)
     torch.manual_seed(5)
     with torch.no_grad():
         for layer in student.modules():
@@ -47,6 +47,17 @@ def test_fused_layers_equal_the_plain_ones(name: str, subln: str, ids: torch.Ten
         torch.testing.assert_close(
             grad, want_grads[key], rtol=1e-4, atol=1e-5 * float(want_grads[key].abs().max())
         )
+
+
+def test_norms_of_the_models_own_before_down_are_kept(ids: torch.Tensor) -> None:
+    """An activation that the gated kernel knows must not make it step over BitNet's ffn_sub_norm."""
+    student = student_of("bitnet", config={"hidden_act": "silu"})
+    want, want_grads = loss_and_gradients(student, ids)
+    with fused_layers(student):
+        got, grads = loss_and_gradients(student, ids)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # SiLU of a slice may differ in the last bit
+    assert grads.keys() == want_grads.keys()
+    assert any("ffn_sub_norm" in key for key in grads)
 
 
 def test_codes_follow_the_latents_only_when_refreshed_and_the_model_is_left_as_it_was(
