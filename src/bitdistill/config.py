@@ -129,8 +129,9 @@ class Loop(Strict):
     """Replay forward and backward of each batch shape as one CUDA graph: small steps are bound by kernel launches.
     auto: small steps on a GPU, without gradient checkpointing. The mathematics is the same."""
     kernels: Literal["auto", "reference"] = "auto"
-    """Stage 2. auto: the fused Triton kernels on a GPU that runs them. reference: plain torch everywhere. Quantizers
-    and forward products are the same integers; gradients differ by bfloat16 roundings."""
+    """Ternary students. auto: the fused Triton kernels on a GPU that runs them and where they pass a check against
+    their slow twins. reference: plain torch everywhere. Quantizers and forward products are the same integers;
+    gradients differ by bfloat16 roundings."""
     gradient_checkpointing: bool = False
     log_every_steps: Count = 10
     checkpoint_every_steps: Count | None = None

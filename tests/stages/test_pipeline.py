@@ -25,7 +25,7 @@ from bitdistill.errors import (
 from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
-from bitdistill.stages import common, pretrain, sft
+from bitdistill.stages import common, kernels, sft
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
 from tests.stages.conftest import recipe, write_rows
@@ -350,8 +350,8 @@ def test_stage_2_with_fused_layers_is_stage_2(work: Path, monkeypatch: pytest.Mo
     """On a CPU the fused layers run their plain twins: the same forward, gradients to the last float bits."""
     bases = []
     for name, wanted in (("plain", False), ("fused", True)):
-        monkeypatch.setattr(pretrain, "wants_kernels", lambda *_, wanted=wanted: wanted)
-        monkeypatch.setattr(pretrain, "_fused_chunk", lambda: language_model_chunk)
+        monkeypatch.setattr(kernels, "wants_kernels", lambda *_, wanted=wanted: wanted)
+        monkeypatch.setattr(kernels, "fused_chunk", lambda: language_model_chunk)
         options = (f"name={name}", f"pretrain.cache_dir={work}/cache-{name}", "bitnet_sft=null")
         options += ("pretrain.ternary_warmup_fraction=0.3", "pretrain.budget_tokens=1024")
         run_dir = pipeline.run(recipe(work, *options), until="pretrain", quiet=True).run_dir

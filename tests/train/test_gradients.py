@@ -74,8 +74,9 @@ def test_graphs_are_for_small_steps_on_a_gpu() -> None:
     assert not wants_graphs(Loop(batch_rows=1), torch.device("cpu"), *small)
     assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"), *small)
     assert wants_graphs(Loop(batch_rows=1), cuda, *small)
-    assert not wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024)
-    assert wants_graphs(Loop(batch_rows=1, cuda_graphs=True), cuda, 135_000_000, 32 * 1024)
+    assert wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024)
+    assert not wants_graphs(Loop(batch_rows=1), cuda, 600_000_000, 16 * 1024)
+    assert wants_graphs(Loop(batch_rows=1, cuda_graphs=True), cuda, 600_000_000, 16 * 1024)
     assert not wants_graphs(Loop(batch_rows=1, gradient_checkpointing=True), cuda, *small)
     assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=False), cuda, *small)
 

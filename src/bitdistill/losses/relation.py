@@ -117,3 +117,56 @@ def attention_distillation_sum(
             )
             total = total + alpha * loss
     return total
+
+
+def documents_of(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """First row and end of each flat row's document, int32 [B * T]; equal at padding. Rows are padded on the right."""
+    rows, tokens = mask_BT.shape
+    first_B1 = torch.arange(rows, device=mask_BT.device, dtype=torch.int32)[:, None] * tokens
+    end_B1 = first_B1 + mask_BT.sum(dim=1, keepdim=True, dtype=torch.int32)
+    begin_BT = first_B1.expand(rows, tokens)
+    return begin_BT.flatten(), torch.where(mask_BT, end_B1, begin_BT).flatten()
+
+
+def fused_attention_distillation_sum(
+    student_states: tuple[Tensor, Tensor, Tensor],
+    teacher_states: tuple[Tensor, Tensor, Tensor],
+    mask_BT: Tensor,
+    *,
+    alphas: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    form: str = "scaled_dot",
+    temperature: float = 1.0,
+    heads: int | None = None,
+) -> Tensor:
+    """`attention_distillation_sum` by the kernels of `kernels.relation`: no [T, T] matrix, scores in float32.
+
+    States whose heads are too large for the kernels go through `relation_loss_sum`.
+    """
+    from bitdistill.kernels.relation import fits, relation_rows_sum
+
+    begin_M, end_M = documents_of(mask_BT)
+    length_M = (end_M - begin_M).clamp_min(1)
+    total = torch.zeros((), dtype=torch.float32, device=mask_BT.device)
+    for alpha, student_BHTD, teacher_BHTD in zip(alphas, student_states, teacher_states, strict=True):
+        if not alpha:
+            continue
+        student = _rows_first(split_relation_heads(student_BHTD, heads))
+        teacher = _rows_first(split_relation_heads(teacher_BHTD.detach(), heads)).to(student.dtype)
+        if form not in ("scaled_dot", "cosine") or not fits(student, teacher):
+            options = {"form": form, "temperature": temperature, "heads": heads}
+            total = total + alpha * relation_loss_sum(student_BHTD, teacher_BHTD, mask_BT, **options)  # type: ignore[arg-type]
+            continue
+        factors = [1 / math.sqrt(x.shape[2]) for x in (student, teacher)]
+        if form == "cosine":
+            student, teacher = (
+                torch.nn.functional.normalize(x.float(), dim=-1).to(x.dtype) for x in (student, teacher)
+            )
+            factors = [1 / temperature] * 2
+        weight_M = 1 / (student.shape[1] * length_M.float())
+        total = total + alpha * relation_rows_sum(student, teacher, begin_M, end_M, weight_M, *factors)
+    return total
+
+
+def _rows_first(states_BATD: Tensor) -> Tensor:
+    """[B, A, T, D] -> [B * T, A, D]: a view where memory is in token order, as projections leave it."""
+    return states_BATD.transpose(1, 2).flatten(0, 1)

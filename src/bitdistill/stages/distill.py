@@ -15,13 +15,25 @@ from bitdistill.data.batches import Batch
 from bitdistill.data.corpus import tokenizer_fingerprint
 from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
-from bitdistill.losses.logits import cross_entropy_sum, logits_distillation_sum
-from bitdistill.losses.relation import attention_distillation_sum
+from bitdistill.losses.logits import (
+    chunked_language_model_loss,
+    cross_entropy_sum,
+    logits_distillation_sum,
+)
+from bitdistill.losses.relation import attention_distillation_sum, fused_attention_distillation_sum
 from bitdistill.models.capture import capture_states
-from bitdistill.models.forward import final_hidden, logits_at, predicting, rows_at, tokens_at
+from bitdistill.models.forward import (
+    IGNORED,
+    final_hidden,
+    head_weight,
+    logits_at,
+    predicting,
+    rows_at,
+    tokens_at,
+)
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
-from bitdistill.stages import layer_probe
+from bitdistill.stages import kernels, layer_probe
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.layer_probe import relation_options
 from bitdistill.stages.sft import train_on_task
@@ -30,10 +42,25 @@ from bitdistill.train.step import StepOutput, Totals, autocast
 
 
 class DistillStep:
-    """Step function of stage 3; keeps the gamma balance, which is part of the checkpoint."""
+    """Step function of stage 3; keeps the gamma balance, which is part of the checkpoint.
 
-    def __init__(self, student: Any, teacher: Any, config: DistillConfig, layers: Sequence[int]) -> None:
+    Args:
+        fused: take head losses and relation losses from their Triton kernels. Steps that measure gradient norms
+            need the losses one by one and take the plain head.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        config: DistillConfig,
+        layers: Sequence[int],
+        fused: bool = False,
+    ) -> None:
         self.student, self.teacher, self.config = student, teacher, config
+        self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
+        capped = getattr(student.config, "final_logit_softcapping", None) is not None
+        self.chunk = kernels.fused_chunk() if fused and not capped else None
         self.layers = list(layers)
         fixed = None if config.gamma == "auto" else float(config.gamma)
         self.balancer = GammaBalancer(target_ratio=config.gamma_ratio, fixed=fixed)
@@ -54,20 +81,14 @@ class DistillStep:
         self.measure = bool(self.layers) and step % self.config.gamma_every_steps == 0
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
-        config = self.config
         with torch.no_grad():
             teacher_hidden, teacher_states = _forward(self.teacher, batch.input_ids_BT, self.layers)
         hidden, states = _forward(self.student, batch.input_ids_BT, self.layers)
 
-        logits_NV = logits_at(self.student, predicting(hidden, batch.answer_index_N))
-        targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
-        ce = cross_entropy_sum(logits_NV, targets_N) / totals.answers
-        metrics: dict[str, Any] = {"ce": ce.detach()}
-        loss = config.ce_weight * ce
-        if config.lambda_:
-            ld = self._logits_loss(batch, totals, hidden, teacher_hidden, logits_NV)
-            loss = loss + config.lambda_ * ld
-            metrics["ld"] = ld.detach()
+        if self.chunk is None or self.measure:
+            loss, ce, metrics = self._head_losses(batch, totals, hidden, teacher_hidden)
+        else:
+            loss, metrics = self._fused_head_losses(batch, totals, hidden, teacher_hidden)
         if self.layers:
             ad = self._relation_loss(batch.attention_mask_BT, totals, states, teacher_states)
             if self.measure:
@@ -79,6 +100,67 @@ class DistillStep:
             share = batch.input_ids_BT.shape[0] / totals.rows
             metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
         return StepOutput(loss, metrics)
+
+    def _head_losses(
+        self, batch: Batch, totals: Totals, hidden: Tensor, teacher_hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Weighted CE and LD, CE alone (both with gradient), and their values."""
+        config = self.config
+        logits_NV = logits_at(self.student, predicting(hidden, batch.answer_index_N))
+        targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
+        ce = cross_entropy_sum(logits_NV, targets_N) / totals.answers
+        metrics: dict[str, Any] = {"ce": ce.detach()}
+        loss = config.ce_weight * ce
+        if config.lambda_:
+            ld = self._logits_loss(batch, totals, hidden, teacher_hidden, logits_NV)
+            loss = loss + config.lambda_ * ld
+            metrics["ld"] = ld.detach()
+        return loss, ce, metrics
+
+    def _fused_head_losses(
+        self, batch: Batch, totals: Totals, hidden: Tensor, teacher_hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The same loss and values; logits never exist in float32, nor as a whole."""
+        config, index_N = self.config, batch.answer_index_N
+        tau_squared = config.temperature**2 if config.tau_squared else 1.0
+        kl_weight = config.lambda_ * tau_squared
+        shared = bool(kl_weight) and config.distilled_tokens == "answer"
+        targets_N = tokens_at(batch.input_ids_BT, index_N)
+        rows, teacher_rows = predicting(hidden, index_N), predicting(teacher_hidden, index_N)
+        loss, ce, kl = self._chunked(
+            rows, targets_N, teacher_rows if shared else None, config.ce_weight, kl_weight if shared else 0.0
+        )
+        loss, metrics = loss / totals.answers, {"ce": ce / totals.answers}
+        if shared:
+            metrics["ld"] = kl * tau_squared / totals.answers
+        elif kl_weight:
+            index_N = batch.real_index_N
+            counted_N = torch.where(index_N < 0, IGNORED, 0)
+            rows, teacher_rows = rows_at(hidden, index_N), rows_at(teacher_hidden, index_N)
+            ld, _, kl = self._chunked(rows, counted_N, teacher_rows, 0.0, kl_weight)
+            loss = loss + ld / totals.tokens
+            metrics["ld"] = kl * tau_squared / totals.tokens
+        return loss, metrics
+
+    def _chunked(
+        self,
+        rows_NH: Tensor,
+        targets_N: Tensor,
+        teacher_NH: Tensor | None,
+        ce_weight: float,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return chunked_language_model_loss(
+            rows_NH,
+            head_weight(self.student),
+            targets_N,
+            teacher_hidden_NH=teacher_NH,
+            teacher_head_VH=None if teacher_NH is None else head_weight(self.teacher),
+            lm_weight=ce_weight,
+            kl_weight=kl_weight,
+            temperature=self.config.temperature,
+            chunk_function=self.chunk,
+        )
 
     def _publish(self) -> None:
         """Copy the balance to the device."""
@@ -107,7 +189,7 @@ class DistillStep:
         relation = self.config.relation
         total = torch.zeros((), device=mask_BT.device)
         for layer in self.layers:
-            total = total + attention_distillation_sum(
+            total = total + self.relations(
                 states[layer], teacher_states[layer], mask_BT, **relation_options(relation)
             )
         return total / (totals.rows * len(self.layers))
@@ -176,7 +258,8 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
     if run.compiling(config.loop):
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)
-    step = DistillStep(student, teacher, config, layers)
+    fused = kernels.usable(config.loop, run.device, student)
+    step = DistillStep(student, teacher, config, layers, fused)
     result = train_on_task(
         run,
         "distill",
@@ -189,6 +272,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         frozen=[teacher],
         state=step,
         before_step=step.before_step,
+        fused=fused,
     )
     run.save_artifact(
         "distill",

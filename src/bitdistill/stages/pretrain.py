@@ -18,15 +18,13 @@ from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
-from bitdistill.kernels.runtime import wants_kernels
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
-from bitdistill.models.attention import causal_only
+from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import final_hidden, head_weight, next_tokens
-from bitdistill.models.fused import FusedLayers, fused_layers
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
-from bitdistill.stages import branch
+from bitdistill.stages import branch, kernels
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
@@ -43,11 +41,11 @@ class LanguageModelStep:
         teacher: Any | None,
         config: PretrainConfig,
         compiling: bool,
-        kernels: bool = False,
+        fused: bool = False,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
-        self.chunk = _fused_chunk() if kernels else compiled(language_model_chunk, compiling)
+        self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
         self.replayable = config.ternary_warmup_fraction == 0
 
@@ -72,34 +70,6 @@ class LanguageModelStep:
         if self.teacher is not None:
             metrics["kl"] = kl_sum / totals.answers
         return StepOutput(loss / totals.answers, metrics)
-
-
-class FusedAfterWarmup:
-    """Before each step: make the weight codes anew, once for all its micro-batches.
-
-    Layers are fused when the ternary warm-up is over; until then their weights are blends.
-    """
-
-    def __init__(
-        self, student: Any, stack: contextlib.ExitStack, warmup: Callable[[int], None] | None
-    ) -> None:
-        self.student, self.stack, self.warmup = student, stack, warmup
-        self.layers = [m for m in student.modules() if isinstance(m, BitLinear)]
-        self.fused: FusedLayers | None = None
-
-    def __call__(self, step: int) -> None:
-        if self.warmup is not None:
-            self.warmup(step)
-        if self.fused is not None:
-            self.fused.refresh()
-        elif all(layer.ternary_blend == 1.0 for layer in self.layers):
-            self.fused = self.stack.enter_context(fused_layers(self.student))
-
-
-def _fused_chunk() -> Any:
-    from bitdistill.kernels.head import fused_language_model_chunk  # needs triton
-
-    return fused_language_model_chunk
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
@@ -192,10 +162,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
     if config.optim.schedule == "wsd":
         branch.start(trunk, checkpoints, run.keys["pretrain"], branch.stable_end(config, total_steps))
     compiling = run.compiling(loop)
-    kernels = wants_kernels(loop.kernels, run.device)
-    if kernels and not all(m.quantize_activations for m in student.modules() if isinstance(m, BitLinear)):
-        log.info("kernels: the reference path is used, refine.quantize_activations is off")
-        kernels = False
+    fused = kernels.usable(loop, run.device, student)
     if loop.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if compiling:
@@ -207,13 +174,15 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         before_step = ternary_warmup(student, total_steps, config.ternary_warmup_fraction)
     with contextlib.ExitStack() as stack:
         stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
-        if kernels:
-            before_step = FusedAfterWarmup(student, stack, before_step)
+        if fused:
+            before_step = kernels.FusedAfterWarmup(student, stack, before_step)
+            rows = loop.micro_batch_rows or loop.batch_rows
+            stack.enter_context(fastest_attention(student.config, rows, config.sequence_length, run.device))
         before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)
         return fit(
             student,
             batches,
-            LanguageModelStep(student, teacher, config, compiling, kernels),
+            LanguageModelStep(student, teacher, config, compiling, fused),
             optim=config.optim,
             loop=loop,
             total_steps=total_steps,
