@@ -48,6 +48,7 @@ STRIDES = {"s_stride_m": I32, "s_stride_a": I32, "t_stride_m": I32, "t_stride_a"
 FACTORS = {"s_factor": "fp32", "t_factor": "fp32"}
 HEADS = {
     "S_SIZE": 64, "T_SIZE": 64, "S_BLOCK": 64, "T_BLOCK": 64, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee",
+    "WIDEN": False,
 }  # fmt: skip
 KERNELS = {
     "relation": (

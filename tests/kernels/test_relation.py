@@ -79,6 +79,22 @@ def slow(s: Tensor, t: Tensor, mask: Tensor, form: str, temperature: float, head
     return total
 
 
+@pytest.mark.parametrize("form", ["scaled_dot", "cosine"])
+def test_bfloat16_states_give_the_float32_loss_of_their_values(form: str) -> None:
+    mask = mask_of([40, 33], 40)
+    student = states(2, 2, 40, 32, 0).bfloat16().requires_grad_()
+    teacher = states(2, 2, 40, 32, 1).bfloat16()
+    wide = student.detach().double().requires_grad_()
+    want = slow(wide, teacher.double(), mask, form, 1.0, None)
+    (want_grad,) = torch.autograd.grad(want, wide)
+    got = fused_attention_distillation_sum(
+        (student,) * 3, (teacher,) * 3, mask, alphas=(1.0, 0.0, 0.0), form=form
+    )
+    (grad,) = torch.autograd.grad(got, student)
+    torch.testing.assert_close(got.double(), want.detach(), rtol=2e-2, atol=1e-5)
+    assert float((grad.double() - want_grad).norm() / want_grad.norm()) < 0.02
+
+
 def test_padding_that_is_not_finite_reaches_nothing() -> None:
     mask = mask_of([4, 6, 2], 7)
     student, teacher = states(3, 2, 7, 8, 0), states(3, 2, 7, 8, 1)

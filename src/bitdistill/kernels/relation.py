@@ -23,16 +23,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitdistill.kernels.runtime import interpreted
+
 LARGEST_HEAD = 256
 """Size of a relation head up to which a tile of rows fits registers."""
 _LOW = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _tile(x_ptr, rows, kept, head, stride_m, stride_a, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(
+    x_ptr,
+    rows,
+    kept,
+    head,
+    stride_m,
+    stride_a,
+    SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     d = tl.arange(0, BLOCK_D)
     at = rows.to(tl.int64)[:, None] * stride_m + head * stride_a + d[None, :]
-    return tl.load(x_ptr + at, mask=kept[:, None] & (d < SIZE)[None, :], other=0.0)
+    x = tl.load(x_ptr + at, mask=kept[:, None] & (d < SIZE)[None, :], other=0.0)
+    # Triton's interpreter multiplies the bits of bfloat16 values as integers
+    return x.to(tl.float32) if WIDEN else x
 
 
 @triton.jit
@@ -59,14 +73,15 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = tl.load(begin_ptr + rows, mask=rows < n_rows, other=0)
     end = tl.load(end_ptr + rows, mask=rows < n_rows, other=0)
     real = begin < end
-    s_x = _tile(s_ptr, rows, real, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK)
-    t_x = _tile(t_ptr, rows, real, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK)
+    s_x = _tile(s_ptr, rows, real, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK, WIDEN)
+    t_x = _tile(t_ptr, rows, real, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK, WIDEN)
     s_max = tl.full([BLOCK_M], _LOW, tl.float32)
     t_max = tl.full([BLOCK_M], _LOW, tl.float32)
     s_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -77,8 +92,8 @@ def _forward_kernel(
     for start in range(first, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         inside = (columns[None, :] >= begin[:, None]) & (columns[None, :] < end[:, None])
-        s_y = _tile(s_ptr, columns, columns < last, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK)
-        t_y = _tile(t_ptr, columns, columns < last, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK)
+        s_y = _tile(s_ptr, columns, columns < last, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK, WIDEN)
+        t_y = _tile(t_ptr, columns, columns < last, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK, WIDEN)
         s = tl.where(inside, tl.dot(s_x, tl.trans(s_y), input_precision=PRECISION) * s_factor, _LOW)
         t = tl.where(inside, tl.dot(t_x, tl.trans(t_y), input_precision=PRECISION) * t_factor, _LOW)
         s_new = tl.maximum(s_max, tl.max(s, 1))
@@ -127,14 +142,15 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = tl.load(begin_ptr + rows, mask=rows < n_rows, other=0)
     end = tl.load(end_ptr + rows, mask=rows < n_rows, other=0)
     real = begin < end
-    s_x = _tile(s_ptr, rows, real, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK)
-    t_x = _tile(t_ptr, rows, real, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK)
+    s_x = _tile(s_ptr, rows, real, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK, WIDEN)
+    t_x = _tile(t_ptr, rows, real, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK, WIDEN)
     own = head * n_rows + rows
     s_lse = tl.load(s_lse_ptr + own, mask=real, other=0.0)
     t_lse = tl.load(t_lse_ptr + own, mask=real, other=0.0)
@@ -149,8 +165,8 @@ def _backward_kernel(
             end_ptr + columns, mask=columns < last, other=0
         )
         inside = (columns[None, :] >= begin[:, None]) & (columns[None, :] < end[:, None])
-        s_y = _tile(s_ptr, columns, counted, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK)
-        t_y = _tile(t_ptr, columns, counted, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK)
+        s_y = _tile(s_ptr, columns, counted, head, s_stride_m, s_stride_a, S_SIZE, S_BLOCK, WIDEN)
+        t_y = _tile(t_ptr, columns, counted, head, t_stride_m, t_stride_a, T_SIZE, T_BLOCK, WIDEN)
         s = tl.dot(s_x, tl.trans(s_y), input_precision=PRECISION) * s_factor
         t = tl.dot(t_x, tl.trans(t_y), input_precision=PRECISION) * t_factor
         other = head * n_rows + columns
@@ -177,7 +193,7 @@ def _tiles(student: Tensor, teacher: Tensor) -> dict[str, Any]:
         "S_SIZE": sizes[0], "T_SIZE": sizes[1], "S_BLOCK": blocks[0], "T_BLOCK": blocks[1],
         "BLOCK_M": rows, "BLOCK_N": rows,
         # Products of bfloat16 values are exact; float32 states are not to be cut down to tf32
-        "PRECISION": "ieee", "num_warps": 4, "num_stages": 2,
+        "PRECISION": "ieee", "WIDEN": interpreted(), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
 
 

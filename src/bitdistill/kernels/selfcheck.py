@@ -18,8 +18,8 @@ from torch import Tensor
 from bitdistill.kernels import twins
 
 log = logging.getLogger("bitdistill")
-ROWS = 67
-"""Odd, so that masked rows are part of the check."""
+ROWS = 80
+"""No multiple of a tile's rows, so that masked rows are part of the check, but of 16, as in training."""
 GRADIENT_ERROR = 0.02
 
 
@@ -31,13 +31,21 @@ class Sizes:
     inner: int
     vocabulary: int
     activation: str
+    head: int
 
 
 @functools.cache
 def why_wrong(device: torch.device, sizes: Sizes) -> str | None:
     """What is wrong with the kernels on this device, or None when they agree with their twins."""
     started = time.perf_counter()
-    checks = {"rows": _rows, "gate": _gate, "product": _product, "weights": _weights, "losses": _losses}
+    checks = {
+        "rows": _rows,
+        "gate": _gate,
+        "product": _product,
+        "weights": _weights,
+        "losses": _losses,
+        "relation": _relation,
+    }
     for name, check in checks.items():
         try:
             fault = check(device, sizes)
@@ -97,8 +105,11 @@ def _product(device: torch.device, sizes: Sizes) -> str | None:
     x = torch.randint(-128, 128, (ROWS, sizes.hidden), generator=generator, dtype=torch.int8).to(device)
     w = torch.randint(-1, 2, (sizes.inner, sizes.hidden), generator=generator, dtype=torch.int8).to(device)
     x_scale, w_scale = _randn(device, ROWS).abs() + 0.01, _randn(device, sizes.inner).abs() + 0.01
-    got = matmul.int8_product(x, x_scale, w, w_scale, torch.float32)
-    differ = int((got != twins.int8_product(x, x_scale, w, w_scale, torch.float32)).sum())
+    want = twins.int8_product(x, x_scale, w, w_scale, torch.float32)
+    got = torch.full_like(want, float("nan"))
+    # One way is enough here: each shape's choice is compared with cuBLASLt's product when it is made
+    matmul._product(got, x, x_scale, w, w_scale, 0)
+    differ = int((got != want).sum())
     return None if differ == 0 else f"{differ} of {got.numel()} int8 products differ"
 
 
@@ -130,3 +141,28 @@ def _losses(device: torch.device, sizes: Sizes) -> str | None:
     lm, kl = rows_loss_(z, t, targets, 0.5, 0.5)
     worst = max(_error(lm, want_lm.detach()), _error(kl, want_kl.detach()), _error(z, want))
     return None if worst < GRADIENT_ERROR else f"losses or gradients are off by {worst:.2g}"
+
+
+def _relation(device: torch.device, sizes: Sizes) -> str | None:
+    """Relation loss of two documents and its gradient, against float64."""
+    from bitdistill.kernels.relation import LARGEST_HEAD, relation_rows_sum
+
+    if sizes.head > LARGEST_HEAD:
+        return None
+    s, t = (_randn(device, ROWS + k, 1, sizes.head)[:ROWS].bfloat16() for k in range(2))
+    begin = torch.where(torch.arange(ROWS, device=device) < 20, 0, 20).int()
+    end = torch.where(begin == 0, 20, ROWS).int()
+    weight = _randn(device, ROWS).abs()
+    factor = sizes.head**-0.5
+    wide, leaf = s.double().requires_grad_(), s.clone().requires_grad_()
+    same = begin[:, None] == begin[None, :]
+    logs = [
+        torch.log_softmax((x @ x.t() * factor).masked_fill(~same, -1e30), -1)
+        for x in (wide[:, 0], t[:, 0].double())
+    ]
+    want = ((logs[1].exp() * (logs[1] - logs[0])).sum(-1) * weight).sum()
+    (want_grad,) = torch.autograd.grad(want, wide)
+    got = relation_rows_sum(leaf, t, begin, end, weight, factor, factor)
+    (grad,) = torch.autograd.grad(got, leaf)
+    worst = max(_error(got.detach(), want.detach()), _error(grad, want_grad))
+    return None if worst < GRADIENT_ERROR else f"loss or gradient is off by {worst:.2g}"

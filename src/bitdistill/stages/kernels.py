@@ -31,7 +31,8 @@ def usable(loop: Loop, device: torch.device, student: Any) -> bool:
 
     layout = layout_of(student.config.to_dict(), "student")
     activation = ACTIVATIONS.get(layout.activation, "silu")
-    fault = why_wrong(device, Sizes(layout.hidden, layout.intermediate, layout.vocab, activation))
+    sizes = Sizes(layout.hidden, layout.intermediate, layout.vocab, activation, layout.head_dim)
+    fault = why_wrong(device, sizes)
     if fault is not None:
         say_once(fault)
     return fault is None
