@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
 from bitdistill.config import Optim
-from bitdistill.data.batches import Batch, index_of
+from bitdistill.data.batches import Batch, TaskBatches, index_of
+from bitdistill.data.tasks import Example
 from bitdistill.train.loop import _update
 from bitdistill.train.optim import build_optimizer
 
@@ -171,16 +173,16 @@ def corpus_batch(config: Any, rows: int, length: int, seed: int) -> Batch:
     )  # fmt: skip
 
 
-def task_batch(config: Any, rows: int, length: int, seed: int) -> Batch:
-    """Random right-padded rows with one answer token each, as stage 3 sees them."""
-    batch = corpus_batch(config, rows, length, seed)
-    real = torch.randint(length // 2, length + 1, (rows, 1), generator=torch.Generator().manual_seed(seed))
-    mask = torch.arange(length)[None, :] < real
-    answers = torch.arange(length)[None, :] == real - 1
-    return Batch(
-        batch.input_ids_BT, mask, answers, batch.labels_B, batch.indices, 1.0, int(mask.sum()),
-        answer_index_N=index_of(answers), real_index_N=index_of(mask),
-    )  # fmt: skip
+def task_batch(config: Any, rows: int, length: int, seed: int, packing: bool = False) -> Batch:
+    """Random rows of half to the whole length with one answer token each, as stage 3 sees them."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for size in rng.integers(length // 2, length + 1, rows):
+        ids = tuple(rng.integers(0, config.vocab_size, size).tolist())
+        examples.append(Example(ids[:-1], ids[-1:], 0, (), "", ""))
+    return TaskBatches(
+        examples, batch_rows=rows, seed=seed, pad_id=0, buckets=[length], packing=packing
+    ).micro_batches(0)[0]
 
 
 def timed_steps(

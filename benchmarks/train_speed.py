@@ -269,7 +269,7 @@ Part = tuple[str, str, list[str]]
 HEADLINE: list[Part] = [
     ("selfcheck", "135m", []),
     ("train", "135m", ["fused_lm", "bf16_compiled", "hf_bf16", "fused", "reference"]),
-    ("stage3", "135m", ["fused", "unfused", "reference"]),
+    ("stage3", "135m", ["fused", "unfused", "fused_packed", "reference"]),
     ("train", "0.6b", ["fused_lm", "bf16_compiled", "hf_bf16"]),
     ("train", "4b_12l", ["fused_lm", "bf16_compiled", "hf_bf16"]),
     ("train", "135m", ["onebitllms", "torchao", "hf_bf16_kl", "fused_no_graph"]),
@@ -280,7 +280,7 @@ HEADLINE: list[Part] = [
 QUICK: list[Part] = [
     ("selfcheck", "135m", []),
     ("train", "135m", ["fused", "fused_no_graph", "reference", "fused_lm", "bf16_compiled"]),
-    ("stage3", "135m", ["fused", "unfused"]),
+    ("stage3", "135m", ["fused", "unfused", "fused_packed"]),
 ]
 
 

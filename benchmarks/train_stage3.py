@@ -25,12 +25,13 @@ from bitdistill.train.step import StepOutput
 
 ROWS, LENGTH, TAU, GAMMA = 128, 48, 5.0, 60.0
 CASES = {
-    # name: (kernels, compiled, replayed)
-    "unfused": (False, False, False),
-    "fused": (True, True, True),
-    "fused_not_compiled": (True, False, True),
-    "reference": (False, True, True),
-    "reference_eager": (False, False, False),
+    # name: (kernels, compiled, replayed, packed)
+    "unfused": (False, False, False, False),
+    "fused": (True, True, True, False),
+    "fused_packed": (True, True, True, True),
+    "fused_not_compiled": (True, False, True, False),
+    "reference": (False, True, True, False),
+    "reference_eager": (False, False, False, False),
 }
 
 
@@ -61,7 +62,7 @@ def unfused_step(student: Any, teacher: Any, layer: int) -> Any:
 @contextlib.contextmanager
 def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None]]]:
     """Student, what makes its gradients, and what runs before each step."""
-    kernels, compiling, replay = CASES[case]
+    kernels, compiling, replay, _ = CASES[case]
     torch._dynamo.reset()
     torch.manual_seed(0)
 
@@ -102,7 +103,7 @@ def section_stage3(report: Report, shape: Shape, name: str, cases: list[str], li
             report.caught("stage3", shape=name, case=case),
             built(case, shape) as (student, gradients, refresh),
         ):
-            batches = [[task_batch(shape.config(), ROWS, LENGTH, 0)]]
+            batches = [[task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case][3])]]
             found = timed_steps(student, gradients, batches, refresh, limit_s)
             report.line(
                 "stage3", shape=name, case=case, rows=ROWS, length=LENGTH,

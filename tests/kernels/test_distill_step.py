@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bitdistill.config import DistillConfig
 from bitdistill.data.batches import Batch, TaskBatches
 from bitdistill.data.tasks import Example
+from bitdistill.models.attention import causal_only
 from bitdistill.models.fused import fused_layers
 from bitdistill.models.surgery import refine
 from bitdistill.stages.distill import DistillStep
@@ -22,24 +23,25 @@ from tests.models.conftest import tiny_model
 from .conftest import DEVICE
 
 
-def batch_of(rows: int = 5) -> Batch:
+def batch_of(rows: int = 5, packing: bool = False) -> Batch:
     rng = torch.Generator().manual_seed(0)
     examples = []
     for n in range(rows):
         ids = torch.randint(3, 100, (5 + 3 * n,), generator=rng).tolist()
         examples.append(Example(tuple(ids[:-2]), tuple(ids[-2:]), 0, (), "", f"row {n}"))
-    return TaskBatches(examples, batch_rows=rows, seed=0, pad_id=2).micro_batches(0)[0]
+    return TaskBatches(examples, batch_rows=rows, seed=0, pad_id=2, packing=packing).micro_batches(0)[0]
 
 
 def gradients_of(step: Any, student: Any, batch: Batch) -> dict[str, torch.Tensor]:
     student.zero_grad()
-    totals = Totals(batch.input_ids_BT.shape[0], batch.tokens, len(batch.answer_index_N))
-    found = EagerGradients(step, DEVICE, "float32").add(batch, totals)
+    totals = Totals(batch.rows, batch.tokens, len(batch.answer_index_N))
+    with causal_only(student, step.teacher):
+        found = EagerGradients(step, DEVICE, "float32").add(batch, totals)
     grads = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
     return {**grads, **{k: torch.as_tensor(v) for k, v in found.items()}}
 
 
-@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "filled", "packed"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -48,13 +50,13 @@ def gradients_of(step: Any, student: Any, batch: Batch) -> dict[str, torch.Tenso
         {"lambda": 0.0},
     ],
 )
-def test_losses_and_gradients_are_those_of_the_plain_step(options: dict[str, Any], filled: bool) -> None:
+def test_losses_and_gradients_are_those_of_the_plain_step(options: dict[str, Any], layout: str) -> None:
     torch.manual_seed(0)
     teacher = tiny_model("llama_tied").to(DEVICE).requires_grad_(False).eval()
     student = refine(tiny_model("llama_tied").to(DEVICE), gains="ones").to(DEVICE).train()
     config = DistillConfig.model_validate({"gamma": 30.0, **options})
-    batch = batch_of()
-    batch = batch.with_filled_index(16) if filled else batch
+    batch = batch_of(packing=layout == "packed")
+    batch = batch.with_filled_index(16) if layout == "filled" else batch
     plain, fused = (DistillStep(student, teacher, config, [1], fused=f) for f in (False, True))
     assert fused.chunk is not None
     want = gradients_of(plain, student, batch)

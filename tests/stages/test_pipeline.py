@@ -185,6 +185,7 @@ def test_stage_3_starts_bit_identical_to_the_end_of_stage_2(
         ("distill.gamma=0", "distill.lambda=0"),
         ("pretrain=null",),
         ("pretrain.loop.gradient_checkpointing=true", "distill.loop.gradient_checkpointing=true"),
+        ("sft.loop.packing=true", "distill.loop.packing=true", "bitnet_sft.loop.packing=true"),
         ("refine.quantize_activations=false",),
     ],
 )

@@ -33,9 +33,22 @@ def causal_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     sliding_window: int | None = None,
+    row_starts: Tensor | None = None,
+    longest_row: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa over [B, H, T, D] queries; position t sees t - sliding_window + 1 to t, or 0 to t without a window."""
+    """sdpa over [B, H, T, D] queries; position t sees t - sliding_window + 1 to t, or 0 to t without a window.
+
+    With `row_starts` (`Batch.starts_R`) the one row holds packed rows of at most `longest_row` tokens, which do not
+    see one another.
+    """
+    if row_starts is not None:
+        if sliding_window is not None and longest_row > sliding_window:
+            raise ModelError(
+                f"packed rows of up to {longest_row} tokens exceed the window of {sliding_window}; "
+                "set loop.packing: false"
+            )
+        return packed_attention(query, key, value, row_starts, longest_row, kwargs.get("scaling")), None
     tokens = query.shape[2]
     if sliding_window is not None and tokens > sliding_window:
         position = torch.arange(tokens, device=query.device)
@@ -45,6 +58,25 @@ def causal_attention(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, row_starts: Tensor, longest_row: int, scaling: float | None
+) -> Tensor:
+    """Causal attention [1, T, H, D] of packed rows: FlashAttention of variable lengths, or a mask on a CPU."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, row_starts, row_starts, longest_row, longest_row, 0.0, True, False, scale=scaling
+        )
+        return out[None]  # type: ignore[no-any-return]
+    position = torch.arange(query.shape[2], device=query.device, dtype=row_starts.dtype)
+    row = torch.searchsorted(row_starts[1:].contiguous(), position, right=True)
+    mask = (row[:, None] == row[None, :]) & (position[:, None] >= position[None, :])
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return out.transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL_NAME, causal_attention)

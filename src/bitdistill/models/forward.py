@@ -11,9 +11,13 @@ IGNORED = -100
 """Target of a position that counts for nothing (the convention of torch's cross-entropy)."""
 
 
-def final_hidden(model: Any, input_ids_BT: Tensor) -> Tensor:
-    """Final hidden states [B, T, H] (after the last norm). Rows are right-padded or full: no mask is needed."""
-    output = model.model(input_ids=input_ids_BT, use_cache=False)
+def final_hidden(model: Any, input_ids_BT: Tensor, **packing: Any) -> Tensor:
+    """Final hidden states [B, T, H] (after the last norm). Rows are right-padded or full: no mask is needed.
+
+    Args:
+        packing: `Batch.packing`, for rows packed into one; the model must attend by `attention.causal_only` then.
+    """
+    output = model.model(input_ids=input_ids_BT, use_cache=False, **packing)
     hidden: Tensor = output.last_hidden_state
     return hidden
 

@@ -116,6 +116,8 @@ class Run:
         dumped.pop("cache_dir", None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
+        if not dumped.get("loop", {}).get("packing", True):
+            del dumped["loop"]["packing"]  # artifacts from before this key stay valid
         return dumped
 
     def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:
@@ -220,7 +222,7 @@ class Run:
         """Batches of encoded rows; compiled runs pad to few lengths so that few graphs are built."""
         lengths = sorted(len(e.prompt_ids) + len(e.answer_ids) for e in examples)
         buckets = None
-        if compiling:
+        if compiling and not loop.packing:
             marks = (0.5, 0.8, 0.95, 1.0)
             buckets = sorted(
                 {-(-lengths[min(len(lengths) - 1, int(m * len(lengths)))] // 16) * 16 for m in marks}
@@ -232,6 +234,7 @@ class Run:
             seed=self.recipe.seed,
             pad_id=pad_id,
             buckets=buckets,
+            packing=loop.packing,
         )
 
     def compiling(self, loop: Loop) -> bool:

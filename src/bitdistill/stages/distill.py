@@ -82,22 +82,22 @@ class DistillStep:
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
         with torch.no_grad():
-            teacher_hidden, teacher_states = _forward(self.teacher, batch.input_ids_BT, self.layers)
-        hidden, states = _forward(self.student, batch.input_ids_BT, self.layers)
+            teacher_hidden, teacher_states = _forward(self.teacher, batch, self.layers)
+        hidden, states = _forward(self.student, batch, self.layers)
 
         if self.chunk is None or self.measure:
             loss, ce, metrics = self._head_losses(batch, totals, hidden, teacher_hidden)
         else:
             loss, metrics = self._fused_head_losses(batch, totals, hidden, teacher_hidden)
         if self.layers:
-            ad = self._relation_loss(batch.attention_mask_BT, totals, states, teacher_states)
+            ad = self._relation_loss(batch, totals, states, teacher_states)
             if self.measure:
                 self.balancer.update(gradient_norm(ce, self.probes), gradient_norm(ad, self.probes))
                 self.measure = False
                 self._publish()
             loss = loss + self.gamma * ad
             # gamma and ratio are per step, not per micro-batch: spread so that the loop's sum gives them once
-            share = batch.input_ids_BT.shape[0] / totals.rows
+            share = batch.rows / totals.rows
             metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
         return StepOutput(loss, metrics)
 
@@ -185,12 +185,12 @@ class DistillStep:
         kl = logits_distillation_sum(all_NV, teacher_NV, counted_N=index_N >= 0, **options)
         return kl / totals.tokens
 
-    def _relation_loss(self, mask_BT: Tensor, totals: Totals, states: Any, teacher_states: Any) -> Tensor:
-        relation = self.config.relation
+    def _relation_loss(self, batch: Batch, totals: Totals, states: Any, teacher_states: Any) -> Tensor:
+        mask_BT, options = batch.attention_mask_BT, relation_options(self.config.relation)
         total = torch.zeros((), device=mask_BT.device)
         for layer in self.layers:
             total = total + self.relations(
-                states[layer], teacher_states[layer], mask_BT, **relation_options(relation)
+                states[layer], teacher_states[layer], mask_BT, **options, **batch.documents
             )
         return total / (totals.rows * len(self.layers))
 
@@ -202,12 +202,12 @@ class DistillStep:
         self._publish()
 
 
-def _forward(model: Any, input_ids_BT: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
+def _forward(model: Any, batch: Batch, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
     """Final hidden states, and Q, K, V states of `layers`."""
     if not layers:
-        return final_hidden(model, input_ids_BT), {}
+        return final_hidden(model, batch.input_ids_BT, **batch.packing), {}
     with capture_states(model, layers) as states:
-        hidden = final_hidden(model, input_ids_BT)
+        hidden = final_hidden(model, batch.input_ids_BT, **batch.packing)
     return hidden, dict(states)
 
 
@@ -303,7 +303,9 @@ def load_teacher(run: Run, folder: Path) -> tuple[Any, Any]:
 def probe(run: Run, student: Any, teacher: Any, tokenizer: Any, *, full: bool) -> layer_probe.Metrics:
     """Figures of every layer on the first training batches (see layer_probe.measure)."""
     config = run.recipe.distill
-    loop = config.loop.model_copy(update={"batch_rows": layer_probe.BATCH_ROWS, "micro_batch_rows": None})
+    loop = config.loop.model_copy(
+        update={"batch_rows": layer_probe.BATCH_ROWS, "micro_batch_rows": None, "packing": False}
+    )
     batches = run.task_batches(run.train_examples(tokenizer), loop, pad_token_id(tokenizer), compiling=False)
     count = min(layer_probe.BATCHES, batches.steps_per_epoch)
     first = [batches.micro_batches(step)[0].to(run.device) for step in range(count)]

@@ -34,7 +34,7 @@ class CrossEntropyStep:
         self.model = model
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(self.model, batch.input_ids_BT)
+        hidden = final_hidden(self.model, batch.input_ids_BT, **batch.packing)
         logits_NV = logits_at(self.model, predicting(hidden, batch.answer_index_N))
         targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
         return StepOutput(cross_entropy_sum(logits_NV, targets_N) / totals.answers)

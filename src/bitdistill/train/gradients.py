@@ -136,7 +136,7 @@ class ReplayedGradients(EagerGradients):
         if not (self.enabled and getattr(self.step_function, "replayable", False)):
             return super().add(batch, totals)
         batch = batch.with_filled_index(INDEX_MULTIPLE)
-        key = (*batch.input_ids_BT.shape, len(batch.answer_index_N), len(batch.real_index_N))
+        key = (*batch.input_ids_BT.shape, batch.rows, len(batch.answer_index_N), len(batch.real_index_N))
         if key in self.graphs:
             return self.graphs[key].replay(batch, totals)
         if key not in self.seen or len(self.graphs) >= MAX_GRAPHS:

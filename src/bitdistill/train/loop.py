@@ -192,7 +192,7 @@ def _update(
 ) -> dict[str, float]:
     """One optimizer step; the update is left out when loss or gradient is not finite."""
     totals = Totals(
-        rows=sum(b.input_ids_BT.shape[0] for b in micro_batches),
+        rows=sum(b.rows for b in micro_batches),
         tokens=sum(b.tokens for b in micro_batches),
         answers=sum(len(b.answer_index_N) for b in micro_batches),
     )
