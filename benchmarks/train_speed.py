@@ -101,6 +101,7 @@ CASES = {
     "hf_bf16_kl": ("plain", "kl", False, False, "Trainer's step with a naive KL to a teacher"),
     "fused_no_graph": ("fused", "kl", True, False, "ours, with teacher, not replayed"),
     "fused_lm_no_graph": ("fused", "lm", True, False, "ours, not replayed"),
+    "fused_lm_int8": ("fused_int8", "lm", True, True, "ours, int8 products for gradients of inputs"),
     "fused_eager": ("fused", "kl", False, False, "ours, with teacher, blocks not compiled"),
 }
 
@@ -121,7 +122,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
         )
         teacher = teacher.to(DEVICE).requires_grad_(False).eval()
     model = source
-    if kind in ("ternary", "fused"):
+    if kind in ("ternary", "fused", "fused_int8"):
         model = refine(source, gains="ones")
         del source
     elif kind == "onebitllms":
@@ -144,11 +145,11 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             compile_blocks(teacher)
     with contextlib.ExitStack() as stack:
         refresh: Callable[[], None] = lambda: None  # noqa: E731
-        if kind in ("ternary", "fused"):
+        if kind in ("ternary", "fused", "fused_int8"):
             config = PretrainConfig(objective=objective, loop=Loop(batch_rows=shape.rows))
-            if kind == "fused":
-                refresh = stack.enter_context(fused_layers(model)).refresh
-            step = LanguageModelStep(model, teacher, config, compiling, fused=kind == "fused")
+            if kind != "ternary":
+                refresh = stack.enter_context(fused_layers(model, kind == "fused_int8")).refresh
+            step = LanguageModelStep(model, teacher, config, compiling, fused=kind != "ternary")
         elif compiling:
             step = fused_loss_step(model)
         else:
@@ -272,9 +273,9 @@ HEADLINE: list[Part] = [
     ("stage3", "135m", ["fused", "unfused", "fused_packed", "reference"]),
     ("train", "0.6b", ["fused_lm", "bf16_compiled", "hf_bf16"]),
     ("train", "4b_12l", ["fused_lm", "bf16_compiled", "hf_bf16"]),
-    ("train", "135m", ["onebitllms", "torchao", "hf_bf16_kl", "fused_no_graph"]),
+    ("train", "135m", ["onebitllms", "torchao", "hf_bf16_kl", "fused_no_graph", "fused_lm_int8"]),
     ("train", "0.6b", ["onebitllms", "torchao", "fused"]),
-    ("train", "4b_12l", ["onebitllms", "torchao"]),
+    ("train", "4b_12l", ["fused_lm_int8", "onebitllms", "torchao"]),
     ("ceilings", "135m", []),
 ]
 QUICK: list[Part] = [

@@ -132,6 +132,9 @@ class Loop(Strict):
     """Ternary students. auto: the fused Triton kernels on a GPU that runs them and where they pass a check against
     their slow twins. reference: plain torch everywhere. Quantizers and forward products are the same integers;
     gradients differ by bfloat16 roundings."""
+    int8_backward: bool = False
+    """With fused kernels: gradients of the ternary layers' inputs by int8 products of row-quantized output gradients.
+    An approximation, faster where layers are wide; compare losses before use."""
     packing: bool = False
     """Task stages: lay rows one after the other instead of padding them to one length. Rows do not see one another, and
     positions start again at each. Batches are then not sorted by length. The corpus of stage 2 has no padding."""

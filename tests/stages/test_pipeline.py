@@ -347,6 +347,15 @@ def test_further_formats_are_made_from_the_packed_student(work: Path) -> None:
     assert (result.formats["hf"] / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_later_loop_keys_at_their_defaults_change_no_key(work: Path) -> None:
+    """Artifacts made before `packing` and `int8_backward` existed stay valid."""
+    run_dir = pipeline.run(recipe(work), until="sft", quiet=True).run_dir
+    inputs = json.loads((run_dir / "teacher/bitdistill.json").read_text())["inputs"]
+    assert not {"packing", "int8_backward"} & set(inputs["sft"]["loop"])
+    with pytest.raises(ArtifactError, match="packing"):
+        pipeline.run(recipe(work, "sft.loop.packing=true"), until="sft", quiet=True)
+
+
 def test_stage_2_with_fused_layers_is_stage_2(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the fused layers run their plain twins: the same forward, gradients to the last float bits."""
     bases = []

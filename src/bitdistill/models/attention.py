@@ -67,7 +67,7 @@ def packed_attention(
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         out, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, row_starts, row_starts, longest_row, longest_row, 0.0, True, False, scale=scaling
         )

@@ -116,8 +116,9 @@ class Run:
         dumped.pop("cache_dir", None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
-        if not dumped.get("loop", {}).get("packing", True):
-            del dumped["loop"]["packing"]  # artifacts from before this key stay valid
+        for later in ("packing", "int8_backward"):  # artifacts from before these keys stay valid
+            if not dumped.get("loop", {}).get(later, True):
+                del dumped["loop"][later]
         return dumped
 
     def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:

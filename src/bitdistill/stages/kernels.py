@@ -45,9 +45,14 @@ class FusedAfterWarmup:
     """
 
     def __init__(
-        self, student: Any, stack: contextlib.ExitStack, before: Callable[[int], None] | None
+        self,
+        student: Any,
+        stack: contextlib.ExitStack,
+        before: Callable[[int], None] | None,
+        int8_backward: bool = False,
     ) -> None:
         self.student, self.stack, self.before = student, stack, before
+        self.int8_backward = int8_backward
         self.layers = [m for m in student.modules() if isinstance(m, BitLinear)]
         self.fused: FusedLayers | None = None
 
@@ -57,7 +62,7 @@ class FusedAfterWarmup:
         if self.fused is not None:
             self.fused.refresh()
         elif all(layer.ternary_blend == 1.0 for layer in self.layers):
-            self.fused = self.stack.enter_context(fused_layers(self.student))
+            self.fused = self.stack.enter_context(fused_layers(self.student, self.int8_backward))
 
 
 def fused_chunk() -> Any:

@@ -175,7 +175,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
     with contextlib.ExitStack() as stack:
         stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
         if fused:
-            before_step = kernels.FusedAfterWarmup(student, stack, before_step)
+            before_step = kernels.FusedAfterWarmup(student, stack, before_step, loop.int8_backward)
             rows = loop.micro_batch_rows or loop.batch_rows
             stack.enter_context(fastest_attention(student.config, rows, config.sequence_length, run.device))
         before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)

@@ -71,7 +71,7 @@ def train_on_task(
     with contextlib.ExitStack() as stack:
         stack.enter_context(causal_only(model, *frozen))
         if fused:
-            before_step = kernels.FusedAfterWarmup(model, stack, before_step)
+            before_step = kernels.FusedAfterWarmup(model, stack, before_step, loop.int8_backward)
         return fit(
             model,
             batches,
