@@ -172,7 +172,8 @@ def chunked_language_model_loss(
         teacher_hidden_NH, teacher_head_VH: frozen teacher; both or neither.
         lm_weight, kl_weight: weights of the two sums in the returned loss.
         temperature: tau of the KL (no tau^2 factor).
-        chunk_tokens: None: so many that a chunk's logits have about 2^28 elements.
+        chunk_tokens: None: so many that a chunk's logits have about 2^28 elements, or the chunk function's
+            `chunk_elements`.
         chunk_function: `language_model_chunk`, a compiled form of it, or its fast twin.
 
     Returns:
@@ -190,7 +191,8 @@ def chunked_language_model_loss(
         float(lm_weight),
         float(kl_weight),
         float(temperature),
-        chunk_tokens or tokens_of_a_chunk(head_VH.shape[0]),
+        chunk_tokens
+        or tokens_of_a_chunk(head_VH.shape[0], getattr(chunk_function, "chunk_elements", 1 << 28)),
         dtype,
         chunk_function,
     )
