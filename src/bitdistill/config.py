@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -87,6 +87,11 @@ class DataConfig(Strict):
     validation_fraction: Fraction = 0.0
     test: str | None = None
     """Rows of the results table. None: the validation rows."""
+    unlabelled: Annotated[
+        tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(strict=False)
+    ] = ()
+    """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
+    learns from them beside the training rows. One source or a list; `bitdistill augment` makes such rows."""
     limit_train: Count | None = None
     limit_test: Count | None = None
     max_length: Count = 512
