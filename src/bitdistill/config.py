@@ -110,6 +110,9 @@ class Optim(Strict):
     decay_fraction: Fraction = 0.2
     min_lr_ratio: Fraction = 0.0
     weight_decay: NonNegative = 0.0
+    embedding_rate: NonNegative = 1.0
+    """Learning rate of embedding and output head as a multiple of `learning_rate`; 0 freezes them. They are not
+    ternary, and what they know of rare words may be lost at the high rates that ternary latents want."""
     momentum: Fraction = 0.95
     """Of muon's matrices."""
     beta1: Fraction = 0.9
@@ -177,6 +180,9 @@ class PretrainConfig(Strict):
     """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
     mix_lm: Fraction = 0.5
     """objective mix: loss = mix_lm * LM + (1 - mix_lm) * KL."""
+    hidden_weight: NonNegative = 0.0
+    """With a teacher: weight of the relative squared error of every block's output, ||h_S - h_T||^2 / ||h_T||^2, a
+    mean over tokens and blocks that is added to the loss."""
     budget_tokens: Count = 50_000_000
     sequence_length: Count = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="wsd", weight_decay=0.0)

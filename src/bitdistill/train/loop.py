@@ -204,8 +204,7 @@ def _update(
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
     metrics = _to_host(sums)
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        optimizer.set_learning_rate(learning_rate)
         optimizer.step()
     gradients.clear(optimizer)
     return metrics
