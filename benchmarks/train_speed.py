@@ -50,7 +50,13 @@ from bitdistill.models.fused import fused_layers
 from bitdistill.models.surgery import refine
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
-from bitdistill.train.gradients import EagerGradients, ReplayedGradients, wants_graphs
+from bitdistill.train.gradients import (
+    FUSED_LAUNCH_BOUND,
+    LAUNCH_BOUND,
+    EagerGradients,
+    ReplayedGradients,
+    wants_graphs,
+)
 from bitdistill.train.loop import _update
 from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import StepOutput
@@ -84,7 +90,7 @@ def fused_loss_step(model: Any) -> Any:
         )  # fmt: skip
         return StepOutput(loss / totals.answers)
 
-    step.replayable = True  # type: ignore[attr-defined]
+    step.replayable, step.launch_bound = True, FUSED_LAUNCH_BOUND  # type: ignore[attr-defined]
     return step
 
 
@@ -195,7 +201,11 @@ def section_train(report: Report, shape: Shape, name: str, cases: list[str], lim
             gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
             trained = [p for p in model.parameters() if p.requires_grad]
             replay = replay and wants_graphs(
-                Loop(batch_rows=micro), DEVICE, sum(p.numel() for p in trained), micro * shape.length
+                Loop(batch_rows=micro),
+                DEVICE,
+                sum(p.numel() for p in trained),
+                micro * shape.length,
+                getattr(step, "launch_bound", LAUNCH_BOUND),
             )
             if replay:
                 gradients = ReplayedGradients(step, trained, DEVICE, "bfloat16")

@@ -195,10 +195,13 @@ class Run:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
+    def train_rows(self) -> list[readers.Row]:
+        """Training rows, without what is held out of them."""
+        return self._split_train()[0]
+
     def train_examples(self, tokenizer: Any) -> list[Example]:
         """Encoded training rows."""
-        rows, _ = self._split_train()
-        return tasks.encode(self.recipe.task, rows, tokenizer, self.recipe.data.max_length)
+        return tasks.encode(self.recipe.task, self.train_rows(), tokenizer, self.recipe.data.max_length)
 
     def eval_rows(self) -> list[readers.Row]:
         """Rows that are scored: eval.split of the recipe.

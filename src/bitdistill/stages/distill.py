@@ -33,7 +33,7 @@ from bitdistill.models.forward import (
 )
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
-from bitdistill.stages import kernels, layer_probe
+from bitdistill.stages import kernels, layer_probe, pseudo_labels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.layer_probe import relation_options
 from bitdistill.stages.sft import train_on_task
@@ -249,12 +249,15 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         "distill": run.section("distill"),
         "seed": run.recipe.seed,
     }
+    if run.recipe.data.unlabelled:  # only then: keys of runs without such rows stay what they were
+        inputs["unlabelled"] = pseudo_labels.fingerprints(run)
     if run.finished("distill", folder, inputs):
         return folder
     student, tokenizer, manifest = load_student(start, device=run.device)
     teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
     _check_pair(student, teacher, tokenizer, teacher_tokenizer)
     layers, layer_metrics = _layers(run, student, teacher, tokenizer)
+    answered = pseudo_labels.answered_examples(run, teacher, tokenizer)
     if run.compiling(config.loop):
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)
@@ -270,6 +273,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         epochs=config.epochs,
         make_step=lambda _: step,
         frozen=[teacher],
+        examples=[*run.train_examples(tokenizer), *answered],
         state=step,
         before_step=step.before_step,
         fused=fused,
@@ -284,6 +288,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         extra={
             **run.meta("distill", inputs, result),
             "distilled_layers": layers,
+            "teacher_answered_rows": len(answered),
             "layer_metrics": layer_metrics,
             "final_gamma": step.balancer.gamma,
         },

@@ -18,9 +18,10 @@ from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
+from bitdistill.losses.hidden import relative_error
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only, fastest_attention
-from bitdistill.models.forward import final_hidden, head_weight, next_tokens
+from bitdistill.models.forward import head_weight, hidden_states, next_tokens
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
@@ -28,6 +29,7 @@ from bitdistill.stages import branch, kernels
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
+from bitdistill.train.gradients import FUSED_LAUNCH_BOUND, LAUNCH_BOUND
 from bitdistill.train.loop import fit
 from bitdistill.train.step import StepOutput, Totals
 
@@ -45,16 +47,22 @@ class LanguageModelStep:
     ) -> None:
         self.student, self.teacher = student, teacher
         self.lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
+        self.hidden_weight = 0.0 if teacher is None else config.hidden_weight
+        self.hidden_error = compiled(relative_error, compiling)
         self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
         self.replayable = config.ternary_warmup_fraction == 0
+        self.launch_bound = FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(self.student, batch.input_ids_BT)
+        every = self.hidden_weight > 0
+        hidden, outputs = hidden_states(self.student, batch.input_ids_BT, every=every)
         teacher_hidden = teacher_head = None
+        teacher_outputs: list[Any] = []
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = final_hidden(self.teacher, batch.input_ids_BT).flatten(0, 1)
+                teacher_hidden, teacher_outputs = hidden_states(self.teacher, batch.input_ids_BT, every=every)
+                teacher_hidden = teacher_hidden.flatten(0, 1)
             teacher_head = head_weight(self.teacher)
         loss, lm_sum, kl_sum = chunked_language_model_loss(
             hidden.flatten(0, 1),
@@ -69,7 +77,13 @@ class LanguageModelStep:
         metrics: dict[str, Any] = {"lm": lm_sum / totals.answers}
         if self.teacher is not None:
             metrics["kl"] = kl_sum / totals.answers
-        return StepOutput(loss / totals.answers, metrics)
+        loss = loss / totals.answers
+        if every:
+            errors = [self.hidden_error(s, t) for s, t in zip(outputs, teacher_outputs, strict=True)]
+            error = torch.stack(errors).sum() / (len(errors) * totals.tokens)
+            metrics["hidden"] = error.detach()
+            loss = loss + self.hidden_weight * error
+        return StepOutput(loss, metrics)
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:

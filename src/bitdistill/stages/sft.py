@@ -11,7 +11,7 @@ import torch
 
 from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
 from bitdistill.data.batches import Batch
-from bitdistill.data.tasks import check_tokenizer
+from bitdistill.data.tasks import Example, check_tokenizer
 from bitdistill.losses.logits import cross_entropy_sum
 from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
@@ -53,18 +53,19 @@ def train_on_task(
     frozen: Sequence[Any] = (),
     fused: bool = False,
     before_step: Callable[[int], None] | None = None,
+    examples: Sequence[Example] | None = None,
     **fit_options: Any,
 ) -> FitResult:
-    """Run `fit` over the task's training rows for `epochs`.
+    """Run `fit` over task rows for `epochs`.
 
     Args:
-        frozen: the other models that the step runs.
+        frozen: other models that the step runs.
         fused: train `model`, a ternary student, with fused layers.
+        examples: encoded rows; None: the task's training rows.
     """
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-    batches = run.task_batches(
-        run.train_examples(tokenizer), loop, pad_token_id(tokenizer), run.compiling(loop)
-    )
+    rows = run.train_examples(tokenizer) if examples is None else list(examples)
+    batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop))
     total_steps = max(1, round(epochs * batches.steps_per_epoch))
     if loop.gradient_checkpointing:
         model.gradient_checkpointing_enable()

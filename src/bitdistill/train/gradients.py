@@ -24,9 +24,12 @@ from bitdistill.train.step import StepFunction, StepOutput, Totals, autocast
 log = logging.getLogger("bitdistill")
 MAX_GRAPHS = 32
 """Shapes that get a graph of their own; further ones run eagerly."""
-LAUNCH_BOUND = 6e12
-"""Parameters times tokens below which launches cost: some 40 TFLOP, forward and backward. At stage 2 of a 135M model
-(32 x 1,024 tokens) the host needs about as long to launch a forward pass as the GPU to run it."""
+LAUNCH_BOUND = 2e12
+"""Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward. A step function
+may have a bound of its own (`launch_bound`)."""
+FUSED_LAUNCH_BOUND = 6e12
+"""The same for fused layers, whose operators take the host longer to launch: at stage 2 of a 135M model (32 x 1,024
+tokens) about as long for a forward pass as the GPU to run it."""
 INDEX_MULTIPLE = 128
 """Indices of answer and real tokens are filled up to this multiple, so that few shapes occur."""
 
@@ -44,18 +47,21 @@ class Gradients(Protocol):
         """Start the next step from zero gradients."""
 
 
-def wants_graphs(loop: Loop, device: torch.device, weights: int, tokens: int) -> bool:
+def wants_graphs(
+    loop: Loop, device: torch.device, weights: int, tokens: int, bound: float = LAUNCH_BOUND
+) -> bool:
     """Resolve a recipe's `loop.cuda_graphs`.
 
     Args:
         weights: parameters that are trained.
         tokens: tokens of a micro-batch, padding included. Their product tells whether launches bind the step: large
             steps gain nothing from a graph, which holds memory of its own.
+        bound: what the product must be below.
     """
     if device.type != "cuda" or loop.gradient_checkpointing:
         return False
     if loop.cuda_graphs == "auto":
-        return weights * tokens < LAUNCH_BOUND
+        return weights * tokens < bound
     return bool(loop.cuda_graphs)
 
 
