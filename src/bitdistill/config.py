@@ -237,6 +237,9 @@ class DistillConfig(Strict):
     """Multiply L_LD by tau^2 (PR 382 does; the paper does not)."""
     distilled_tokens: Literal["answer", "all"] = "answer"
     """Tokens of L_LD: the answer's (paper) or every real token of the row."""
+    hidden_weight: NonNegative = 0.0
+    """Weight of the relative squared error of every block's output (see pretrain.hidden_weight) over all real
+    tokens."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0

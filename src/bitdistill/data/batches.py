@@ -86,11 +86,12 @@ class Batch:
         )
 
     def with_filled_index(self, multiple: int) -> Batch:
-        """The same batch (on the host) with both indices filled up with -1 to a multiple: fewer shapes."""
+        """The same batch (on the host) with its indices filled up with -1, so that few shapes occur: answers to a
+        multiple, real tokens to the size of the batch."""
         return replace(
             self,
             answer_index_N=_filled(self.answer_index_N, multiple),
-            real_index_N=_filled(self.real_index_N, multiple),
+            real_index_N=_filled(self.real_index_N, self.input_ids_BT.numel()),
         )
 
 

@@ -24,12 +24,14 @@ def final_hidden(model: Any, input_ids_BT: Tensor, **packing: Any) -> Tensor:
     return hidden
 
 
-def hidden_states(model: Any, input_ids_BT: Tensor, *, every: bool) -> tuple[Tensor, list[Tensor]]:
-    """Final hidden states, and with `every` the output of each block [B, T, H]."""
+def hidden_states(
+    model: Any, input_ids_BT: Tensor, *, every: bool, **packing: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states, and with `every` the output of each block [B, T, H]; `packing` as for `final_hidden`."""
     if not every:
-        return final_hidden(model, input_ids_BT), []
+        return final_hidden(model, input_ids_BT, **packing), []
     with _recorded_blocks(model) as outputs:
-        hidden = final_hidden(model, input_ids_BT)
+        hidden = final_hidden(model, input_ids_BT, **packing)
     return hidden, outputs
 
 

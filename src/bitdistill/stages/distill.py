@@ -15,6 +15,7 @@ from bitdistill.data.batches import Batch
 from bitdistill.data.corpus import tokenizer_fingerprint
 from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
+from bitdistill.losses.hidden import relative_error
 from bitdistill.losses.logits import (
     chunked_language_model_loss,
     cross_entropy_sum,
@@ -24,8 +25,8 @@ from bitdistill.losses.relation import attention_distillation_sum, fused_attenti
 from bitdistill.models.capture import capture_states
 from bitdistill.models.forward import (
     IGNORED,
-    final_hidden,
     head_weight,
+    hidden_states,
     logits_at,
     predicting,
     rows_at,
@@ -37,7 +38,7 @@ from bitdistill.stages import kernels, layer_probe, pseudo_labels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.layer_probe import relation_options
 from bitdistill.stages.sft import train_on_task
-from bitdistill.train.compile import compile_blocks
+from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.step import StepOutput, Totals, autocast
 
 
@@ -56,7 +57,9 @@ class DistillStep:
         config: DistillConfig,
         layers: Sequence[int],
         fused: bool = False,
+        compiling: bool = False,
     ) -> None:
+        self.hidden_error = compiled(relative_error, compiling)
         self.student, self.teacher, self.config = student, teacher, config
         self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
         capped = getattr(student.config, "final_logit_softcapping", None) is not None
@@ -81,9 +84,12 @@ class DistillStep:
         self.measure = bool(self.layers) and step % self.config.gamma_every_steps == 0
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
+        every = self.config.hidden_weight > 0
         with torch.no_grad():
-            teacher_hidden, teacher_states = _forward(self.teacher, batch, self.layers)
-        hidden, states = _forward(self.student, batch, self.layers)
+            teacher_hidden, teacher_states, teacher_outputs = _forward(
+                self.teacher, batch, self.layers, every
+            )
+        hidden, states, outputs = _forward(self.student, batch, self.layers, every)
 
         if self.chunk is None or self.measure:
             loss, ce, metrics = self._head_losses(batch, totals, hidden, teacher_hidden)
@@ -99,6 +105,12 @@ class DistillStep:
             # gamma and ratio are per step, not per micro-batch: spread so that the loop's sum gives them once
             share = batch.rows / totals.rows
             metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
+        if every:
+            mask = batch.attention_mask_BT
+            errors = [self.hidden_error(s, t, mask) for s, t in zip(outputs, teacher_outputs, strict=True)]
+            error = torch.stack(errors).sum() / (len(errors) * totals.tokens)
+            loss = loss + self.config.hidden_weight * error
+            metrics["hidden"] = error.detach()
         return StepOutput(loss, metrics)
 
     def _head_losses(
@@ -202,13 +214,16 @@ class DistillStep:
         self._publish()
 
 
-def _forward(model: Any, batch: Batch, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
-    """Final hidden states, and Q, K, V states of `layers`."""
+def _forward(
+    model: Any, batch: Batch, layers: list[int], every: bool
+) -> tuple[Tensor, dict[int, Any], list[Tensor]]:
+    """Final hidden states, Q, K, V states of `layers`, and with `every` the output of each block."""
     if not layers:
-        return final_hidden(model, batch.input_ids_BT, **batch.packing), {}
+        hidden, outputs = hidden_states(model, batch.input_ids_BT, every=every, **batch.packing)
+        return hidden, {}, outputs
     with capture_states(model, layers) as states:
-        hidden = final_hidden(model, batch.input_ids_BT, **batch.packing)
-    return hidden, dict(states)
+        hidden, outputs = hidden_states(model, batch.input_ids_BT, every=every, **batch.packing)
+    return hidden, dict(states), outputs
 
 
 def wants_relations(config: DistillConfig) -> bool:
@@ -262,7 +277,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)
     fused = kernels.usable(config.loop, run.device, student)
-    step = DistillStep(student, teacher, config, layers, fused)
+    step = DistillStep(student, teacher, config, layers, fused, run.compiling(config.loop))
     result = train_on_task(
         run,
         "distill",
