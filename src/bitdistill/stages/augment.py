@@ -30,7 +30,8 @@ from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
 
 LABEL_FIELD = "_label"
-MAX_WRITTEN_TOKENS = 64
+LENGTH_SHARE = 0.99
+"""Rows may be written as long as this share of the training rows is."""
 WORDS = (5, 40)
 """Sentences of other texts that are taken have so many words."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
@@ -57,7 +58,6 @@ def writer_task(task: Task) -> Task:
         target_field=fields[-1],
         # Words after a space tokenize as in running text
         answer_prefix=prefix or " ",
-        max_new_tokens=MAX_WRITTEN_TOKENS,
     )
 
 
@@ -118,10 +118,14 @@ def augment(
     model, tokenizer = load_source(source, dtype=dtype, device=run.device)
     rows = list(itertools.islice(_openings(run, train, fields, texts, texts_share), count))
     written = writer_task(task)
+    known = tasks.encode(written, [_turned(task, r) for r in train], tokenizer, run.recipe.data.max_length)
+    lengths = sorted(len(e.answer_ids) for e in known)
+    longest = lengths[min(len(lengths) - 1, int(LENGTH_SHARE * len(lengths)))]
+    written = written.model_copy(update={"max_new_tokens": longest})
     examples = tasks.encode(written, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
     predictions = sample(
         model.eval(), tokenizer, written, examples, temperature=temperature, seed=run.recipe.seed,
-        batch_rows=2048 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),
+        batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),
     )  # fmt: skip
     seen = {tuple(str(row.fields[f]).strip() for f in fields) for row in train}
     for row, prediction in zip(rows, predictions, strict=True):
