@@ -98,7 +98,7 @@ def make_model(args: argparse.Namespace) -> None:
         intermediate_size=args.ffn,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 32,
-        num_key_value_heads=2,
+        num_key_value_heads=args.kv_heads,
         head_dim=32,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -192,8 +192,11 @@ def main() -> None:
     two.add_argument("--max-steps", type=int)
     two.add_argument("--seed", type=int, default=0)
     two.add_argument("--layers", type=int, default=4)
-    two.add_argument("--hidden", type=int, default=192, help="width, a multiple of 64 (heads of 32)")
+    two.add_argument("--hidden", type=int, default=192, help="width, a multiple of 32 (heads of 32)")
     two.add_argument("--ffn", type=int, default=448)
+    two.add_argument(
+        "--kv-heads", type=int, default=2, help="heads of keys and values; divides the number of heads"
+    )
     three = commands.add_parser("base")
     three.add_argument("--base", type=Path, required=True)
     three.add_argument("--out", type=Path, required=True)
