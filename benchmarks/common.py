@@ -14,10 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
+from bitdistill.config import Optim
+from bitdistill.data.batches import Batch, TaskBatches, index_of
+from bitdistill.data.tasks import Example
+from bitdistill.train.loop import _update
+from bitdistill.train.optim import build_optimizer
+
 DEVICE = torch.device("cuda")
+OPTIM = Optim(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0)
 NOMINAL_BF16 = 989e12
 """Dense bfloat16 operations a second of an H100/H200 (SXM) by its data sheet."""
 
@@ -50,6 +58,16 @@ SHAPES = {
         dict(  # noqa: C408
             vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, head_dim=128,
             num_attention_heads=16, num_key_value_heads=8, tie_word_embeddings=True,
+        ),
+    ),
+    # 12 of the 36 layers of 4b: with float32 masters and moments the whole does not fit in 80 GB
+    "4b_12l": Shape(
+        "qwen3",
+        8,
+        1024,
+        dict(  # noqa: C408
+            vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=12, head_dim=128,
+            num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
         ),
     ),
     "4b": Shape(
@@ -141,3 +159,63 @@ class Report:
             gc.collect()
             torch.cuda.empty_cache()
             print(f"# {section} {values}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+def corpus_batch(config: Any, rows: int, length: int, seed: int) -> Batch:
+    """Random full rows, as stage 2 sees them."""
+    ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    answers = mask.clone()
+    answers[:, 0] = False
+    return Batch(
+        ids, mask, answers, torch.full((rows,), -1), list(range(rows)), 1.0, rows * length,
+        answer_index_N=index_of(answers), real_index_N=index_of(mask),
+    )  # fmt: skip
+
+
+def task_batch(config: Any, rows: int, length: int, seed: int, packing: bool = False) -> Batch:
+    """Random rows of half to the whole length with one answer token each, as stage 3 sees them."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for size in rng.integers(length // 2, length + 1, rows):
+        ids = tuple(rng.integers(0, config.vocab_size, size).tolist())
+        examples.append(Example(ids[:-1], ids[-1:], 0, (), "", ""))
+    return TaskBatches(
+        examples, batch_rows=rows, seed=seed, pad_id=0, buckets=[length], packing=packing
+    ).micro_batches(0)[0]
+
+
+def timed_steps(
+    model: Any, gradients: Any, batches: list[list[Batch]], refresh: Callable[[], None], limit_s: float
+) -> dict[str, Any]:
+    """Steps a second after three steps of warming up: at most 20, or as many as fit the limit."""
+    optimizer = build_optimizer(model, OPTIM)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    times: list[float] = []
+    losses: list[float] = []
+    with gradients.stream():
+        warm_from = time.perf_counter()
+        started = warm_from
+        for k in range(23):
+            if k == 3:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                started = time.perf_counter()
+                warm_s = started - warm_from
+            if k > 5 and time.perf_counter() - started > limit_s:
+                break
+            at = time.perf_counter()
+            refresh()
+            losses.append(
+                _update(parameters, optimizer, batches[k % len(batches)], gradients, 1e-4, 1.0)["loss"]
+            )
+            times.append(time.perf_counter() - at)
+        torch.cuda.synchronize()
+    tokens = sum(b.tokens for b in batches[0])
+    step_s = statistics.median(times[3:])
+    return {
+        "step_ms": step_s * 1e3, "tokens_s": tokens / step_s, "steps": len(times) - 3, "warm_up_s": warm_s,
+        # Reserved: what a CUDA graph works in is not "allocated" while it is replayed
+        "peak_gb": torch.cuda.max_memory_reserved() / 1e9, "first_loss": losses[0], "last_loss": losses[-1],
+    }  # fmt: skip

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Training speed on one GPU: kernels, then whole steps side by side. One JSON object a line.
 
-    python benchmarks/train_speed.py --out speed.jsonl                      all sections
+    python benchmarks/train_speed.py --quick --out speed.jsonl              100 s: is it right, is it faster (135m)
+    python benchmarks/train_speed.py --headline --out speed.jsonl           the published table, what matters first
     python benchmarks/train_speed.py --section check --section gemm
     python benchmarks/train_speed.py --section train --shape 0.6b --case fused --case bf16_compiled
 
 Sections run one by one; a failure is a line with `error`, and the next one runs. Weights are random, tokens too: speed
 does not depend on them. Steps are timed by the loop's own update (gradient clipping, AdamW, one read of the loss).
-`check` compares the kernels with their slow twins on this GPU first; figures of a run in which it failed mean nothing.
+`check` (and the short `selfcheck`) compares the kernels with their slow twins on this GPU first; figures of a run in
+which it failed mean nothing. `train_render.py` makes docs/train-speed.md from the lines.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,50 +24,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, NOMINAL_BF16, SHAPES, Report, Shape, flops_a_token
+from common import (
+    DEVICE,
+    NOMINAL_BF16,
+    OPTIM,
+    SHAPES,
+    Report,
+    Shape,
+    block_matrices,
+    corpus_batch,
+    flops_a_token,
+    timed_steps,
+)
 from kernel_sections import KERNEL_SECTIONS
+from train_stage3 import CASES as STAGE3_CASES
+from train_stage3 import section_stage3
 from transformers import AutoModelForCausalLM
 
-from bitdistill.config import DistillConfig, Loop, Optim, PretrainConfig
-from bitdistill.data.batches import Batch, index_of
+from bitdistill.config import Loop, PretrainConfig
+from bitdistill.data.batches import Batch
 from bitdistill.losses.logits import chunked_language_model_loss
-from bitdistill.models.attention import causal_only
+from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import final_hidden, head_weight, next_tokens
 from bitdistill.models.fused import fused_layers
 from bitdistill.models.surgery import refine
-from bitdistill.stages.distill import DistillStep
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
-from bitdistill.train.gradients import EagerGradients, ReplayedGradients
+from bitdistill.train.gradients import (
+    FUSED_LAUNCH_BOUND,
+    LAUNCH_BOUND,
+    EagerGradients,
+    ReplayedGradients,
+    wants_graphs,
+)
 from bitdistill.train.loop import _update
 from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import StepOutput
-
-OPTIM = Optim(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0)
-
-
-def corpus_batch(config: Any, rows: int, length: int, seed: int) -> Batch:
-    """Random full rows, as stage 2 sees them."""
-    ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones(rows, length, dtype=torch.bool)
-    answers = mask.clone()
-    answers[:, 0] = False
-    return Batch(
-        ids, mask, answers, torch.full((rows,), -1), list(range(rows)), 1.0, rows * length,
-        answer_index_N=index_of(answers), real_index_N=index_of(mask),
-    )  # fmt: skip
-
-
-def task_batch(config: Any, rows: int, length: int, seed: int) -> Batch:
-    """Random right-padded rows with one answer token each, as stage 3 sees them."""
-    batch = corpus_batch(config, rows, length, seed)
-    real = torch.randint(length // 2, length + 1, (rows, 1), generator=torch.Generator().manual_seed(seed))
-    mask = torch.arange(length)[None, :] < real
-    answers = torch.arange(length)[None, :] == real - 1
-    return Batch(
-        batch.input_ids_BT, mask, answers, batch.labels_B, batch.indices, 1.0, int(mask.sum()),
-        answer_index_N=index_of(answers), real_index_N=index_of(mask),
-    )  # fmt: skip
 
 
 def plain_step(model: Any, teacher: Any | None) -> Any:
@@ -97,28 +90,32 @@ def fused_loss_step(model: Any) -> Any:
         )  # fmt: skip
         return StepOutput(loss / totals.answers)
 
+    step.replayable, step.launch_bound = True, FUSED_LAUNCH_BOUND  # type: ignore[attr-defined]
     return step
 
 
 CASES = {
-    # name: (student, objective, compiled, what it stands for)
-    "hf_bf16": ("plain", "lm", False, "Hugging Face Trainer's step, bf16 autocast"),
-    "hf_bf16_kl": ("plain", "kl", False, "the same with a naive KL to a teacher"),
-    "bf16_compiled": ("plain", "lm", True, "blocks compiled, fused cross-entropy"),
-    "onebitllms": ("onebitllms", "lm", False, "onebitllms' layers in a Trainer's step"),
-    "torchao": ("torchao", "lm", True, "torchao's bitnet training, blocks compiled, fused cross-entropy"),
-    "reference_lm": ("ternary", "lm", True, "ours without kernels"),
-    "reference": ("ternary", "kl", True, "ours without kernels"),
-    "fused_lm": ("fused", "lm", True, "ours"),
-    "fused": ("fused", "kl", True, "ours"),
-    "fused_eager": ("fused", "kl", False, "ours, blocks not compiled"),
+    # name: (student, objective, compiled, replayed where the loop would, what it stands for)
+    "fused_lm": ("fused", "lm", True, True, "ours"),
+    "bf16_compiled": ("plain", "lm", True, True, "bf16, blocks compiled, fused cross-entropy"),
+    "hf_bf16": ("plain", "lm", False, False, "Hugging Face Trainer's step, bf16 autocast"),
+    "onebitllms": ("onebitllms", "lm", False, False, "onebitllms' layers in a Trainer's step"),
+    "torchao": ("torchao", "lm", True, False, "torchao's bitnet training, compiled, fused cross-entropy"),
+    "fused": ("fused", "kl", True, True, "ours, with teacher"),
+    "reference": ("ternary", "kl", True, True, "ours without kernels, with teacher"),
+    "reference_lm": ("ternary", "lm", True, True, "ours without kernels"),
+    "hf_bf16_kl": ("plain", "kl", False, False, "Trainer's step with a naive KL to a teacher"),
+    "fused_no_graph": ("fused", "kl", True, False, "ours, with teacher, not replayed"),
+    "fused_lm_no_graph": ("fused", "lm", True, False, "ours, not replayed"),
+    "fused_lm_int8": ("fused_int8", "lm", True, True, "ours, int8 products for gradients of inputs"),
+    "fused_eager": ("fused", "kl", False, False, "ours, with teacher, blocks not compiled"),
 }
 
 
 @contextlib.contextmanager
 def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None]]]:
     """Model, step function and what runs before each step."""
-    kind, objective, compiling, _ = CASES[case]
+    kind, objective, compiling, _, _ = CASES[case]
     torch._dynamo.reset()
     torch.manual_seed(0)
     source = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.float32, attn_implementation="sdpa")
@@ -131,7 +128,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
         )
         teacher = teacher.to(DEVICE).requires_grad_(False).eval()
     model = source
-    if kind in ("ternary", "fused"):
+    if kind in ("ternary", "fused", "fused_int8"):
         model = refine(source, gains="ones")
         del source
     elif kind == "onebitllms":
@@ -154,52 +151,34 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             compile_blocks(teacher)
     with contextlib.ExitStack() as stack:
         refresh: Callable[[], None] = lambda: None  # noqa: E731
-        if kind in ("ternary", "fused"):
+        if kind in ("ternary", "fused", "fused_int8"):
             config = PretrainConfig(objective=objective, loop=Loop(batch_rows=shape.rows))
-            if kind == "fused":
-                refresh = stack.enter_context(fused_layers(model)).refresh
-            step = LanguageModelStep(model, teacher, config, compiling, kernels=kind == "fused")
+            if kind != "ternary":
+                refresh = stack.enter_context(fused_layers(model, kind == "fused_int8")).refresh
+            step = LanguageModelStep(model, teacher, config, compiling, fused=kind != "ternary")
         elif compiling:
             step = fused_loss_step(model)
         else:
             step = plain_step(model, teacher)
         if not case.startswith("hf") and kind != "onebitllms":
             stack.enter_context(causal_only(model, *([] if teacher is None else [teacher])))
+            # Whoever is compiled gets the faster attention: it is no merit of ternary layers
+            stack.enter_context(fastest_attention(shape.config(), shape.rows, shape.length, DEVICE))
         yield model, step, refresh
 
 
-def timed_steps(
-    model: Any, gradients: Any, batches: list[list[Batch]], refresh: Callable[[], None], limit_s: float
-) -> dict[str, Any]:
-    """Steps a second after three steps of warming up: at most 20, or as many as fit the limit."""
-    optimizer = build_optimizer(model, OPTIM)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    times: list[float] = []
-    losses: list[float] = []
-    with gradients.stream():
-        warm_from = time.perf_counter()
-        started = warm_from
-        for k in range(23):
-            if k == 3:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                started = time.perf_counter()
-                warm_s = started - warm_from
-            if k > 5 and time.perf_counter() - started > limit_s:
-                break
-            at = time.perf_counter()
-            refresh()
-            losses.append(
-                _update(parameters, optimizer, batches[k % len(batches)], gradients, 1e-4, 1.0)["loss"]
-            )
-            times.append(time.perf_counter() - at)
-        torch.cuda.synchronize()
-    tokens = sum(b.tokens for b in batches[0])
-    step_s = statistics.median(times[3:])
-    return {
-        "step_ms": step_s * 1e3, "tokens_s": tokens / step_s, "steps": len(times) - 3, "warm_up_s": warm_s,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9, "first_loss": losses[0], "last_loss": losses[-1],
-    }  # fmt: skip
+def naive_rows(shape: Shape, fake_quantized: bool) -> int:
+    """Rows of a micro-batch that a step without fused losses has memory for, as a Trainer's user would have to find.
+
+    Several float32 copies of all logits, and the blocks' activations; constants from the 51 GB of hf_bf16 at 135m.
+    """
+    config = shape.config()
+    memory = 0.85 * torch.cuda.get_device_properties(DEVICE).total_memory
+    matrices = sum(o * i for o, i in block_matrices(config).values())
+    weights = 18 * (matrices * config.num_hidden_layers + config.vocab_size * config.hidden_size)
+    block = 33 * config.hidden_size + 11 * config.intermediate_size
+    token = 9 * config.vocab_size + config.num_hidden_layers * block * (1.6 if fake_quantized else 1.0)
+    return int((memory - weights) / (token * shape.length))
 
 
 def section_train(report: Report, shape: Shape, name: str, cases: list[str], limit_s: float) -> None:
@@ -209,10 +188,9 @@ def section_train(report: Report, shape: Shape, name: str, cases: list[str], lim
         if report.over("train", shape=name, case=case):
             continue
         with report.caught("train", shape=name, case=case), built(case, shape) as (model, step, refresh):
-            _, objective, _, about = CASES[case]
-            # Naive losses keep several float32 copies of all logits: smaller micro-batches, as a Trainer would need.
+            _, objective, _, replay, about = CASES[case]
             naive = CASES[case][0] in ("plain", "onebitllms") and not CASES[case][2]
-            fit_rows = int(6e10 // (16 * config.vocab_size * shape.length)) if naive else shape.rows
+            fit_rows = naive_rows(shape, CASES[case][0] == "onebitllms") if naive else shape.rows
             micro = shape.rows
             while micro > max(1, fit_rows):
                 micro //= 2
@@ -220,52 +198,24 @@ def section_train(report: Report, shape: Shape, name: str, cases: list[str], lim
                 [corpus_batch(config, micro, shape.length, 100 * k + m) for m in range(shape.rows // micro)]
                 for k in range(4)
             ]
-            found = timed_steps(model, EagerGradients(step, DEVICE, "bfloat16"), batches, refresh, limit_s)
+            gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            replay = replay and wants_graphs(
+                Loop(batch_rows=micro),
+                DEVICE,
+                sum(p.numel() for p in trained),
+                micro * shape.length,
+                getattr(step, "launch_bound", LAUNCH_BOUND),
+            )
+            if replay:
+                gradients = ReplayedGradients(step, trained, DEVICE, "bfloat16")
+            found = timed_steps(model, gradients, batches, refresh, limit_s)
             rate = flops_a_token(config, shape.length, objective == "kl") * found["tokens_s"]
             report.line(
                 "train", shape=name, case=case, about=about, rows=shape.rows, micro_rows=micro,
-                length=shape.length, objective=objective, model_tflops=rate / 1e12, mfu=rate / NOMINAL_BF16, **found,
+                length=shape.length, objective=objective, replayed=replay and gradients.enabled,
+                model_tflops=rate / 1e12, mfu=rate / NOMINAL_BF16, **found,
             )  # fmt: skip
-
-
-def section_stage3(report: Report, shape: Shape, name: str, limit_s: float) -> None:
-    """Fine-tuning on short rows with a teacher: eager, replayed from CUDA graphs, each with and without kernels."""
-    config, rows, length = shape.config(), 128, 48
-    for kernels in (False, True):
-        for replay in (False, True):
-            if report.over("stage3", shape=name, kernels=kernels, replay=replay):
-                continue
-            with (
-                report.caught("stage3", shape=name, kernels=kernels, replay=replay),
-                contextlib.ExitStack() as stack,
-            ):
-                torch._dynamo.reset()
-                torch.manual_seed(0)
-                build = lambda dtype: AutoModelForCausalLM.from_config(  # noqa: E731
-                    shape.config(), dtype=dtype, attn_implementation="sdpa"
-                ).to(DEVICE)
-                teacher = build(torch.bfloat16).requires_grad_(False).eval()
-                student = refine(build(torch.float32), gains="ones").train()
-                layer = config.num_hidden_layers - 2
-                # gamma fixed: nothing is measured, so every step may be replayed
-                step = DistillStep(student, teacher, DistillConfig(gamma=60.0), [layer])
-                step.before_step(1)
-                stack.enter_context(causal_only(student, teacher))
-                refresh: Callable[[], None] = lambda: None  # noqa: E731
-                if kernels:
-                    refresh = stack.enter_context(fused_layers(student)).refresh
-                if replay:
-                    parameters = [p for p in student.parameters() if p.requires_grad]
-                    gradients: Any = ReplayedGradients(step, parameters, DEVICE, "bfloat16")
-                else:
-                    gradients = EagerGradients(step, DEVICE, "bfloat16")
-                batches = [[task_batch(config, rows, length, k)] for k in range(1)]
-                found = timed_steps(student, gradients, batches, refresh, limit_s)
-                captured = len(gradients.seen) if replay else 0
-                report.line(
-                    "stage3", shape=name, kernels=kernels, replay=replay, rows=rows, length=length,
-                    captured_shapes=captured, still_replaying=bool(getattr(gradients, "enabled", False)), **found,
-                )  # fmt: skip
 
 
 def section_profile(report: Report, shape: Shape, name: str, cases: list[str]) -> None:
@@ -312,23 +262,85 @@ def section_profile(report: Report, shape: Shape, name: str, cases: list[str]) -
                 report.line("profile", case=case, kernel=kernel[:110], ms=ms, launches=count / 2)
 
 
-SECTIONS = [*KERNEL_SECTIONS, "train", "profile", "stage3"]
+def section_selfcheck(report: Report, shape: Shape, name: str) -> None:
+    """What a training run does before it relies on the kernels."""
+    from bitdistill.kernels.selfcheck import Sizes, why_wrong
+
+    config = shape.config()
+    at = time.perf_counter()
+    sizes = Sizes(config.hidden_size, config.intermediate_size, config.vocab_size, "silu", config.head_dim)
+    fault = why_wrong(DEVICE, sizes)
+    report.failed += fault is not None
+    report.line("selfcheck", shape=name, fault=fault, seconds=time.perf_counter() - at)
+
+
+SECTIONS = [*KERNEL_SECTIONS, "selfcheck", "train", "profile", "stage3"]
+Part = tuple[str, str, list[str]]
+"""Section, shape, cases."""
+HEADLINE: list[Part] = [
+    ("selfcheck", "135m", []),
+    ("train", "135m", ["fused_lm", "bf16_compiled", "hf_bf16", "fused", "reference"]),
+    ("stage3", "135m", ["fused", "unfused", "fused_packed", "reference"]),
+    ("train", "0.6b", ["fused_lm", "bf16_compiled", "hf_bf16"]),
+    ("train", "4b_12l", ["fused_lm", "bf16_compiled", "hf_bf16"]),
+    ("train", "135m", ["onebitllms", "torchao", "hf_bf16_kl", "fused_no_graph", "fused_lm_int8"]),
+    ("train", "0.6b", ["onebitllms", "torchao", "fused"]),
+    ("train", "4b_12l", ["fused_lm_int8", "onebitllms", "torchao"]),
+    ("ceilings", "135m", []),
+]
+QUICK: list[Part] = [
+    ("selfcheck", "135m", []),
+    ("train", "135m", ["fused", "fused_no_graph", "reference", "fused_lm", "bf16_compiled"]),
+    ("stage3", "135m", ["fused", "unfused", "fused_packed"]),
+]
+
+
+def parts_of(arguments: argparse.Namespace) -> list[Part]:
+    """What is to be run, in order."""
+    if arguments.quick or arguments.headline:
+        return QUICK if arguments.quick else HEADLINE
+    cases = {"train": list(CASES), "profile": ["fused"], "stage3": list(STAGE3_CASES)}
+    return [
+        (section, shape, arguments.case or cases.get(section, []))
+        for section in arguments.section or SECTIONS
+        for shape in arguments.shape or ["135m"]
+    ]
+
+
+def run_part(report: Report, part: Part, limit_s: float) -> None:
+    section, name, cases = part
+    shape = SHAPES[name]
+    if section == "train":
+        section_train(report, shape, name, cases, limit_s)
+    elif section == "stage3":
+        section_stage3(report, shape, name, cases, limit_s)
+    elif section == "profile":
+        section_profile(report, shape, name, cases)
+    else:
+        function = section_selfcheck if section == "selfcheck" else KERNEL_SECTIONS[section]
+        with report.caught(section, shape=name):
+            function(report, shape, name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the few lines that decide, 135m")
+    parser.add_argument("--headline", action="store_true", help="all published lines, most important first")
     parser.add_argument("--section", action="append", choices=SECTIONS, help="default: all, in this order")
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="default: 135m")
-    parser.add_argument("--case", action="append", choices=list(CASES), help="of train and profile")
-    parser.add_argument("--limit-s", type=float, default=4.0, help="seconds of timed steps a case")
     parser.add_argument(
-        "--total-s", type=float, default=230.0, help="no new section or case starts after this many seconds"
+        "--case", action="append", choices=sorted({*CASES, *STAGE3_CASES}), help="of train, profile or stage3"
+    )
+    parser.add_argument("--limit-s", type=float, help="seconds of timed steps a case (4; with --quick 1.5)")
+    parser.add_argument(
+        "--total-s", type=float, help="no new section or case starts after this many seconds (230; 100; 600)"
     )
     parser.add_argument("--attention", choices=["default", "cudnn", "flash"], default="default")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     arguments = parser.parse_args()
     report = Report(arguments.out)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    logging.getLogger("bitdistill").setLevel(logging.DEBUG)
     if not torch.cuda.is_available():
         print("no CUDA device is visible; this benchmark needs one", file=sys.stderr)
         return 2
@@ -339,22 +351,12 @@ def main() -> int:
         "machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__,
         transformers=transformers.__version__, attention=arguments.attention, command=" ".join(sys.argv),
     )  # fmt: skip
-    report.deadline = time.monotonic() + arguments.total_s
+    total_s = arguments.total_s or (100.0 if arguments.quick else 600.0 if arguments.headline else 230.0)
+    report.deadline = time.monotonic() + total_s
     with attention_backend(arguments.attention):
-        for section in arguments.section or SECTIONS:
-            for name in arguments.shape or ["135m"]:
-                if report.over(section, shape=name):
-                    continue
-                shape = SHAPES[name]
-                if section in KERNEL_SECTIONS:
-                    with report.caught(section, shape=name):
-                        KERNEL_SECTIONS[section](report, shape, name)
-                elif section == "train":
-                    section_train(report, shape, name, arguments.case or list(CASES), arguments.limit_s)
-                elif section == "profile":
-                    section_profile(report, shape, name, arguments.case or ["fused"])
-                else:
-                    section_stage3(report, shape, name, arguments.limit_s)
+        for part in parts_of(arguments):
+            if not report.over(part[0], shape=part[1]):
+                run_part(report, part, arguments.limit_s or (1.5 if arguments.quick else 4.0))
     return 1 if report.failed else 0
 
 

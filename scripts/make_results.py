@@ -37,8 +37,8 @@ def load(folder: Path) -> dict[str, dict[int, list[ResultRow]]]:
     """Experiment -> seed -> rows."""
     found: dict[str, dict[int, list[ResultRow]]] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name.startswith("cpu-"):
-            continue  # speed: benchmarks/cpu_speed.py --render
+        if path.name.startswith(("cpu-", "train-")):
+            continue  # speed: benchmarks/cpu_speed.py --render, benchmarks/train_render.py
         if path.name in OTHER:
             continue
         match = NAME.fullmatch(path.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Strict(BaseModel):
@@ -87,6 +87,11 @@ class DataConfig(Strict):
     validation_fraction: Fraction = 0.0
     test: str | None = None
     """Rows of the results table. None: the validation rows."""
+    unlabelled: Annotated[
+        tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(strict=False)
+    ] = ()
+    """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
+    learns from them beside the training rows. One source or a list; `bitdistill augment` makes such rows."""
     limit_train: Count | None = None
     limit_test: Count | None = None
     max_length: Count = 512
@@ -105,6 +110,9 @@ class Optim(Strict):
     decay_fraction: Fraction = 0.2
     min_lr_ratio: Fraction = 0.0
     weight_decay: NonNegative = 0.0
+    embedding_rate: NonNegative = 1.0
+    """Learning rate of embedding and output head as a multiple of `learning_rate`; 0 freezes them. They are not
+    ternary, and what they know of rare words may be lost at the high rates that ternary latents want."""
     momentum: Fraction = 0.95
     """Of muon's matrices."""
     beta1: Fraction = 0.9
@@ -129,8 +137,15 @@ class Loop(Strict):
     """Replay forward and backward of each batch shape as one CUDA graph: small steps are bound by kernel launches.
     auto: small steps on a GPU, without gradient checkpointing. The mathematics is the same."""
     kernels: Literal["auto", "reference"] = "auto"
-    """Stage 2. auto: the fused Triton kernels on a GPU that runs them. reference: plain torch everywhere. Quantizers
-    and forward products are the same integers; gradients differ by bfloat16 roundings."""
+    """Ternary students. auto: the fused Triton kernels on a GPU that runs them and where they pass a check against
+    their slow twins. reference: plain torch everywhere. Quantizers and forward products are the same integers;
+    gradients differ by bfloat16 roundings."""
+    int8_backward: bool = False
+    """With fused kernels: gradients of the ternary layers' inputs by int8 products of row-quantized output gradients.
+    An approximation, faster where layers are wide; compare losses before use."""
+    packing: bool = False
+    """Task stages: lay rows one after the other instead of padding them to one length. Rows do not see one another, and
+    positions start again at each. Batches are then not sorted by length. The corpus of stage 2 has no padding."""
     gradient_checkpointing: bool = False
     log_every_steps: Count = 10
     checkpoint_every_steps: Count | None = None
@@ -172,6 +187,9 @@ class PretrainConfig(Strict):
     """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
     mix_lm: Fraction = 0.5
     """objective mix: loss = mix_lm * LM + (1 - mix_lm) * KL."""
+    hidden_weight: NonNegative = 0.0
+    """With a teacher: weight of the relative squared error of every block's output, ||h_S - h_T||^2 / ||h_T||^2, a
+    mean over tokens and blocks that is added to the loss."""
     budget_tokens: Count = 50_000_000
     sequence_length: Count = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="wsd", weight_decay=0.0)
@@ -219,6 +237,9 @@ class DistillConfig(Strict):
     """Multiply L_LD by tau^2 (PR 382 does; the paper does not)."""
     distilled_tokens: Literal["answer", "all"] = "answer"
     """Tokens of L_LD: the answer's (paper) or every real token of the row."""
+    hidden_weight: NonNegative = 0.0
+    """Weight of the relative squared error of every block's output (see pretrain.hidden_weight) over all real
+    tokens."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0

@@ -355,6 +355,11 @@ def _resolve_paths(tree: Tree, folder: Path) -> None:
         branch = tree.get(section)
         if isinstance(branch, dict) and isinstance(branch.get(key), str):
             branch[key] = _absolute(branch[key], folder, hub=section == "model")
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("unlabelled"), str | list):
+        found = data["unlabelled"]
+        sources = [found] if isinstance(found, str) else found
+        data["unlabelled"] = [_absolute(s, folder, hub=False) if isinstance(s, str) else s for s in sources]
     task = tree.get("task")
     if isinstance(task, str) and (task.endswith((".yaml", ".yml")) or os.sep in task):
         tree["task"] = _absolute(task, folder, hub=False)

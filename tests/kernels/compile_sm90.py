@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitdistill.kernels import head, matmul, norm_quantize, weights
+from bitdistill.kernels import head, matmul, norm_quantize, relation, weights
 
 F32, BF16, I8, I32, I64 = "*fp32", "*bf16", "*i8", "i32", "*i64"
 FORWARD = {
@@ -43,7 +43,37 @@ BACKWARD = {
     "x_stride": I32,
     "gain_offset": "fp32",
 }
+DOCUMENTS = {"begin_ptr": "*i32", "end_ptr": "*i32", "weight_ptr": F32, "s_lse_ptr": F32, "t_lse_ptr": F32}
+STRIDES = {"s_stride_m": I32, "s_stride_a": I32, "t_stride_m": I32, "t_stride_a": I32}
+FACTORS = {"s_factor": "fp32", "t_factor": "fp32"}
+HEADS = {
+    "S_SIZE": 64, "T_SIZE": 64, "S_BLOCK": 64, "T_BLOCK": 64, "BLOCK_M": 64, "BLOCK_N": 64, "PRECISION": "ieee",
+    "WIDEN": False,
+}  # fmt: skip
 KERNELS = {
+    "relation": (
+        relation._forward_kernel,
+        {"s_ptr": BF16, "t_ptr": BF16, **DOCUMENTS, "loss_ptr": F32, "n_rows": I32, **STRIDES, **FACTORS},
+        HEADS,
+        4,
+    ),
+    "relation_backward": (
+        relation._backward_kernel,
+        {
+            "s_ptr": BF16,
+            "t_ptr": BF16,
+            **DOCUMENTS,
+            "grad_ptr": F32,
+            "out_ptr": BF16,
+            "n_rows": I32,
+            **STRIDES,
+            "out_stride_m": I32,
+            "out_stride_a": I32,
+            **FACTORS,
+        },
+        HEADS,
+        4,
+    ),
     "head": (
         head._rows_kernel,
         {

@@ -9,7 +9,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bitdistill.kernels.head import fused_language_model_chunk, rows_loss_
-from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
+from bitdistill.losses.logits import (
+    chunked_language_model_loss,
+    language_model_chunk,
+    tokens_of_a_chunk,
+)
 
 from .conftest import DEVICE
 
@@ -103,6 +107,13 @@ def test_chunk_equals_the_slow_chunk_and_the_whole_loss_agrees(tau: float) -> No
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert grads[1][0][2].abs().max() == 0
+
+
+def test_chunks_of_the_kernel_are_larger() -> None:
+    elements = fused_language_model_chunk.chunk_elements  # type: ignore[attr-defined]
+    assert tokens_of_a_chunk(151_936, elements) == 4096
+    assert tokens_of_a_chunk(151_936) == 1024
+    assert tokens_of_a_chunk(49_152, elements) == 8192
 
 
 def test_refusals_name_the_shapes() -> None:

@@ -241,3 +241,16 @@ def test_gamma_fixed_still_measures_the_ratio_and_state_survives() -> None:
 def test_cross_entropy_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)]])
     assert cross_entropy_sum(logits, torch.tensor([1])).item() == pytest.approx(math.log(4 / 3), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["scaled_dot", "cosine"])
+def test_relations_are_computed_in_float32_under_autocast(form: str) -> None:
+    """States that hardly differ: scores rounded to bfloat16 would give a loss of roundings."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(2, 3, 12, 16, generator=generator)
+    student = teacher + 0.02 * torch.randn(teacher.shape, generator=generator)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    want = relation_loss_sum(student, teacher, mask, form=form)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = relation_loss_sum(student, teacher, mask, form=form)
+    torch.testing.assert_close(got, want)

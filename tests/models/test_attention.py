@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 
 from bitdistill.errors import ModelError
+from bitdistill.models import attention
 from bitdistill.models.attention import CAUSAL_NAME, causal_only
 from bitdistill.models.capture import capture_states
 from tests.models.conftest import tiny_model
@@ -49,3 +53,55 @@ def test_other_attention_is_refused() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(ModelError, match="sdpa"), causal_only(model):
         pass
+
+
+@pytest.mark.parametrize(
+    ("flash_ms", "cudnn_ms", "cudnn_error", "first"),
+    [
+        (2.0, 1.0, 0.0, "CUDNN_ATTENTION"),
+        (1.0, 1.0, 0.0, "FLASH_ATTENTION"),
+        (2.0, 1.0, 0.5, "FLASH_ATTENTION"),  # fast and wrong
+        (2.0, None, 0.0, "FLASH_ATTENTION"),  # not there
+    ],
+)
+def test_the_faster_attention_is_preferred_when_it_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+    flash_ms: float,
+    cudnn_ms: float | None,
+    cudnn_error: float,
+    first: str,
+) -> None:
+    def timed(config: Any, rows: int, tokens: int, device: torch.device, backend: Any) -> Any:
+        if backend.name == "FLASH_ATTENTION":
+            return flash_ms, [torch.ones(4)]
+        if cudnn_ms is None:
+            raise RuntimeError("No available kernel")
+        return cudnn_ms, [torch.ones(4) + cudnn_error]
+
+    orders = []
+    monkeypatch.setattr(attention, "_timed_attention", timed)
+    monkeypatch.setattr(
+        attention,
+        "sdpa_kernel",
+        lambda order, set_priority: orders.append([b.name for b in order]) or contextlib.nullcontext(),
+    )
+    config = tiny_model("llama").config
+    with attention.fastest_attention(config, 4, 16, torch.device("cuda")):
+        pass
+    assert orders[0][0] == first
+    assert sorted(orders[0]) == ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "MATH"]
+    with attention.fastest_attention(config, 4, 16, torch.device("cpu")):
+        assert len(orders) == 1
+
+
+@pytest.mark.gpu
+def test_packed_attention_on_a_gpu_is_that_of_the_mask() -> None:
+    starts = torch.tensor([0, 5, 6, 40, 40, 64], dtype=torch.int32)
+    q, k, v = (torch.randn(1, 64, h, 32).transpose(1, 2).bfloat16() for h in (4, 2, 2))
+    found = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.detach().to(device).requires_grad_() for x in (q, k, v)]
+        out = attention.packed_attention(*leaves, starts.to(device), 34, None)
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=0.05, atol=0.05)

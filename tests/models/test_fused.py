@@ -49,6 +49,24 @@ def test_fused_layers_equal_the_plain_ones(name: str, subln: str, ids: torch.Ten
         )
 
 
+@pytest.mark.parametrize("subln", ["paper", "none"])
+def test_int8_backward_changes_gradients_a_little_and_the_forward_not_at_all(
+    subln: str, ids: torch.Tensor
+) -> None:
+    student = student_of("qwen3", subln)
+    want, want_grads = loss_and_gradients(student, ids)
+    with fused_layers(student, int8_backward=True):
+        got, grads = loss_and_gradients(student, ids)
+    assert torch.equal(got, want)
+    assert grads.keys() == want_grads.keys()
+    differ = 0
+    for key, grad in grads.items():
+        cosine = torch.nn.functional.cosine_similarity(grad.flatten(), want_grads[key].flatten(), dim=0)
+        assert cosine > 0.998, key
+        differ += not torch.allclose(grad, want_grads[key], rtol=1e-4, atol=1e-6)
+    assert differ > 0
+
+
 def test_norms_of_the_models_own_before_down_are_kept(ids: torch.Tensor) -> None:
     """An activation that the gated kernel knows must not make it step over BitNet's ffn_sub_norm."""
     student = student_of("bitnet", config={"hidden_act": "silu"})

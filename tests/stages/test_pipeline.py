@@ -25,7 +25,7 @@ from bitdistill.errors import (
 from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
-from bitdistill.stages import common, pretrain, sft
+from bitdistill.stages import common, kernels, sft
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
 from tests.stages.conftest import recipe, write_rows
@@ -185,6 +185,7 @@ def test_stage_3_starts_bit_identical_to_the_end_of_stage_2(
         ("distill.gamma=0", "distill.lambda=0"),
         ("pretrain=null",),
         ("pretrain.loop.gradient_checkpointing=true", "distill.loop.gradient_checkpointing=true"),
+        ("sft.loop.packing=true", "distill.loop.packing=true", "bitnet_sft.loop.packing=true"),
         ("refine.quantize_activations=false",),
     ],
 )
@@ -346,12 +347,21 @@ def test_further_formats_are_made_from_the_packed_student(work: Path) -> None:
     assert (result.formats["hf"] / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_later_loop_keys_at_their_defaults_change_no_key(work: Path) -> None:
+    """Artifacts made before `packing` and `int8_backward` existed stay valid."""
+    run_dir = pipeline.run(recipe(work), until="sft", quiet=True).run_dir
+    inputs = json.loads((run_dir / "teacher/bitdistill.json").read_text())["inputs"]
+    assert not {"packing", "int8_backward"} & set(inputs["sft"]["loop"])
+    with pytest.raises(ArtifactError, match="packing"):
+        pipeline.run(recipe(work, "sft.loop.packing=true"), until="sft", quiet=True)
+
+
 def test_stage_2_with_fused_layers_is_stage_2(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the fused layers run their plain twins: the same forward, gradients to the last float bits."""
     bases = []
     for name, wanted in (("plain", False), ("fused", True)):
-        monkeypatch.setattr(pretrain, "wants_kernels", lambda *_, wanted=wanted: wanted)
-        monkeypatch.setattr(pretrain, "_fused_chunk", lambda: language_model_chunk)
+        monkeypatch.setattr(kernels, "wants_kernels", lambda *_, wanted=wanted: wanted)
+        monkeypatch.setattr(kernels, "fused_chunk", lambda: language_model_chunk)
         options = (f"name={name}", f"pretrain.cache_dir={work}/cache-{name}", "bitnet_sft=null")
         options += ("pretrain.ternary_warmup_fraction=0.3", "pretrain.budget_tokens=1024")
         run_dir = pipeline.run(recipe(work, *options), until="pretrain", quiet=True).run_dir

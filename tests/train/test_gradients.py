@@ -12,7 +12,12 @@ from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
 from bitdistill.stages.distill import DistillStep
 from bitdistill.stages.sft import CrossEntropyStep
-from bitdistill.train.gradients import EagerGradients, ReplayedGradients, wants_graphs
+from bitdistill.train.gradients import (
+    FUSED_LAUNCH_BOUND,
+    EagerGradients,
+    ReplayedGradients,
+    wants_graphs,
+)
 from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import Totals
 from tests.models.conftest import tiny_model
@@ -75,7 +80,9 @@ def test_graphs_are_for_small_steps_on_a_gpu() -> None:
     assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"), *small)
     assert wants_graphs(Loop(batch_rows=1), cuda, *small)
     assert not wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024)
-    assert wants_graphs(Loop(batch_rows=1, cuda_graphs=True), cuda, 135_000_000, 32 * 1024)
+    assert wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024, FUSED_LAUNCH_BOUND)
+    assert not wants_graphs(Loop(batch_rows=1), cuda, 600_000_000, 16 * 1024, FUSED_LAUNCH_BOUND)
+    assert wants_graphs(Loop(batch_rows=1, cuda_graphs=True), cuda, 600_000_000, 16 * 1024)
     assert not wants_graphs(Loop(batch_rows=1, gradient_checkpointing=True), cuda, *small)
     assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=False), cuda, *small)
 

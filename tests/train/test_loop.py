@@ -289,11 +289,9 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     optimizer = build_optimizer(model, Optim(learning_rate=0.1, name="muon", weight_decay=0.3))
     muon, adamw = optimizer.optimizers
     assert [tuple(p.shape) for p in muon.param_groups[0]["params"]] == [(12, 12), (VOCABULARY, 12)]
-    assert [tuple(p.shape) for p in adamw.param_groups[0]["params"]] == [
-        (VOCABULARY, 12),
-        (12,),
-        (VOCABULARY,),
-    ]
+    rest, tables = adamw.param_groups
+    assert [tuple(p.shape) for p in rest["params"]] == [(12,), (VOCABULARY,)]
+    assert [tuple(p.shape) for p in tables["params"]] == [(VOCABULARY, 12)]
     assert (muon.param_groups[0]["weight_decay"], adamw.param_groups[0]["weight_decay"]) == (0.3, 0.0)
     # a single update is orthogonal and of AdamW's size: 0.2 sqrt(max(out, in)) singular values times the rate
     before = model[1].weight.detach().clone()
@@ -303,3 +301,20 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     singular = torch.linalg.svdvals(change) / (0.1 * 0.2 * 12**0.5)
     assert singular.max() < 1.3
     assert (singular > 0.6).sum() >= 10  # the iteration leaves tiny singular values behind
+
+
+def test_the_embedding_learns_at_its_own_rate() -> None:
+    model = make_model()
+    table = next(m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    optimizer = build_optimizer(model, Optim(learning_rate=0.1, embedding_rate=0.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.set_learning_rate(0.05)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = (parameter - before[name]).abs().max().item()
+        assert moved == (0.0 if parameter is table else pytest.approx(0.05, rel=1e-4)), name
+    optimizer = build_optimizer(model, Optim(learning_rate=0.1, embedding_rate=0.2))
+    optimizer.set_learning_rate(0.05)
+    assert sorted({round(group["lr"], 6) for group in optimizer.param_groups}) == [0.01, 0.05]

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from bitdistill.cli import artifacts, compare, exchange, native, plan, predict, probe, runs, start, sweep
+from bitdistill.cli import (
+    artifacts,
+    augment,
+    compare,
+    exchange,
+    native,
+    plan,
+    predict,
+    probe,
+    runs,
+    start,
+    sweep,
+)
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
@@ -43,6 +55,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "Native engine": native.COMMANDS,
     "More": [
         ("tokenize", artifacts.tokenize),
+        ("augment", augment.augment),
         ("needle", artifacts.needle),
         ("tasks", artifacts.tasks),
         ("version", artifacts.version),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from bitdistill.errors import DataError
 
 WINDOW_BATCHES = 32
 """Rows are sorted by length among this many batches: little padding, and still nearly random batches."""
+PACKED_MULTIPLE = 256
+"""Packed batches are filled up to a multiple of this many tokens, so that few shapes occur."""
 
 
 @dataclass
@@ -45,6 +47,29 @@ class Batch:
     no read-back from the device. Entries of -1 (at the end) are filling, and count for nothing."""
     real_index_N: Tensor
     """int64: b * T + t of the real tokens, likewise."""
+    positions_BT: Tensor | None = None
+    """int64, packed batches only: rows lie one after the other in [1, T], and each starts at position 0 again."""
+    starts_R: Tensor | None = None
+    """int32, packed batches only: where each row starts, where the filling behind them starts, and T."""
+    longest: int = 0
+    """Packed batches only: no row, nor the filling, is longer."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the task, however they are laid out."""
+        return len(self.labels_B)
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """What a model's forward pass needs to keep packed rows apart; nothing for padded rows."""
+        if self.starts_R is None:
+            return {}
+        return {"position_ids": self.positions_BT, "row_starts": self.starts_R, "longest_row": self.longest}
+
+    @property
+    def documents(self) -> dict[str, Any]:
+        """What losses over whole rows need, likewise."""
+        return {} if self.starts_R is None else {"starts_R": self.starts_R, "longest": self.longest}
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
@@ -56,15 +81,22 @@ class Batch:
             labels_B=self.labels_B.to(device, non_blocking=non_blocking),
             answer_index_N=self.answer_index_N.to(device, non_blocking=non_blocking),
             real_index_N=self.real_index_N.to(device, non_blocking=non_blocking),
+            positions_BT=_moved(self.positions_BT, device, non_blocking),
+            starts_R=_moved(self.starts_R, device, non_blocking),
         )
 
     def with_filled_index(self, multiple: int) -> Batch:
-        """The same batch (on the host) with both indices filled up with -1 to a multiple: fewer shapes."""
+        """The same batch (on the host) with its indices filled up with -1, so that few shapes occur: answers to a
+        multiple, real tokens to the size of the batch."""
         return replace(
             self,
             answer_index_N=_filled(self.answer_index_N, multiple),
-            real_index_N=_filled(self.real_index_N, multiple),
+            real_index_N=_filled(self.real_index_N, self.input_ids_BT.numel()),
         )
+
+
+def _moved(tensor: Tensor | None, device: torch.device | str, non_blocking: bool) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
 
 def index_of(mask_BT: Tensor) -> Tensor:
@@ -103,6 +135,8 @@ class TaskBatches:
         pad_id: token id of the padding; its value reaches no loss.
         bucket_multiple: micro-batches are padded to a multiple of this.
         buckets: lengths to pad to instead, for compiled runs with few shapes.
+        packing: lay the rows of a micro-batch one after the other, without padding between them. Batches are then
+            not sorted by length, which keeps their sizes alike.
 
     Raises:
         DataError: no examples, or one longer than the largest bucket.
@@ -118,6 +152,7 @@ class TaskBatches:
         pad_id: int,
         bucket_multiple: int = 8,
         buckets: Sequence[int] | None = None,
+        packing: bool = False,
     ) -> None:
         if not examples:
             raise DataError("training rows: none; check data.train and data.limit_train")
@@ -125,6 +160,7 @@ class TaskBatches:
         self.micro_batch_rows = min(micro_batch_rows or batch_rows, batch_rows)
         self.seed, self.pad_id, self.bucket_multiple = seed, pad_id, bucket_multiple
         self.buckets = sorted(buckets) if buckets is not None else None
+        self.packing = packing
         self._prompts = np.array([len(e.prompt_ids) for e in examples], dtype=np.int64)
         self._answers = np.array([len(e.answer_ids) for e in examples], dtype=np.int64)
         self._lengths = self._prompts + self._answers
@@ -175,7 +211,8 @@ class TaskBatches:
         batches: list[NDArray[np.int64]] = []
         for start in range(0, whole, self.batch_rows * WINDOW_BATCHES):
             window = rows[start : min(start + self.batch_rows * WINDOW_BATCHES, whole)]
-            window = window[np.argsort(self._lengths[window], kind="stable")]
+            if not self.packing:
+                window = window[np.argsort(self._lengths[window], kind="stable")]
             batches += np.split(window, len(window) // self.batch_rows)
         order = [batches[i] for i in rng.permutation(len(batches))]
         if whole < len(self):
@@ -189,6 +226,8 @@ class TaskBatches:
         return -(-length // self.bucket_multiple) * self.bucket_multiple
 
     def _assemble(self, rows: NDArray[np.int64], step_answers: int) -> Batch:
+        if self.packing:
+            return self._pack(rows, step_answers)
         lengths, prompts = self._lengths[rows], self._prompts[rows]
         width = self._padded_length(int(lengths.max()))
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
@@ -208,6 +247,33 @@ class TaskBatches:
             tokens=int(lengths.sum()),
             answer_index_N=torch.from_numpy(np.flatnonzero(predicted)),
             real_index_N=torch.from_numpy(np.flatnonzero(real)),
+        )
+
+    def _pack(self, rows: NDArray[np.int64], step_answers: int) -> Batch:
+        lengths = self._lengths[rows]
+        real = int(lengths.sum())
+        width = -(-real // PACKED_MULTIPLE) * PACKED_MULTIPLE
+        starts = np.concatenate([[0], np.cumsum(lengths), [width]]).astype(np.int32)
+        ids = np.full(width, self.pad_id, dtype=np.int64)
+        ids[:real] = np.concatenate([self._ids[self._starts[r] : self._starts[r + 1]] for r in rows])
+        positions = np.arange(width) - np.repeat(starts[:-1], np.diff(starts))
+        prompts = np.zeros(width, dtype=np.int64)
+        prompts[:real] = np.repeat(self._prompts[rows], lengths)
+        inside = np.arange(width) < real
+        answers = inside & (positions >= prompts)
+        return Batch(
+            input_ids_BT=torch.from_numpy(ids)[None],
+            attention_mask_BT=torch.from_numpy(inside)[None],
+            answer_mask_BT=torch.from_numpy(answers)[None],
+            labels_B=torch.from_numpy(self._labels[rows]),
+            indices=rows.tolist(),
+            weight=int(self._answers[rows].sum()) / step_answers,
+            tokens=real,
+            answer_index_N=torch.from_numpy(np.flatnonzero(answers & (positions > 0))),
+            real_index_N=torch.from_numpy(np.flatnonzero(inside)),
+            positions_BT=torch.from_numpy(positions)[None],
+            starts_R=torch.from_numpy(starts),
+            longest=max(int(self._lengths.max()), PACKED_MULTIPLE - 1),
         )
 
 

@@ -212,7 +212,7 @@ def _draft(task: Task, fields: Sequence[str], row: Row, require_answers: bool) -
     if task.kind == "classification":
         if not require_answers and row.fields.get(task.label_field) is None:
             return _Draft(texts, "", None, (), row.where)
-        label = _label_index(task, row)
+        label = label_index(task, row)
         word = list(task.labels.values())[label]
         return _Draft(texts, word, label, (word.strip(),), row.where)
     target_field = task.target_field or ""
@@ -256,7 +256,12 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _label_index(task: Task, row: Row) -> int:
+def label_index(task: Task, row: Row) -> int:
+    """Index of the row's label among the task's.
+
+    Raises:
+        DataError: no label there, or one that the task does not have.
+    """
     if task.label_field not in row.fields:
         have = ", ".join(f"`{f}`" for f in row.fields) or "none"
         raise DataError(

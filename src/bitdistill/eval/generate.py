@@ -44,15 +44,47 @@ def generate(
     Returns:
         Predictions in the order of `examples`; text without special tokens, stripped.
     """
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False})
+
+
+@torch.inference_mode()
+def sample(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    temperature: float,
+    seed: int,
+    batch_rows: int,
+    device: torch.device | str,
+    pad_id: int,
+) -> list[Prediction]:
+    """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine."""
+    torch.manual_seed(seed)
+    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    examples: Sequence[Example],
+    batch_rows: int,
+    device: torch.device | str,
+    pad_id: int,
+    choice: dict[str, Any],
+) -> list[Prediction]:
     from transformers import GenerationConfig
 
     config = GenerationConfig(
-        do_sample=False,
         num_beams=1,
         max_new_tokens=task.max_new_tokens,
         eos_token_id=sorted(stop_ids(model, tokenizer)),
         pad_token_id=pad_id,
         use_cache=True,
+        **choice,
     )
     order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
     texts = [""] * len(examples)

@@ -8,6 +8,9 @@ Forward as in `quant.linear`. Backward with few roundings and no scaled copy of 
 
 Where rows of several matrices are stacked, dL/dy * s_w feeds both products, and dL/dW is divided by s_w after.
 
+With `int8_backward` the first product is an int8 one: dL/dy * s_w is quantized by rows as activations are, which
+rounds each of its values to 1/127 of the row's largest. The second product stays in the compute dtype.
+
 Shape legend: N tokens, I in features, O out features (of all stacked matrices together).
 """
 
@@ -25,11 +28,21 @@ def _parts(stacked_OI: Tensor, rows: list[int], dtype: torch.dtype) -> list[Tens
     return [part.to(dtype) for part in stacked_OI.split(rows)]
 
 
+def _grad_hat(scaled_NO: Tensor, codes_OI: Tensor, int8_backward: bool) -> Tensor:
+    """dL/dx_hat [N, I] in the compute dtype."""
+    if not int8_backward:
+        return scaled_NO @ codes_OI.to(scaled_NO.dtype)
+    grad_codes, grad_scale, _ = ops.norm_quantize(scaled_NO, None, 0.0, 0.0, "none")
+    ones_I = torch.ones(codes_OI.shape[1], dtype=torch.float32, device=codes_OI.device)
+    return ops.int8_product(grad_codes, grad_scale, codes_OI.t().contiguous(), ones_I, scaled_NO.dtype)
+
+
 class TernaryProjections(torch.autograd.Function):
     """y [N, O] = quantize(norm(x)) (stacked codes)^T with scales.
 
     Arguments: x [N, I]; gain [I] or None (no norm); eps; gain_offset; codes int8 [O, I]; row_scale float32 [O];
-    compute dtype; then the latent weights, whose rows are stacked in `codes`. Latents are not read.
+    compute dtype; whether dL/dx is an int8 product; then the latent weights, whose rows are stacked in `codes`.
+    Latents are not read.
     """
 
     @staticmethod
@@ -42,11 +55,13 @@ class TernaryProjections(torch.autograd.Function):
         codes_OI: Tensor,
         row_scale_O: Tensor,
         dtype: torch.dtype,
+        int8_backward: bool,
         *weights: Tensor,
     ) -> Tensor:
         x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
         ctx.save_for_backward(x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O)
         ctx.gain_offset, ctx.weight_dtype = gain_offset, weights[0].dtype
+        ctx.int8_backward = int8_backward
         ctx.rows = [w.shape[0] for w in weights]
         return ops.int8_product(x_codes, x_scale, codes_OI, row_scale_O, dtype)
 
@@ -57,7 +72,7 @@ class TernaryProjections(torch.autograd.Function):
         dtype = grad_NO.dtype
         one = len(ctx.rows) == 1
         scaled = grad_NO if one else (grad_NO.to(torch.float32) * row_scale_O).to(dtype)
-        grad_hat = scaled @ codes_OI.to(dtype)
+        grad_hat = _grad_hat(scaled, codes_OI, ctx.int8_backward)
         grad_scale = row_scale_O[:1] if one else torch.ones_like(row_scale_O[:1])
         grad_x, grad_gain, x_hat = ops.norm_quantize_backward(
             grad_hat, grad_scale, x_NI, gain_I, rrms, x_codes, x_scale, row_scale_O, ctx.gain_offset, "none"
@@ -67,7 +82,7 @@ class TernaryProjections(torch.autograd.Function):
             grad_weight = grad_weight.to(torch.float32) / row_scale_O[:, None]
         grad_gain = None if gain_I is None else grad_gain.to(gain_I.dtype)
         parts = _parts(grad_weight, ctx.rows, ctx.weight_dtype)
-        return grad_x, grad_gain, None, None, None, None, None, *parts
+        return grad_x, grad_gain, *(None,) * 6, *parts
 
 
 class TernaryGatedMlp(torch.autograd.Function):
@@ -75,7 +90,7 @@ class TernaryGatedMlp(torch.autograd.Function):
 
     Arguments: x; gain or None, eps, gain_offset of the norm before gate and up; gain or None, eps of the SubLN before
     down; activation; codes [2 F, I] and row_scale [2 F] of gate and up; codes [I, F] and row_scale [I] of down;
-    compute dtype; the three latents.
+    compute dtype; whether dL/dx are int8 products; the three latents.
     """
 
     @staticmethod
@@ -93,6 +108,7 @@ class TernaryGatedMlp(torch.autograd.Function):
         down_codes: Tensor,
         down_scale: Tensor,
         dtype: torch.dtype,
+        int8_backward: bool,
         gate: Tensor,
         up: Tensor,
         down: Tensor,
@@ -105,7 +121,7 @@ class TernaryGatedMlp(torch.autograd.Function):
             codes, row_scale, down_codes, down_scale,
         )  # fmt: skip
         ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
-        ctx.features = gate.shape[0]
+        ctx.features, ctx.int8_backward = gate.shape[0], int8_backward
         return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype)
 
     @staticmethod
@@ -115,17 +131,16 @@ class TernaryGatedMlp(torch.autograd.Function):
             x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
             codes, row_scale, down_codes, down_scale,
         ) = ctx.saved_tensors  # fmt: skip
-        dtype = grad_NI.dtype
-        features = ctx.features
+        features, int8 = ctx.features, ctx.int8_backward
         # The scales of gate and up: one value each, at the first row of either.
         gate_up_scale = torch.stack([row_scale[0], row_scale[features]])
         scaled, grad_sub_gain, h_hat = ops.norm_quantize_backward(
-            grad_NI @ down_codes.to(dtype), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
+            _grad_hat(grad_NI, down_codes, int8), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
             gate_up_scale, 0.0, ctx.activation,
         )  # fmt: skip
         grad_down = grad_NI.t() @ h_hat
         grad_x, grad_gain, x_hat = ops.norm_quantize_backward(
-            scaled @ codes.to(dtype), torch.ones_like(down_scale[:1]), x_NI, gain_I, rrms, x_codes, x_scale,
+            _grad_hat(scaled, codes, int8), torch.ones_like(down_scale[:1]), x_NI, gain_I, rrms, x_codes, x_scale,
             row_scale, ctx.gain_offset, "none",
         )  # fmt: skip
         grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
@@ -135,4 +150,4 @@ class TernaryGatedMlp(torch.autograd.Function):
             *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
             grad_down.to(ctx.weight_dtype),
         )
-        return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 7, *weights
+        return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 8, *weights

@@ -29,6 +29,13 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def say_once(reason: str, level: int = logging.WARNING) -> None:
+    """Log why the reference path is used, the first time that this reason comes up."""
+    if reason not in _said:
+        _said.add(reason)
+        log.log(level, "kernels: the reference path is used, %s", reason)
+
+
 def wants_kernels(setting: str, device: torch.device) -> bool:
     """Resolve a recipe's `loop.kernels`: auto takes the fused kernels where they run.
 
@@ -37,8 +44,6 @@ def wants_kernels(setting: str, device: torch.device) -> bool:
     if setting == "reference":
         return False
     reason = why_not(device)
-    if reason is not None and reason not in _said:
-        _said.add(reason)
-        level = logging.WARNING if device.type == "cuda" else logging.INFO
-        log.log(level, "kernels: the reference path is used, %s", reason)
+    if reason is not None:
+        say_once(reason, logging.WARNING if device.type == "cuda" else logging.INFO)
     return reason is None

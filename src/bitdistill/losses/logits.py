@@ -119,7 +119,9 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
         head = head_VH.detach().to(dtype)
         teacher_head = None if teacher_head_VH is None else teacher_head_VH.to(dtype)
         grad_hidden = torch.empty_like(hidden_NH)
-        grad_head = torch.zeros(head_VH.shape, dtype=torch.float32, device=head_VH.device)
+        one_chunk = hidden_NH.shape[0] <= chunk_tokens
+        # Gradients of the head add up in float32; one chunk's alone need not be copied
+        grad_head = head if one_chunk else torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         lm_total = torch.zeros((), dtype=torch.float32, device=hidden_NH.device)
         kl_total = torch.zeros_like(lm_total)
         for start in range(0, hidden_NH.shape[0], chunk_tokens):
@@ -132,7 +134,7 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
             lm_total += lm_sum
             kl_total += kl_sum
             grad_hidden[rows] = grad_h.to(grad_hidden.dtype)
-            grad_head += grad_w
+            grad_head = grad_w if one_chunk else grad_head.add_(grad_w)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head_VH.dtype
         ctx.mark_non_differentiable(lm_total, kl_total)
@@ -142,7 +144,7 @@ class _ChunkedLanguageModelLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_loss = grads[0]
         grad_hidden, grad_head = ctx.saved_tensors
-        scaled_head = (grad_head * grad_loss).to(ctx.head_dtype)
+        scaled_head = (grad_head.to(torch.float32) * grad_loss).to(ctx.head_dtype)
         return grad_hidden * grad_loss.to(grad_hidden.dtype), scaled_head, *(None,) * 9
 
 
@@ -170,7 +172,8 @@ def chunked_language_model_loss(
         teacher_hidden_NH, teacher_head_VH: frozen teacher; both or neither.
         lm_weight, kl_weight: weights of the two sums in the returned loss.
         temperature: tau of the KL (no tau^2 factor).
-        chunk_tokens: None: so many that a chunk's logits have about 2^28 elements.
+        chunk_tokens: None: so many that a chunk's logits have about 2^28 elements, or the chunk function's
+            `chunk_elements`.
         chunk_function: `language_model_chunk`, a compiled form of it, or its fast twin.
 
     Returns:
@@ -188,7 +191,8 @@ def chunked_language_model_loss(
         float(lm_weight),
         float(kl_weight),
         float(temperature),
-        chunk_tokens or tokens_of_a_chunk(head_VH.shape[0]),
+        chunk_tokens
+        or tokens_of_a_chunk(head_VH.shape[0], getattr(chunk_function, "chunk_elements", 1 << 28)),
         dtype,
         chunk_function,
     )

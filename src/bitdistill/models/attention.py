@@ -9,16 +9,19 @@ read back, which also lets a whole step be captured in a CUDA graph.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import ModelError
 
+log = logging.getLogger("bitdistill")
 CAUSAL_NAME = "bitdistill_causal"
 """Registered as an attention, not as a mask: transformers makes no mask for a name it has no mask for."""
 
@@ -30,9 +33,22 @@ def causal_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     sliding_window: int | None = None,
+    row_starts: Tensor | None = None,
+    longest_row: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa over [B, H, T, D] queries; position t sees t - sliding_window + 1 to t, or 0 to t without a window."""
+    """sdpa over [B, H, T, D] queries; position t sees t - sliding_window + 1 to t, or 0 to t without a window.
+
+    With `row_starts` (`Batch.starts_R`) the one row holds packed rows of at most `longest_row` tokens, which do not
+    see one another.
+    """
+    if row_starts is not None:
+        if sliding_window is not None and longest_row > sliding_window:
+            raise ModelError(
+                f"packed rows of up to {longest_row} tokens exceed the window of {sliding_window}; "
+                "set loop.packing: false"
+            )
+        return packed_attention(query, key, value, row_starts, longest_row, kwargs.get("scaling")), None
     tokens = query.shape[2]
     if sliding_window is not None and tokens > sliding_window:
         position = torch.arange(tokens, device=query.device)
@@ -42,6 +58,25 @@ def causal_attention(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, row_starts: Tensor, longest_row: int, scaling: float | None
+) -> Tensor:
+    """Causal attention [1, T, H, D] of packed rows: FlashAttention of variable lengths, or a mask on a CPU."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        out, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, row_starts, row_starts, longest_row, longest_row, 0.0, True, False, scale=scaling
+        )
+        return out[None]  # type: ignore[no-any-return]
+    position = torch.arange(query.shape[2], device=query.device, dtype=row_starts.dtype)
+    row = torch.searchsorted(row_starts[1:].contiguous(), position, right=True)
+    mask = (row[:, None] == row[None, :]) & (position[:, None] >= position[None, :])
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return out.transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL_NAME, causal_attention)
@@ -66,3 +101,57 @@ def causal_only(*models: Any) -> Iterator[None]:
     finally:
         for model in models:
             model.config._attn_implementation = "sdpa"
+
+
+def fastest_attention(
+    config: Any, rows: int, tokens: int, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    """Context in which sdpa prefers the faster of FlashAttention and cuDNN for batches of one shape.
+
+    Which of the two is faster depends on GPU, head size and length, so both are timed, forward and backward, on the
+    model's own shape. A backend that fails or whose gradients are apart from the other's is not taken. All backends
+    stay allowed: this is an order, not a restriction.
+    """
+    if device.type != "cuda" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return contextlib.nullcontext()  # windows need mask tensors, which are not what is timed here
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    found: dict[SDPBackend, tuple[float, list[Tensor]]] = {}
+    for backend in (flash, cudnn):
+        try:
+            found[backend] = _timed_attention(config, min(rows, 8), tokens, device, backend)
+        except RuntimeError as error:
+            log.debug("attention: %s is left out: %s", backend.name, str(error).splitlines()[0])
+    order = [flash, cudnn, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if len(found) == 2 and found[cudnn][0] < 0.95 * found[flash][0]:
+        pairs = zip(found[cudnn][1], found[flash][1], strict=True)
+        worst = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
+        if worst < 0.02:
+            order = [cudnn, flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    log.debug("attention: %s, ms %s", order[0].name, {b.name: round(v[0], 3) for b, v in found.items()})
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _timed_attention(
+    config: Any, rows: int, tokens: int, device: torch.device, backend: SDPBackend
+) -> tuple[float, list[Tensor]]:
+    """Milliseconds of forward and backward (the best of three), output and gradients."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(rows, tokens, h, size, device=device, generator=generator, dtype=torch.bfloat16)
+        .transpose(1, 2)
+        .requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    )
+    times = []
+    with sdpa_kernel([backend]):
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            grads = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return min(times[2:]), [y.detach(), *grads]

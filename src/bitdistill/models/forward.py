@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,11 +13,50 @@ IGNORED = -100
 """Target of a position that counts for nothing (the convention of torch's cross-entropy)."""
 
 
-def final_hidden(model: Any, input_ids_BT: Tensor) -> Tensor:
-    """Final hidden states [B, T, H] (after the last norm). Rows are right-padded or full: no mask is needed."""
-    output = model.model(input_ids=input_ids_BT, use_cache=False)
+def final_hidden(model: Any, input_ids_BT: Tensor, **packing: Any) -> Tensor:
+    """Final hidden states [B, T, H] (after the last norm). Rows are right-padded or full: no mask is needed.
+
+    Args:
+        packing: `Batch.packing`, for rows packed into one; the model must attend by `attention.causal_only` then.
+    """
+    output = model.model(input_ids=input_ids_BT, use_cache=False, **packing)
     hidden: Tensor = output.last_hidden_state
     return hidden
+
+
+def hidden_states(
+    model: Any, input_ids_BT: Tensor, *, every: bool, **packing: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Final hidden states, and with `every` the output of each block [B, T, H]; `packing` as for `final_hidden`."""
+    if not every:
+        return final_hidden(model, input_ids_BT, **packing), []
+    with _recorded_blocks(model) as outputs:
+        hidden = final_hidden(model, input_ids_BT, **packing)
+    return hidden, outputs
+
+
+@contextlib.contextmanager
+def _recorded_blocks(model: Any) -> Iterator[list[Tensor]]:
+    """Collects what each block returns. Outside of the blocks' compiled graphs, which forward hooks would break up."""
+    outputs: list[Tensor] = []
+    blocks: list[Any] = list(model.get_submodule("model.layers").children())
+    before = [block._compiled_call_impl for block in blocks]
+
+    def recording(call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        return run
+
+    for block, compiled_call in zip(blocks, before, strict=True):
+        block._compiled_call_impl = recording(compiled_call or block._call_impl)
+    try:
+        yield outputs
+    finally:
+        for block, compiled_call in zip(blocks, before, strict=True):
+            block._compiled_call_impl = compiled_call
 
 
 def head_weight(model: Any) -> nn.Parameter:

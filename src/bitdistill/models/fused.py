@@ -46,8 +46,8 @@ def _norm_arguments(norm: nn.Module | None) -> tuple[Tensor | None, float, float
 class StackedCodes:
     """Codes and row scales of linears with the same input, stacked by rows: int8 [O, I], float32 [O]."""
 
-    def __init__(self, layers: list[BitLinear]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[BitLinear], int8_backward: bool) -> None:
+        self.layers, self.int8_backward = layers, int8_backward
         self.rows = [layer.out_features for layer in layers]
         weight = layers[0].weight
         size = (sum(self.rows), layers[0].in_features)
@@ -78,6 +78,7 @@ class Projections:
             stack.codes,
             stack.row_scale,
             dtype,
+            stack.int8_backward,
             *[layer.weight for layer in stack.layers],
         )
         parts = list(y.reshape(*x.shape[:-1], y.shape[-1]).split(stack.rows, dim=-1))
@@ -130,6 +131,7 @@ class GatedMlp:
             self.down.codes,
             self.down.row_scale,
             out_dtype_of(x),
+            self.gate_up.int8_backward,
             gate.weight,
             up.weight,
             down.weight,
@@ -148,7 +150,8 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 class FusedLayers:
     """The fused layers of one student. `refresh` must run after every change of the latents."""
 
-    def __init__(self, student: Any) -> None:
+    def __init__(self, student: Any, int8_backward: bool = False) -> None:
+        self.int8_backward = int8_backward
         self.stacks: list[StackedCodes] = []
         self._attached: list[tuple[nn.Module, str]] = []
         self._table: Any = None
@@ -167,7 +170,7 @@ class FusedLayers:
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         shared = gate.subln is None and up.subln is None and not hasattr(mlp, "ffn_sub_norm")
         if shared and activation is not None and all(layer.bias is None for layer in (gate, up, down)):
-            stacks = StackedCodes([gate, up]), StackedCodes([down])
+            stacks = self._stack([gate, up]), self._stack([down])
             self.stacks += stacks
             # A method, not the object itself: torch.compile would make a graph for each block's object.
             self._set(mlp, "fused", GatedMlp(*stacks, before_mlp, activation))
@@ -177,13 +180,16 @@ class FusedLayers:
             self._attach_group([gate, up], fold=before_mlp)
             self._attach_group([down])
 
+    def _stack(self, layers: list[BitLinear]) -> StackedCodes:
+        return StackedCodes(layers, self.int8_backward)
+
     def _attach_group(self, layers: list[BitLinear], fold: nn.Module | None = None) -> None:
         """One group where no layer has a SubLN of its own, else one group a layer."""
         if len(layers) > 1 and any(layer.subln is not None for layer in layers):
             for layer in layers:
                 self._attach_group([layer])
             return
-        stack = StackedCodes(layers)
+        stack = self._stack(layers)
         self.stacks.append(stack)
         group = Projections(stack, layers[0].subln if fold is None else fold)
         if fold is not None:
@@ -237,14 +243,17 @@ def check_fusible(student: Any) -> None:
 
 
 @contextlib.contextmanager
-def fused_layers(student: Any) -> Iterator[FusedLayers]:
+def fused_layers(student: Any, int8_backward: bool = False) -> Iterator[FusedLayers]:
     """Inside, the student computes by fused layers; call `refresh` on what this yields before every step.
+
+    Args:
+        int8_backward: make the gradients of the layers' inputs with int8 products (see `kernels.functions`).
 
     Raises:
         ModelError: a layer is not plain ternary with int8 activations.
     """
     check_fusible(student)
-    fused = FusedLayers(student)
+    fused = FusedLayers(student, int8_backward)
     try:
         yield fused
     finally:

@@ -80,6 +80,7 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.pretrain is not None:
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
     return found
@@ -98,7 +99,18 @@ def scored(sources: list[Source], recipe: Recipe) -> Source | None:
     return Source("data.train", train.source, 0, int(train.rows * share), train.tokens_per_row, "held out")
 
 
-def _source(key: str, source: str, task: Task, limit: int | None) -> Source:
+def distilled(sources: list[Source], max_length: int) -> Work | None:
+    """Rows of stage 3: the training rows and the unlabelled ones; None where a count is not known."""
+    works = [s.work(max_length) for s in sources if s.key in ("data.train", "data.unlabelled")]
+    known = [work for work in works if work is not None]
+    if len(known) < len(works):
+        return None
+    rows = sum(work.rows for work in known)
+    tokens = sum(work.rows * work.tokens_per_row for work in known) / max(rows, 1)
+    return Work(rows, tokens, max_length)
+
+
+def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bool = True) -> Source:
     if hub.is_hub(source):
         spec = hub.parse(source)
         name = f"{spec.name}:{spec.config}" if spec.config else spec.name
@@ -107,7 +119,7 @@ def _source(key: str, source: str, task: Task, limit: int | None) -> Source:
         return Source(key, source, 0, rows, KNOWN_TOKENS.get(task.name), "hub: read at run time")
     try:
         sample = readers.read_rows(source, limit=CHECKED_ROWS)
-        tasks.check_rows(task, sample)
+        tasks.check_rows(task, sample, require_answers=answers)
     except DataError as error:
         message = str(error)
         raise DataError(message if message.startswith(key) else f"{key}: {message}") from None

@@ -123,8 +123,19 @@ def packed_bytes(layout: Layout, subln: str, float_dtype: str) -> dict[str, int]
     }
 
 
-def stages(recipe: Recipe, layout: Layout, train: Work | None, test: Work | None, device: str) -> list[Stage]:
-    """One estimate a training stage and one for scoring; task stages are left out when rows are unknown."""
+def stages(
+    recipe: Recipe,
+    layout: Layout,
+    train: Work | None,
+    test: Work | None,
+    device: str,
+    distilled: Work | None = None,
+) -> list[Stage]:
+    """One estimate a training stage and one for scoring; task stages are left out when rows are unknown.
+
+    Args:
+        distilled: rows of stage 3, where they are more than the training rows.
+    """
     rate = DEVICES[device].flops * (_threads(recipe) if device == "cpu" else 1)
     kind = "cpu" if device == "cpu" else "gpu"
     context = _Context(recipe, layout, rate, kind)
@@ -134,7 +145,7 @@ def stages(recipe: Recipe, layout: Layout, train: Work | None, test: Work | None
     if recipe.pretrain is not None and recipe.pretrain.base is None:
         found.append(context.pretrain())
     if train is not None:
-        found.append(context.task("distill", recipe.distill.loop, recipe.distill.epochs, train))
+        found.append(context.task("distill", recipe.distill.loop, recipe.distill.epochs, distilled or train))
         if recipe.bitnet_sft is not None:
             found.append(context.task("bitnet_sft", recipe.bitnet_sft.loop, recipe.bitnet_sft.epochs, train))
     if test is not None:

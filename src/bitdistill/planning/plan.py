@@ -107,7 +107,12 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     test = check.scored(data, recipe)
     length = recipe.data.max_length
     stages = estimate.stages(
-        recipe, layout, data[0].work(length), test.work(length) if test else None, device
+        recipe,
+        layout,
+        data[0].work(length),
+        test.work(length) if test else None,
+        device,
+        check.distilled(data, length),
     )
     stages = [stage for stage in stages if ORDER.index(stage.name) <= last]
     packed = estimate.packed_bytes(layout, recipe.refine.subln, recipe.export.float_dtype)

@@ -116,6 +116,9 @@ class Run:
         dumped.pop("cache_dir", None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
+        for later in ("packing", "int8_backward"):  # artifacts from before these keys stay valid
+            if not dumped.get("loop", {}).get(later, True):
+                del dumped["loop"][later]
         return dumped
 
     def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:
@@ -192,10 +195,13 @@ class Run:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
 
+    def train_rows(self) -> list[readers.Row]:
+        """Training rows, without what is held out of them."""
+        return self._split_train()[0]
+
     def train_examples(self, tokenizer: Any) -> list[Example]:
         """Encoded training rows."""
-        rows, _ = self._split_train()
-        return tasks.encode(self.recipe.task, rows, tokenizer, self.recipe.data.max_length)
+        return tasks.encode(self.recipe.task, self.train_rows(), tokenizer, self.recipe.data.max_length)
 
     def eval_rows(self) -> list[readers.Row]:
         """Rows that are scored: eval.split of the recipe.
@@ -220,7 +226,7 @@ class Run:
         """Batches of encoded rows; compiled runs pad to few lengths so that few graphs are built."""
         lengths = sorted(len(e.prompt_ids) + len(e.answer_ids) for e in examples)
         buckets = None
-        if compiling:
+        if compiling and not loop.packing:
             marks = (0.5, 0.8, 0.95, 1.0)
             buckets = sorted(
                 {-(-lengths[min(len(lengths) - 1, int(m * len(lengths)))] // 16) * 16 for m in marks}
@@ -232,6 +238,7 @@ class Run:
             seed=self.recipe.seed,
             pad_id=pad_id,
             buckets=buckets,
+            packing=loop.packing,
         )
 
     def compiling(self, loop: Loop) -> bool:

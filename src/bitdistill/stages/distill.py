@@ -15,25 +15,55 @@ from bitdistill.data.batches import Batch
 from bitdistill.data.corpus import tokenizer_fingerprint
 from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
-from bitdistill.losses.logits import cross_entropy_sum, logits_distillation_sum
-from bitdistill.losses.relation import attention_distillation_sum
+from bitdistill.losses.hidden import relative_error
+from bitdistill.losses.logits import (
+    chunked_language_model_loss,
+    cross_entropy_sum,
+    logits_distillation_sum,
+)
+from bitdistill.losses.relation import attention_distillation_sum, fused_attention_distillation_sum
 from bitdistill.models.capture import capture_states
-from bitdistill.models.forward import final_hidden, logits_at, predicting, rows_at, tokens_at
+from bitdistill.models.forward import (
+    IGNORED,
+    head_weight,
+    hidden_states,
+    logits_at,
+    predicting,
+    rows_at,
+    tokens_at,
+)
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
-from bitdistill.stages import layer_probe
+from bitdistill.stages import kernels, layer_probe, pseudo_labels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.layer_probe import relation_options
 from bitdistill.stages.sft import train_on_task
-from bitdistill.train.compile import compile_blocks
+from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.step import StepOutput, Totals, autocast
 
 
 class DistillStep:
-    """Step function of stage 3; keeps the gamma balance, which is part of the checkpoint."""
+    """Step function of stage 3; keeps the gamma balance, which is part of the checkpoint.
 
-    def __init__(self, student: Any, teacher: Any, config: DistillConfig, layers: Sequence[int]) -> None:
+    Args:
+        fused: take head losses and relation losses from their Triton kernels. Steps that measure gradient norms
+            need the losses one by one and take the plain head.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        config: DistillConfig,
+        layers: Sequence[int],
+        fused: bool = False,
+        compiling: bool = False,
+    ) -> None:
+        self.hidden_error = compiled(relative_error, compiling)
         self.student, self.teacher, self.config = student, teacher, config
+        self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
+        capped = getattr(student.config, "final_logit_softcapping", None) is not None
+        self.chunk = kernels.fused_chunk() if fused and not capped else None
         self.layers = list(layers)
         fixed = None if config.gamma == "auto" else float(config.gamma)
         self.balancer = GammaBalancer(target_ratio=config.gamma_ratio, fixed=fixed)
@@ -54,11 +84,40 @@ class DistillStep:
         self.measure = bool(self.layers) and step % self.config.gamma_every_steps == 0
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
-        config = self.config
+        every = self.config.hidden_weight > 0
         with torch.no_grad():
-            teacher_hidden, teacher_states = _forward(self.teacher, batch.input_ids_BT, self.layers)
-        hidden, states = _forward(self.student, batch.input_ids_BT, self.layers)
+            teacher_hidden, teacher_states, teacher_outputs = _forward(
+                self.teacher, batch, self.layers, every
+            )
+        hidden, states, outputs = _forward(self.student, batch, self.layers, every)
 
+        if self.chunk is None or self.measure:
+            loss, ce, metrics = self._head_losses(batch, totals, hidden, teacher_hidden)
+        else:
+            loss, metrics = self._fused_head_losses(batch, totals, hidden, teacher_hidden)
+        if self.layers:
+            ad = self._relation_loss(batch, totals, states, teacher_states)
+            if self.measure:
+                self.balancer.update(gradient_norm(ce, self.probes), gradient_norm(ad, self.probes))
+                self.measure = False
+                self._publish()
+            loss = loss + self.gamma * ad
+            # gamma and ratio are per step, not per micro-batch: spread so that the loop's sum gives them once
+            share = batch.rows / totals.rows
+            metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
+        if every:
+            mask = batch.attention_mask_BT
+            errors = [self.hidden_error(s, t, mask) for s, t in zip(outputs, teacher_outputs, strict=True)]
+            error = torch.stack(errors).sum() / (len(errors) * totals.tokens)
+            loss = loss + self.config.hidden_weight * error
+            metrics["hidden"] = error.detach()
+        return StepOutput(loss, metrics)
+
+    def _head_losses(
+        self, batch: Batch, totals: Totals, hidden: Tensor, teacher_hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Weighted CE and LD, CE alone (both with gradient), and their values."""
+        config = self.config
         logits_NV = logits_at(self.student, predicting(hidden, batch.answer_index_N))
         targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
         ce = cross_entropy_sum(logits_NV, targets_N) / totals.answers
@@ -68,17 +127,52 @@ class DistillStep:
             ld = self._logits_loss(batch, totals, hidden, teacher_hidden, logits_NV)
             loss = loss + config.lambda_ * ld
             metrics["ld"] = ld.detach()
-        if self.layers:
-            ad = self._relation_loss(batch.attention_mask_BT, totals, states, teacher_states)
-            if self.measure:
-                self.balancer.update(gradient_norm(ce, self.probes), gradient_norm(ad, self.probes))
-                self.measure = False
-                self._publish()
-            loss = loss + self.gamma * ad
-            # gamma and ratio are per step, not per micro-batch: spread so that the loop's sum gives them once
-            share = batch.input_ids_BT.shape[0] / totals.rows
-            metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
-        return StepOutput(loss, metrics)
+        return loss, ce, metrics
+
+    def _fused_head_losses(
+        self, batch: Batch, totals: Totals, hidden: Tensor, teacher_hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The same loss and values; logits never exist in float32, nor as a whole."""
+        config, index_N = self.config, batch.answer_index_N
+        tau_squared = config.temperature**2 if config.tau_squared else 1.0
+        kl_weight = config.lambda_ * tau_squared
+        shared = bool(kl_weight) and config.distilled_tokens == "answer"
+        targets_N = tokens_at(batch.input_ids_BT, index_N)
+        rows, teacher_rows = predicting(hidden, index_N), predicting(teacher_hidden, index_N)
+        loss, ce, kl = self._chunked(
+            rows, targets_N, teacher_rows if shared else None, config.ce_weight, kl_weight if shared else 0.0
+        )
+        loss, metrics = loss / totals.answers, {"ce": ce / totals.answers}
+        if shared:
+            metrics["ld"] = kl * tau_squared / totals.answers
+        elif kl_weight:
+            index_N = batch.real_index_N
+            counted_N = torch.where(index_N < 0, IGNORED, 0)
+            rows, teacher_rows = rows_at(hidden, index_N), rows_at(teacher_hidden, index_N)
+            ld, _, kl = self._chunked(rows, counted_N, teacher_rows, 0.0, kl_weight)
+            loss = loss + ld / totals.tokens
+            metrics["ld"] = kl * tau_squared / totals.tokens
+        return loss, metrics
+
+    def _chunked(
+        self,
+        rows_NH: Tensor,
+        targets_N: Tensor,
+        teacher_NH: Tensor | None,
+        ce_weight: float,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return chunked_language_model_loss(
+            rows_NH,
+            head_weight(self.student),
+            targets_N,
+            teacher_hidden_NH=teacher_NH,
+            teacher_head_VH=None if teacher_NH is None else head_weight(self.teacher),
+            lm_weight=ce_weight,
+            kl_weight=kl_weight,
+            temperature=self.config.temperature,
+            chunk_function=self.chunk,
+        )
 
     def _publish(self) -> None:
         """Copy the balance to the device."""
@@ -103,12 +197,12 @@ class DistillStep:
         kl = logits_distillation_sum(all_NV, teacher_NV, counted_N=index_N >= 0, **options)
         return kl / totals.tokens
 
-    def _relation_loss(self, mask_BT: Tensor, totals: Totals, states: Any, teacher_states: Any) -> Tensor:
-        relation = self.config.relation
+    def _relation_loss(self, batch: Batch, totals: Totals, states: Any, teacher_states: Any) -> Tensor:
+        mask_BT, options = batch.attention_mask_BT, relation_options(self.config.relation)
         total = torch.zeros((), device=mask_BT.device)
         for layer in self.layers:
-            total = total + attention_distillation_sum(
-                states[layer], teacher_states[layer], mask_BT, **relation_options(relation)
+            total = total + self.relations(
+                states[layer], teacher_states[layer], mask_BT, **options, **batch.documents
             )
         return total / (totals.rows * len(self.layers))
 
@@ -120,13 +214,16 @@ class DistillStep:
         self._publish()
 
 
-def _forward(model: Any, input_ids_BT: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Any]]:
-    """Final hidden states, and Q, K, V states of `layers`."""
+def _forward(
+    model: Any, batch: Batch, layers: list[int], every: bool
+) -> tuple[Tensor, dict[int, Any], list[Tensor]]:
+    """Final hidden states, Q, K, V states of `layers`, and with `every` the output of each block."""
     if not layers:
-        return final_hidden(model, input_ids_BT), {}
+        hidden, outputs = hidden_states(model, batch.input_ids_BT, every=every, **batch.packing)
+        return hidden, {}, outputs
     with capture_states(model, layers) as states:
-        hidden = final_hidden(model, input_ids_BT)
-    return hidden, dict(states)
+        hidden, outputs = hidden_states(model, batch.input_ids_BT, every=every, **batch.packing)
+    return hidden, dict(states), outputs
 
 
 def wants_relations(config: DistillConfig) -> bool:
@@ -167,16 +264,20 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         "distill": run.section("distill"),
         "seed": run.recipe.seed,
     }
+    if run.recipe.data.unlabelled:  # only then: keys of runs without such rows stay what they were
+        inputs["unlabelled"] = pseudo_labels.fingerprints(run)
     if run.finished("distill", folder, inputs):
         return folder
     student, tokenizer, manifest = load_student(start, device=run.device)
     teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
     _check_pair(student, teacher, tokenizer, teacher_tokenizer)
     layers, layer_metrics = _layers(run, student, teacher, tokenizer)
+    answered = pseudo_labels.answered_examples(run, teacher, tokenizer)
     if run.compiling(config.loop):
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)
-    step = DistillStep(student, teacher, config, layers)
+    fused = kernels.usable(config.loop, run.device, student)
+    step = DistillStep(student, teacher, config, layers, fused, run.compiling(config.loop))
     result = train_on_task(
         run,
         "distill",
@@ -187,8 +288,10 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         epochs=config.epochs,
         make_step=lambda _: step,
         frozen=[teacher],
+        examples=[*run.train_examples(tokenizer), *answered],
         state=step,
         before_step=step.before_step,
+        fused=fused,
     )
     run.save_artifact(
         "distill",
@@ -200,6 +303,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
         extra={
             **run.meta("distill", inputs, result),
             "distilled_layers": layers,
+            "teacher_answered_rows": len(answered),
             "layer_metrics": layer_metrics,
             "final_gamma": step.balancer.gamma,
         },
@@ -219,7 +323,9 @@ def load_teacher(run: Run, folder: Path) -> tuple[Any, Any]:
 def probe(run: Run, student: Any, teacher: Any, tokenizer: Any, *, full: bool) -> layer_probe.Metrics:
     """Figures of every layer on the first training batches (see layer_probe.measure)."""
     config = run.recipe.distill
-    loop = config.loop.model_copy(update={"batch_rows": layer_probe.BATCH_ROWS, "micro_batch_rows": None})
+    loop = config.loop.model_copy(
+        update={"batch_rows": layer_probe.BATCH_ROWS, "micro_batch_rows": None, "packing": False}
+    )
     batches = run.task_batches(run.train_examples(tokenizer), loop, pad_token_id(tokenizer), compiling=False)
     count = min(layer_probe.BATCHES, batches.steps_per_epoch)
     first = [batches.micro_batches(step)[0].to(run.device) for step in range(count)]

@@ -18,18 +18,18 @@ from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
-from bitdistill.kernels.runtime import wants_kernels
+from bitdistill.losses.hidden import relative_error
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
-from bitdistill.models.attention import causal_only
-from bitdistill.models.forward import final_hidden, head_weight, next_tokens
-from bitdistill.models.fused import FusedLayers, fused_layers
+from bitdistill.models.attention import causal_only, fastest_attention
+from bitdistill.models.forward import head_weight, hidden_states, next_tokens
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
-from bitdistill.stages import branch
+from bitdistill.stages import branch, kernels
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train.compile import compile_blocks, compiled
+from bitdistill.train.gradients import FUSED_LAUNCH_BOUND, LAUNCH_BOUND
 from bitdistill.train.loop import fit
 from bitdistill.train.step import StepOutput, Totals
 
@@ -43,20 +43,26 @@ class LanguageModelStep:
         teacher: Any | None,
         config: PretrainConfig,
         compiling: bool,
-        kernels: bool = False,
+        fused: bool = False,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
-        self.chunk = _fused_chunk() if kernels else compiled(language_model_chunk, compiling)
+        self.hidden_weight = 0.0 if teacher is None else config.hidden_weight
+        self.hidden_error = compiled(relative_error, compiling)
+        self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
         self.replayable = config.ternary_warmup_fraction == 0
+        self.launch_bound = FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(self.student, batch.input_ids_BT)
+        every = self.hidden_weight > 0
+        hidden, outputs = hidden_states(self.student, batch.input_ids_BT, every=every)
         teacher_hidden = teacher_head = None
+        teacher_outputs: list[Any] = []
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_hidden = final_hidden(self.teacher, batch.input_ids_BT).flatten(0, 1)
+                teacher_hidden, teacher_outputs = hidden_states(self.teacher, batch.input_ids_BT, every=every)
+                teacher_hidden = teacher_hidden.flatten(0, 1)
             teacher_head = head_weight(self.teacher)
         loss, lm_sum, kl_sum = chunked_language_model_loss(
             hidden.flatten(0, 1),
@@ -71,35 +77,13 @@ class LanguageModelStep:
         metrics: dict[str, Any] = {"lm": lm_sum / totals.answers}
         if self.teacher is not None:
             metrics["kl"] = kl_sum / totals.answers
-        return StepOutput(loss / totals.answers, metrics)
-
-
-class FusedAfterWarmup:
-    """Before each step: make the weight codes anew, once for all its micro-batches.
-
-    Layers are fused when the ternary warm-up is over; until then their weights are blends.
-    """
-
-    def __init__(
-        self, student: Any, stack: contextlib.ExitStack, warmup: Callable[[int], None] | None
-    ) -> None:
-        self.student, self.stack, self.warmup = student, stack, warmup
-        self.layers = [m for m in student.modules() if isinstance(m, BitLinear)]
-        self.fused: FusedLayers | None = None
-
-    def __call__(self, step: int) -> None:
-        if self.warmup is not None:
-            self.warmup(step)
-        if self.fused is not None:
-            self.fused.refresh()
-        elif all(layer.ternary_blend == 1.0 for layer in self.layers):
-            self.fused = self.stack.enter_context(fused_layers(self.student))
-
-
-def _fused_chunk() -> Any:
-    from bitdistill.kernels.head import fused_language_model_chunk  # needs triton
-
-    return fused_language_model_chunk
+        loss = loss / totals.answers
+        if every:
+            errors = [self.hidden_error(s, t) for s, t in zip(outputs, teacher_outputs, strict=True)]
+            error = torch.stack(errors).sum() / (len(errors) * totals.tokens)
+            metrics["hidden"] = error.detach()
+            loss = loss + self.hidden_weight * error
+        return StepOutput(loss, metrics)
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
@@ -192,10 +176,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
     if config.optim.schedule == "wsd":
         branch.start(trunk, checkpoints, run.keys["pretrain"], branch.stable_end(config, total_steps))
     compiling = run.compiling(loop)
-    kernels = wants_kernels(loop.kernels, run.device)
-    if kernels and not all(m.quantize_activations for m in student.modules() if isinstance(m, BitLinear)):
-        log.info("kernels: the reference path is used, refine.quantize_activations is off")
-        kernels = False
+    fused = kernels.usable(loop, run.device, student)
     if loop.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if compiling:
@@ -207,13 +188,15 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         before_step = ternary_warmup(student, total_steps, config.ternary_warmup_fraction)
     with contextlib.ExitStack() as stack:
         stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
-        if kernels:
-            before_step = FusedAfterWarmup(student, stack, before_step)
+        if fused:
+            before_step = kernels.FusedAfterWarmup(student, stack, before_step, loop.int8_backward)
+            rows = loop.micro_batch_rows or loop.batch_rows
+            stack.enter_context(fastest_attention(student.config, rows, config.sequence_length, run.device))
         before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)
         return fit(
             student,
             batches,
-            LanguageModelStep(student, teacher, config, compiling, kernels),
+            LanguageModelStep(student, teacher, config, compiling, fused),
             optim=config.optim,
             loop=loop,
             total_steps=total_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 
 from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
 from bitdistill.data.batches import Batch
-from bitdistill.data.tasks import check_tokenizer
+from bitdistill.data.tasks import Example, check_tokenizer
 from bitdistill.losses.logits import cross_entropy_sum
 from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
 from bitdistill.models.forward import final_hidden, logits_at, predicting, tokens_at
 from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.stages import kernels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
@@ -32,7 +34,7 @@ class CrossEntropyStep:
         self.model = model
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
-        hidden = final_hidden(self.model, batch.input_ids_BT)
+        hidden = final_hidden(self.model, batch.input_ids_BT, **batch.packing)
         logits_NV = logits_at(self.model, predicting(hidden, batch.answer_index_N))
         targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
         return StepOutput(cross_entropy_sum(logits_NV, targets_N) / totals.answers)
@@ -49,17 +51,28 @@ def train_on_task(
     epochs: float,
     make_step: Callable[[Any], StepFunction] = CrossEntropyStep,
     frozen: Sequence[Any] = (),
+    fused: bool = False,
+    before_step: Callable[[int], None] | None = None,
+    examples: Sequence[Example] | None = None,
     **fit_options: Any,
 ) -> FitResult:
-    """Run `fit` over the task's training rows for `epochs`; `frozen` are the other models that the step runs."""
+    """Run `fit` over task rows for `epochs`.
+
+    Args:
+        frozen: other models that the step runs.
+        fused: train `model`, a ternary student, with fused layers.
+        examples: encoded rows; None: the task's training rows.
+    """
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-    batches = run.task_batches(
-        run.train_examples(tokenizer), loop, pad_token_id(tokenizer), run.compiling(loop)
-    )
+    rows = run.train_examples(tokenizer) if examples is None else list(examples)
+    batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop))
     total_steps = max(1, round(epochs * batches.steps_per_epoch))
     if loop.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    with causal_only(model, *frozen):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(causal_only(model, *frozen))
+        if fused:
+            before_step = kernels.FusedAfterWarmup(model, stack, before_step, loop.int8_backward)
         return fit(
             model,
             batches,
@@ -71,6 +84,7 @@ def train_on_task(
             tracker=run.tracker(stage, total_steps),
             checkpoint_root=run.checkpoints(stage),
             key=run.keys[stage],
+            before_step=before_step,
             **fit_options,
         )
 
@@ -132,7 +146,14 @@ def bitnet_sft(run: Run) -> Path:
     if run.compiling(config.loop):
         compile_blocks(student)
     result = train_on_task(
-        run, "bitnet_sft", student, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
+        run,
+        "bitnet_sft",
+        student,
+        tokenizer,
+        optim=config.optim,
+        loop=config.loop,
+        epochs=config.epochs,
+        fused=kernels.usable(config.loop, run.device, student),
     )
     run.save_artifact(
         "bitnet_sft",

@@ -236,6 +236,8 @@ def _override(key: str, value: Any, folder: Path) -> str:
     sources = ("data.train", "data.validation", "data.test", "pretrain.corpus", "pretrain.base")
     if isinstance(value, str) and key in (*sources, "model.path", "model.tokenizer"):
         value = absolute_source(value, folder, hub=key.startswith("model."))
+    if key == "data.unlabelled":
+        value = [absolute_source(source, folder) for source in ([value] if isinstance(value, str) else value)]
     return f"{key}={json.dumps(value, allow_nan=False)}"
 
 
@@ -247,6 +249,7 @@ def _localised(recipe: Recipe, local: Mapping[str, str]) -> Recipe:
         for key in keys:
             if tree.get(section) is not None and tree[section].get(key) in local:
                 tree[section][key] = local[tree[section][key]]
+    tree["data"]["unlabelled"] = [local.get(source, source) for source in tree["data"]["unlabelled"]]
     return Recipe.model_validate(tree)
 
 

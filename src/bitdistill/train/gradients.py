@@ -25,7 +25,11 @@ log = logging.getLogger("bitdistill")
 MAX_GRAPHS = 32
 """Shapes that get a graph of their own; further ones run eagerly."""
 LAUNCH_BOUND = 2e12
-"""Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward."""
+"""Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward. A step function
+may have a bound of its own (`launch_bound`)."""
+FUSED_LAUNCH_BOUND = 6e12
+"""The same for fused layers, whose operators take the host longer to launch: at stage 2 of a 135M model (32 x 1,024
+tokens) about as long for a forward pass as the GPU to run it."""
 INDEX_MULTIPLE = 128
 """Indices of answer and real tokens are filled up to this multiple, so that few shapes occur."""
 
@@ -43,18 +47,21 @@ class Gradients(Protocol):
         """Start the next step from zero gradients."""
 
 
-def wants_graphs(loop: Loop, device: torch.device, weights: int, tokens: int) -> bool:
+def wants_graphs(
+    loop: Loop, device: torch.device, weights: int, tokens: int, bound: float = LAUNCH_BOUND
+) -> bool:
     """Resolve a recipe's `loop.cuda_graphs`.
 
     Args:
         weights: parameters that are trained.
         tokens: tokens of a micro-batch, padding included. Their product tells whether launches bind the step: large
             steps gain nothing from a graph, which holds memory of its own.
+        bound: what the product must be below.
     """
     if device.type != "cuda" or loop.gradient_checkpointing:
         return False
     if loop.cuda_graphs == "auto":
-        return weights * tokens < LAUNCH_BOUND
+        return weights * tokens < bound
     return bool(loop.cuda_graphs)
 
 
@@ -135,7 +142,7 @@ class ReplayedGradients(EagerGradients):
         if not (self.enabled and getattr(self.step_function, "replayable", False)):
             return super().add(batch, totals)
         batch = batch.with_filled_index(INDEX_MULTIPLE)
-        key = (*batch.input_ids_BT.shape, len(batch.answer_index_N), len(batch.real_index_N))
+        key = (*batch.input_ids_BT.shape, batch.rows, len(batch.answer_index_N), len(batch.real_index_N))
         if key in self.graphs:
             return self.graphs[key].replay(batch, totals)
         if key not in self.seen or len(self.graphs) >= MAX_GRAPHS:
@@ -158,6 +165,8 @@ class ReplayedGradients(EagerGradients):
         graph = torch.cuda.CUDAGraph()
         try:
             torch.cuda.synchronize(self.device)
+            # What the eager step before left in the allocator's cache is of no use to the graph's own pool
+            torch.cuda.empty_cache()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 results = self._run(static, scalars)
         except RuntimeError as error:

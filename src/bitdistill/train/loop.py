@@ -24,6 +24,7 @@ from bitdistill.data.batches import Batch
 from bitdistill.errors import DivergenceError, Interrupted
 from bitdistill.train import checkpoint
 from bitdistill.train.gradients import (
+    LAUNCH_BOUND,
     EagerGradients,
     Gradients,
     ReplayedGradients,
@@ -122,7 +123,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients: Gradients = EagerGradients(step_function, device, loop.precision)
     weights = sum(p.numel() for p in parameters)
-    if wants_graphs(loop, device, weights, batches.micro_batches(0)[0].input_ids_BT.numel()):
+    tokens = batches.micro_batches(0)[0].input_ids_BT.numel()
+    if wants_graphs(loop, device, weights, tokens, getattr(step_function, "launch_bound", LAUNCH_BOUND)):
         gradients = ReplayedGradients(step_function, parameters, device, loop.precision)
     saved_at = time.monotonic()
 
@@ -192,7 +194,7 @@ def _update(
 ) -> dict[str, float]:
     """One optimizer step; the update is left out when loss or gradient is not finite."""
     totals = Totals(
-        rows=sum(b.input_ids_BT.shape[0] for b in micro_batches),
+        rows=sum(b.rows for b in micro_batches),
         tokens=sum(b.tokens for b in micro_batches),
         answers=sum(len(b.answer_index_N) for b in micro_batches),
     )
@@ -204,8 +206,7 @@ def _update(
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
     metrics = _to_host(sums)
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        optimizer.set_learning_rate(learning_rate)
         optimizer.step()
     gradients.clear(optimizer)
     return metrics

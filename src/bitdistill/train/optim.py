@@ -33,20 +33,23 @@ def learning_rate_at(step: int, total_steps: int, optim: Optim) -> float:
     return optim.learning_rate * factor
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: the matrices, and the rest (embeddings, output head, norms, gains, biases)."""
+def split_parameters(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters: the blocks' matrices, embeddings and output head, and the rest (norms, gains, biases)."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
     if head is not None:
         embeddings.add(id(head.weight))
     matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim == 2 and id(parameter) not in embeddings
-            (matrices if matrix else rest).append(parameter)
-    return matrices, rest
+            table = id(parameter) in embeddings
+            (tables if table else matrices if parameter.ndim == 2 else rest).append(parameter)
+    return matrices, tables, rest
 
 
 class OptimizerSet:
@@ -60,6 +63,11 @@ class OptimizerSet:
     def param_groups(self) -> list[dict[str, Any]]:
         """Groups of all optimizers (live: setting a group's `lr` takes effect)."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next update; groups may have a multiple of it (`optim.embedding_rate`)."""
+        for group in self.param_groups:
+            group["lr"] = rate * group.get("rate", 1.0)
 
     def step(self) -> None:
         for optimizer in self.optimizers:
@@ -81,8 +89,11 @@ class OptimizerSet:
 
 def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
     """The optimizers of a stage over all trainable parameters; weight decay acts on matrices only."""
-    matrices, rest = split_parameters(model)
-    adamw_groups = [{"params": rest, "weight_decay": 0.0}]
+    matrices, tables, rest = split_parameters(model)
+    adamw_groups: list[dict[str, Any]] = [
+        {"params": rest, "weight_decay": 0.0},
+        {"params": tables, "weight_decay": 0.0, "rate": optim.embedding_rate},
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     if optim.name == "muon":
         optimizers.append(

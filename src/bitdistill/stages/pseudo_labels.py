@@ -1,0 +1,72 @@
+"""Rows without answers for stage 3: the teacher answers them, and they join the training rows.
+
+Distillation needs no labels, only inputs on which the student should be like its teacher. With few training rows a
+teacher fits them perfectly and says little on them that the labels do not; further rows show what it does elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bitdistill.data import readers, tasks
+from bitdistill.data.readers import Row
+from bitdistill.data.tasks import Example
+from bitdistill.errors import DataError
+from bitdistill.eval.classify import classify
+from bitdistill.eval.generate import generate
+from bitdistill.models.attention import causal_only
+from bitdistill.stages.common import Run, log, pad_token_id
+
+BATCH_ROWS = 512
+"""Rows of one forward pass of the teacher: short rows keep a GPU busy only in large batches."""
+
+
+def fingerprints(run: Run) -> list[str]:
+    """What names the content of each unlabelled source, for stage 3's key."""
+    return [readers.source_fingerprint(source) for source in run.recipe.data.unlabelled]
+
+
+def answered_examples(run: Run, teacher: Any, tokenizer: Any) -> list[Example]:
+    """Encoded rows of `data.unlabelled` with the teacher's answers; empty when the recipe names none.
+
+    Rows to which a generating teacher has no answer (the empty text) are left out, and counted in the log.
+
+    Raises:
+        DataError: a source that cannot be read, or a row that lacks a field of the template.
+    """
+    rows = [row for source in run.recipe.data.unlabelled for row in readers.read_rows(source)]
+    if not rows:
+        return []
+    task = run.recipe.task
+    answer_field = task.label_field if task.kind == "classification" else str(task.target_field)
+    # Whatever answers the rows bring are hidden: they must not reach the student by this way.
+    bare = [Row({k: v for k, v in row.fields.items() if k != answer_field}, row.where) for row in rows]
+    answers = _answers(run, teacher, tokenizer, bare)
+    filled = [
+        Row({**row.fields, answer_field: answer}, row.where)
+        for row, answer in zip(bare, answers, strict=True)
+        if answer.strip()
+    ]
+    log.info("distill: the teacher answered %d of %d unlabelled rows", len(filled), len(rows))
+    if not filled:
+        raise DataError(
+            "data.unlabelled: the teacher answered no row; check the teacher, or leave the key out"
+        )
+    return tasks.encode(task, filled, tokenizer, run.recipe.data.max_length)
+
+
+@torch.inference_mode()
+def _answers(run: Run, teacher: Any, tokenizer: Any, rows: list[Row]) -> list[str]:
+    """The teacher's answer to each row: the label as the data spell it, or the generated text."""
+    task = run.recipe.task
+    examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
+    options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
+    options["batch_rows"] = BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows
+    if task.kind == "generation":
+        return [p.text for p in generate(teacher, tokenizer, task, examples, **options)]
+    labels = list(task.labels)
+    with causal_only(teacher):
+        predictions = classify(teacher, tokenizer, task, examples, **options)
+    return [labels[int(p.label)] for p in predictions if p.label is not None]

@@ -1,0 +1,25 @@
+"""`hidden_weight` of stages 2 and 3: what is logged adds up to the loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bitdistill import pipeline
+from tests.stages.conftest import recipe
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "distill"])
+def test_stages_train_on_it(work: Path, stage: str) -> None:
+    chosen = recipe(work, f"{stage}.hidden_weight=2.0", f"{stage}.loop.log_every_steps=1", "bitnet_sft=null")
+    result = pipeline.run(chosen, until="distill", command="test", quiet=True)
+    lines = [json.loads(x) for x in (result.run_dir / f"logs/{stage}.jsonl").read_text().splitlines()]
+    assert all(line["hidden"] > 0 for line in lines)
+    parts = {
+        "pretrain": lambda x: x["kl"],
+        "distill": lambda x: x["ce"] + 10 * x["ld"] + x["gamma"] * x["ad"],
+    }
+    for line in lines:
+        assert line["loss"] == pytest.approx(parts[stage](line) + 2.0 * line["hidden"], rel=1e-4)

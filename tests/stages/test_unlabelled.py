@@ -1,0 +1,174 @@
+"""Rows without answers: the teacher answers them for stage 3; `augment` writes such rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitdistill import artifact, pipeline
+from bitdistill.config import Task
+from bitdistill.data import tasks
+from bitdistill.data.readers import read_rows
+from bitdistill.errors import DataError, RecipeError
+from bitdistill.eval.classify import classify
+from bitdistill.planning.check import check_data, distilled
+from bitdistill.stages import augment, common, pseudo_labels, sft
+from bitdistill.stages.common import Run, pad_token_id
+from bitdistill.stages.distill import load_teacher
+from tests.stages.conftest import recipe, write_rows
+
+
+@pytest.fixture
+def extra(work: Path) -> Path:
+    write_rows(work / "extra.jsonl", 21, 5)
+    return work / "extra.jsonl"
+
+
+def opened(work: Path, *overrides: str) -> Run:
+    return Run.open(recipe(work, *overrides), command="test", quiet=True)
+
+
+def test_the_teacher_answers_and_the_rows_own_labels_are_not_read(work: Path, extra: Path) -> None:
+    run = opened(work, f"data.unlabelled={extra}")
+    teacher, tokenizer = load_teacher(run, sft.sft(run))
+    answered = pseudo_labels.answered_examples(run, teacher, tokenizer)
+    rows = read_rows(str(extra))
+    task = run.recipe.task
+    expected = classify(
+        teacher, tokenizer, task, tasks.encode(task, rows, tokenizer, 32),
+        batch_rows=8, device="cpu", pad_id=pad_token_id(tokenizer),
+    )  # fmt: skip
+    assert [e.label for e in answered] == [p.label for p in expected]
+    assert [e.where for e in answered] == [r.where for r in rows]
+    # Wrong and missing labels change nothing.
+    lines = [json.loads(line) for line in extra.read_text().splitlines()]
+    lines = [{"text": r["text"], **({"label": "nonsense"} if n % 2 else {})} for n, r in enumerate(lines)]
+    extra.write_text("".join(json.dumps(r) + "\n" for r in lines))
+    assert [e.answer_ids for e in pseudo_labels.answered_examples(run, teacher, tokenizer)] == [
+        e.answer_ids for e in answered
+    ]
+
+
+def test_stage_3_trains_on_both_and_other_stages_do_not(work: Path, extra: Path) -> None:
+    plain = pipeline.run(recipe(work), command="test", quiet=True)
+    more = pipeline.run(recipe(work, f"data.unlabelled={extra}", "name=more"), command="test", quiet=True)
+    manifests = [artifact.read_manifest(r.run_dir / "student") for r in (plain, more)]
+    assert [m["teacher_answered_rows"] for m in manifests] == [0, 21]
+    assert [m["training"]["steps"] for m in manifests] == [4, 7]  # 32 and 53 rows in batches of 8
+    assert "unlabelled" not in manifests[0]["inputs"]  # keys of earlier runs stay what they were
+    for stage in ("teacher", "bitnet_sft"):
+        keys = {artifact.read_manifest(r.run_dir / stage)["key"] for r in (plain, more)}
+        assert len(keys) == 1
+    # other rows, another key
+    write_rows(extra, 21, 6)
+    changed = recipe(work, f"data.unlabelled={extra}", "name=more")
+    with pytest.raises(Exception, match="unlabelled"):
+        pipeline.run(changed, command="test", quiet=True)
+
+
+def test_a_row_without_the_templates_field_is_named(work: Path, extra: Path) -> None:
+    extra.write_text(extra.read_text() + '{"words": "w31"}\n')
+    with pytest.raises(DataError, match=r"data\.unlabelled: .*extra\.jsonl:22: no field `text`"):
+        check_data(recipe(work, f"data.unlabelled={extra}"))
+
+
+def test_the_plan_counts_them_in_stage_3(work: Path, extra: Path) -> None:
+    found = check_data(recipe(work, f"data.unlabelled={extra}"))
+    work_3 = distilled(found, 32)
+    assert work_3 is not None
+    assert work_3.rows == 32 + 21
+
+
+def test_generating_teachers_answer_with_text(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"name": "copy", "kind": "generation", "template": "{text} w9", "target_field": "label"}
+    rows = [{"text": f"w{n + 30}", "label": "w40"} for n in range(4)]
+    for name in ("train", "extra"):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run = opened(work, f"task={json.dumps(task)}", f"data.unlabelled=[{work}/extra.jsonl]")
+    teacher, tokenizer = load_teacher(run, sft.sft(run))
+    texts = ["w41 w42", "", "w43", "w44"]
+
+    def said(*arguments: Any, **options: Any) -> list[Any]:
+        return [type("P", (), {"text": text, "label": None}) for text in texts]
+
+    monkeypatch.setattr(pseudo_labels, "generate", said)
+    answered = pseudo_labels.answered_examples(run, teacher, tokenizer)
+    assert [e.references[0] for e in answered] == ["w41 w42", "w43", "w44"]
+    monkeypatch.setattr(pseudo_labels, "generate", lambda *a, **k: said()[1:2] * 4)
+    with pytest.raises(DataError, match="answered no row"):
+        pseudo_labels.answered_examples(run, teacher, tokenizer)
+
+
+PAIRS = Task(
+    name="nli", kind="classification", template="{premise}\nClaim: {hypothesis}\nTrue:",
+    labels={"0": " yes", "1": " no"},
+)  # fmt: skip
+
+
+def test_the_turned_task() -> None:
+    turned = augment.writer_task(PAIRS)
+    assert turned.template == "Label: {_label}\n{premise}\nClaim:"
+    assert (turned.target_field, turned.answer_prefix) == ("hypothesis", " ")
+    one = augment.writer_task(PAIRS.model_copy(update={"template": "{sentence}\nSentiment:"}))
+    assert (one.template, one.target_field, one.answer_prefix) == ("Label: {_label}\n", "sentence", " ")
+    with pytest.raises(RecipeError, match="classification tasks only"):
+        augment.writer_task(Task(name="s", kind="generation", template="{article}", target_field="title"))
+
+
+def pair_run(work: Path) -> Run:
+    lines = [
+        {"premise": f"w{30 + n} w31", "hypothesis": f"w{40 + n}", "label": n % 2, "other": 1}
+        for n in range(24)
+    ]
+    (work / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    return opened(work, f"task={json.dumps(PAIRS.model_dump(mode='json'))}")
+
+
+def test_written_rows_fit_the_task_and_repeat_by_seed(work: Path) -> None:
+    run = pair_run(work)
+    out = work / "more.jsonl.zst"
+    count = augment.write_rows(augment.augment(run, 40, temperature=0.7), out)
+    made = read_rows(str(out))
+    assert 0 < count == len(made) <= 40
+    train = {(r.fields["premise"], r.fields["hypothesis"]) for r in read_rows(str(work / "train.jsonl"))}
+    pairs = [(r.fields["premise"], r.fields["hypothesis"]) for r in made]
+    assert len(set(pairs)) == len(pairs)
+    assert not train & set(pairs)
+    assert {p for p, _ in pairs} <= {p for p, _ in train}
+    assert all(set(r.fields) == {"premise", "hypothesis"} for r in made)  # no answers
+    again = work / "again.jsonl"
+    augment.write_rows(augment.augment(pair_run(work), 40, temperature=0.7), again)
+    assert [r.fields for r in read_rows(str(again))] == [r.fields for r in made]
+    assert not list(work.glob("*.partial"))
+
+
+def test_sentences_of_other_texts_come_first(work: Path) -> None:
+    (work / "texts.txt").write_text("w50 w51 w52 w53 w54. Too short. w60 w61 w62 w63 w64 w65! " + "w70 " * 60)
+    run = pair_run(work)
+    rows = list(augment.augment(run, 30, texts=[str(work / "texts.txt")], texts_share=1.0))
+    assert {r["premise"] for r in rows} == {"w50 w51 w52 w53 w54.", "w60 w61 w62 w63 w64 w65!"}
+    (work / "texts.txt").write_text("Too short.")
+    with pytest.raises(DataError, match="no sentence of 5 to 40 words"):
+        list(augment.augment(run, 3, texts=[str(work / "texts.txt")]))
+    single = opened(work, "name=single")
+    with pytest.raises(RecipeError, match="first of two fields"):
+        list(augment.augment(single, 3, texts=[str(work / "texts.txt")]))
+
+
+def test_labels_steer_in_turn(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pair_run(work)
+    seen: list[str] = []
+
+    def record(model: Any, tokenizer: Any, task: Task, examples: Any, **options: Any) -> list[Any]:
+        seen.extend(e.prompt.splitlines()[0] for e in examples)
+        return [type("P", (), {"text": f"w{n}"}) for n in range(len(examples))]
+
+    monkeypatch.setattr(augment, "sample", record)
+    list(augment.augment(run, 10))
+    assert seen == ["Label: yes", "Label: no"] * 5
+    assert torch.is_inference_mode_enabled() is False
+    assert common.artifact.exists(run.run_dir / "writer")
