@@ -25,6 +25,7 @@ from bitdistill.config import Loop, Optim, PretrainConfig
 from bitdistill.data.batches import PackedBatches
 from bitdistill.data.corpus import TokenShards
 from bitdistill.data.readers import iter_documents
+from bitdistill.models.attention import causal_only
 from bitdistill.models.student import load_student, save_student
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
@@ -98,7 +99,7 @@ def make_model(args: argparse.Namespace) -> None:
         intermediate_size=args.ffn,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 32,
-        num_key_value_heads=2,
+        num_key_value_heads=args.kv_heads,
         head_dim=32,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -124,20 +125,21 @@ def make_model(args: argparse.Namespace) -> None:
     compiling = device.type == "cuda"
     if compiling:
         compile_blocks(model)
-    result = fit(
-        model,
-        batches,
-        LanguageModelStep(model, None, PretrainConfig(objective="lm"), compiling),
-        optim=Optim(
-            learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05
-        ),
-        loop=loop,
-        total_steps=total_steps,
-        device=device,
-        tracker=Tracker("demo-model", args.out.parent, total_steps),
-        checkpoint_root=args.out.parent / "checkpoints" / "demo-model",
-        key=f"demo-model-{args.seed}",
-    )
+    with causal_only(model):
+        result = fit(
+            model,
+            batches,
+            LanguageModelStep(model, None, PretrainConfig(objective="lm"), compiling),
+            optim=Optim(
+                learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05
+            ),
+            loop=loop,
+            total_steps=total_steps,
+            device=device,
+            tracker=Tracker("demo-model", args.out.parent, total_steps),
+            checkpoint_root=args.out.parent / "checkpoints" / "demo-model",
+            key=f"demo-model-{args.seed}",
+        )
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(json.dumps({**vars(result), "parameters": sum(p.numel() for p in model.parameters())}))
@@ -185,15 +187,18 @@ def main() -> None:
     two.add_argument("--tokenizer", type=Path, required=True)
     two.add_argument("--tokens", type=Path, required=True)
     two.add_argument("--out", type=Path, required=True)
-    two.add_argument("--epochs", type=float, default=6.0)
-    two.add_argument("--batch-rows", type=int, default=256)
+    two.add_argument("--epochs", type=float, default=5.0)
+    two.add_argument("--batch-rows", type=int, default=512)
     two.add_argument("--sequence-length", type=int, default=256)
     two.add_argument("--learning-rate", type=float, default=3e-3)
     two.add_argument("--max-steps", type=int)
     two.add_argument("--seed", type=int, default=0)
-    two.add_argument("--layers", type=int, default=4)
-    two.add_argument("--hidden", type=int, default=192, help="width, a multiple of 64 (heads of 32)")
-    two.add_argument("--ffn", type=int, default=448)
+    two.add_argument("--layers", type=int, default=12)
+    two.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32 (heads of 32)")
+    two.add_argument("--ffn", type=int, default=256)
+    two.add_argument(
+        "--kv-heads", type=int, default=2, help="heads of keys and values; divides the number of heads"
+    )
     three = commands.add_parser("base")
     three.add_argument("--base", type=Path, required=True)
     three.add_argument("--out", type=Path, required=True)

@@ -93,6 +93,9 @@ class DataConfig(Strict):
     """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
     learns from them beside the training rows. One source or a list; `bitdistill augment` makes such rows."""
     limit_train: Count | None = None
+    """The first rows of the file only."""
+    rows_per_label: Count | None = None
+    """Classification: train on at most this many rows of each label, drawn by seed. What few labels would give."""
     limit_test: Count | None = None
     max_length: Count = 512
     """Tokens of prompt and answer together; of a longer prompt the end of its longest field is cut."""
@@ -332,6 +335,12 @@ class Recipe(Strict):
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _labels_to_draw_by(self) -> Recipe:
+        if self.data.rows_per_label is not None and self.task.kind != "classification":
+            raise ValueError("data.rows_per_label: a generation task has no labels; use data.limit_train")
+        return self
 
 
 # What `method:` sets, as overrides below the user's own keys. `bitdistill` is the models' defaults above.

@@ -105,6 +105,24 @@ def test_every_byte_of_two_bit_codes_is_four_codes_or_refused(kind: Any, shifts:
             assert np.array_equal(encode(kind, codes, 1.0).reshape(-1), raw)
 
 
+def test_every_byte_of_q4_0_is_two_codes_or_refused() -> None:
+    sound = encode("q4_0", np.zeros((1, 32), np.int8), 1.0)
+    legal = 0
+    for byte in range(256):
+        raw = sound.copy()
+        raw[0, 2 + 5] = byte  # low half: weight 5, high half: weight 21
+        values = [(byte & 15) - 8, (byte >> 4) - 8]
+        if max(map(abs, values)) > 1:
+            with pytest.raises(ModelError, match="4-bit weights other than"):
+                decode("q4_0", raw, (1, 32), "t")
+            continue
+        legal += 1
+        codes, _ = decode("q4_0", raw, (1, 32), "t")
+        assert codes[0, [5, 21]].tolist() == values
+        assert np.array_equal(encode("q4_0", codes, 1.0), raw)
+    assert legal == 3**2
+
+
 @pytest.mark.parametrize(
     ("kind", "digest"),
     [
@@ -190,6 +208,74 @@ def test_tables_lie_within_a_step_of_their_values(kind: Any, relative: float) ->
     # The error's root mean square over normal values; ggml's own quantizers reach 0.0054, 0.0177, 0.0713.
     ratio = np.sqrt(np.square(got[10:] - table[10:]).mean()) / table[10:].std()
     assert ratio < {"q8_0": 0.0055, "q6_k": 0.019, "q4_k": 0.077}[kind]
+
+
+STEP = np.float32(2.0**-10)
+
+
+def exact_q6_k() -> Any:
+    """Rows that Q6_K holds exactly: every 6-bit code at every place, every group scale of each sign."""
+    at = np.arange(256)
+    codes = (at + np.arange(256)[:, None]) % 64 - 32
+    for r, row in enumerate(codes):
+        row[r // 64 * 4 :: 16] = -32  # each group of 16 has the code its scale comes from
+    groups = np.full((256, 16), 128)
+    for r, row in enumerate(groups):
+        row[r % 16] = max(1, r % 128) * (-1 if r >= 128 else 1)
+    return (codes.reshape(256, 16, 16) * groups[..., None] * STEP).reshape(256, 256).astype(np.float32)
+
+
+def exact_q4_k() -> Any:
+    """Rows that Q4_K holds exactly: every 4-bit code at every place, every 6-bit scale and minimum of each group."""
+    codes = (np.arange(256) + np.arange(512)[:, None]) % 16
+    scales, minima = np.full((512, 8), 63), np.full((512, 8), 63)
+    for r in range(512):
+        scales[r, r % 8], minima[r, r % 8] = max(1, r // 8), r // 8
+    values = codes.reshape(512, 8, 32) * scales[..., None] - minima[..., None]
+    return (values.reshape(512, 256) * STEP).astype(np.float32)
+
+
+def exact_q8_0() -> Any:
+    """Rows that Q8_0 holds exactly: every code at every place."""
+    codes = (np.arange(64) * 97 + np.arange(510)[:, None]) % 255 - 127
+    codes[:255, ::32] = codes[255:, 31::32] = 127  # each group has the code its scale comes from
+    return (codes * STEP).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "bytes_a_block", "digest"),
+    [
+        ("q6_k", exact_q6_k(), 210, "08be5b0cd21d5af4"),
+        ("q4_k", exact_q4_k(), 144, "60b50c7f0714744b"),
+        ("q8_0", exact_q8_0(), 34, "ed5cb17ae1fe3a08"),
+        ("f16", exact_q6_k()[:8], 2, "69a9bd17878efa2b"),
+    ],
+)
+def test_table_goldens_over_every_code(kind: Any, table: Any, bytes_a_block: int, digest: str) -> None:
+    raw = gguf_kquants.encode_table(kind, table, "t")
+    assert raw.nbytes == table.size // gguf_kquants.BLOCKS[kind] * bytes_a_block
+    got = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind.upper()])
+    assert np.array_equal(got, table)
+    if kind == "q6_k":
+        blocks = raw.reshape(-1, 210)
+        low = np.stack([blocks[:, :128] >> s & 15 for s in (0, 4)])
+        high = np.stack([blocks[:, 128:192] >> s & 3 for s in (0, 2, 4, 6)])
+        assert all(len(np.unique(place)) == 16 for half in low for place in half.T)
+        assert all(len(np.unique(place)) == 4 for field in high for place in field.T)
+        assert set(blocks[:, 192:208].view(np.int8).ravel().tolist()) == set(range(-128, 128)) - {0}
+    if kind == "q8_0":
+        assert all(len(np.unique(place)) == 255 for place in raw.reshape(-1, 34)[:, 2:].T)
+    if kind == "q4_k":
+        blocks = raw.reshape(-1, 144)
+        halves = np.stack([blocks[:, 16:] >> s & 15 for s in (0, 4)])
+        assert all(len(np.unique(place)) == 16 for half in halves for place in half.T)
+        low = blocks[:, 4:12] & 63  # scales and minima of groups 0 to 3
+        assert all(len(np.unique(place)) >= 63 for place in low.T)
+        # of groups 4 to 7: low bits in the last four bytes, high bits above those of groups 0 to 3
+        last = blocks[:, 12:16]
+        scales, minima = (last & 15) | blocks[:, 4:8] >> 6 << 4, last >> 4 | blocks[:, 8:12] >> 6 << 4
+        assert all(len(np.unique(place)) >= 63 for field in (scales, minima) for place in field.T)
+    assert hashlib.sha256(raw.tobytes()).hexdigest()[:16] == digest
 
 
 def test_tables_that_do_not_fit_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from bitdistill.interop.gguf_codec import NAMES
 from bitdistill.interop.gguf_export import export_gguf
 from bitdistill.models.gguf_header import read_gguf
 from bitdistill.models.student import load_student
+from tests.cheap import refused_cheaply
 from tests.interop.test_transformers_bitnet import packed_folder
 from tests.interop.trained import packed_student, texts
 
@@ -283,10 +285,10 @@ def test_damaged_files_are_refused(case: str, sound: bytes, tmp_path: Path) -> N
     data = damage(sound)
     assert data != sound
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ModelError, match=words) as caught:
-        import_student(tmp_path / "m.gguf", tmp_path / "out")
-    assert str(caught.value).startswith(str(tmp_path / "m.gguf"))
-    assert "\n" not in str(caught.value)
+    message = refused_cheaply(lambda: import_student(tmp_path / "m.gguf", tmp_path / "out"), ModelError)
+    assert re.search(words, message)
+    assert message.startswith(str(tmp_path / "m.gguf"))
+    assert "\n" not in message
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,8 @@
 
 llama.cpp quantizes activations in blocks of 256 (32 beside Q4_0), this project a token at a time, so logits differ by
 the steps of the quantizers (here up to 0.3) and greedy tokens may part where the two best are nearly as good. The
-rule: continuations are equal, or part at a place where our own two best logits are less than NEAR_TIE apart.
+rule for free text: continuations are equal, or part at a place where our own two best logits are less than NEAR_TIE
+apart. A student's answers to its own task are what it was trained for, and there they must be equal.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import torch
 from bitdistill.config import ExportConfig, GgufConfig
 from bitdistill.interop.gguf_export import export_gguf
 from bitdistill.models.student import load_student
-from tests.interop.trained import packed_student, stream, texts
+from tests.interop.trained import (
+    packed_student,
+    save_packed,
+    stream,
+    task_examples,
+    texts,
+    train_task_student,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -148,3 +156,26 @@ def test_llama_cpp_computes_the_student(
     if table == "f16":  # rounded tables move the logits themselves
         assert all(gap < NEAR_TIE for gap in gaps)
         assert equal >= 0.5 * PROMPTS
+
+
+@pytest.mark.parametrize("name", ["bitnet", "llama"])
+@torch.no_grad()
+def test_a_task_student_gives_the_same_answers(tmp_path: Path, name: str) -> None:
+    """Greedy over the whole vocabulary, at the place of the answer (one token for each label), on held-out rows."""
+    family, subln, changes = STUDENTS[name]
+    packed = save_packed(train_task_student(family, subln, steps=500, **changes), tmp_path)
+    llama = open_llama(export_gguf(packed, tmp_path / "gguf", ExportConfig()) / "model.gguf")
+    model, _, _ = load_student(packed)
+    examples = task_examples("test")
+    right = different = 0
+    rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[: 4 * PROMPTS].tolist()
+    for count, row in enumerate(rows):
+        prompt = list(examples[row].prompt_ids)
+        ours = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+        theirs = int(their_logits(llama, prompt)[-1].argmax())
+        right += ours == examples[row].answer_ids[0]
+        different += ours != theirs
+        assert count >= PROMPTS or different == 0, f"prompt {count}: {ours} here, {theirs} in llama.cpp"
+    print(f"\n{name}: {right} of {len(rows)} right, {different} answers differ in llama.cpp")
+    assert right > 0.8 * len(rows)  # a trained student
+    assert different <= 0.01 * len(rows)

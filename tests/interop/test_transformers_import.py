@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bitdistill.interop.foreign import foreign_kind, import_student
 from bitdistill.interop.transformers_bitnet import export_transformers, pack_rows
 from bitdistill.models.student import load_student
 from bitdistill.quant.ternary import ternarize
+from tests.cheap import refused_cheaply
 from tests.interop.test_transformers_bitnet import packed_folder
 from tests.models.conftest import make_tokenizer, tiny_model
 
@@ -218,10 +220,10 @@ def test_damaged_checkpoints_are_refused(case: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     bitnet_checkpoint(source)
     damage(source)
-    with pytest.raises(BitDistillError, match=words) as caught:
-        import_student(source, tmp_path / "out")
-    assert str(source) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    message = refused_cheaply(lambda: import_student(source, tmp_path / "out"), BitDistillError)
+    assert re.search(words, message)
+    assert str(source) in message
+    assert "\n" not in message
     assert not (tmp_path / "out").exists()
 
 

@@ -20,6 +20,7 @@ from bitdistill.errors import ModelError
 from bitdistill.models.families import layout_of
 from bitdistill.models.gguf_header import config_from_gguf, read_gguf
 from bitdistill.models.load import config_dict, load_source, source_fingerprint
+from tests.cheap import refused_cheaply
 
 from .conftest import tiny_model
 
@@ -337,11 +338,10 @@ def test_damaged_headers_are_refused(case: str, sound: bytes, tmp_path: Path) ->
     assert data != sound
     path = tmp_path / "m.gguf"
     path.write_bytes(data)
-    with pytest.raises(ModelError) as caught:
-        read_gguf(path)
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    message = refused_cheaply(lambda: read_gguf(path), ModelError)
+    assert words in message
+    assert str(path) in message
+    assert "\n" not in message
 
 
 def test_truncation_at_any_header_byte_is_refused(sound: bytes, tmp_path: Path) -> None:

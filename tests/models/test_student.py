@@ -22,6 +22,7 @@ from bitdistill.models import hf
 from bitdistill.models.student import load_student, pack, save_student
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
 from bitdistill.quant.ternary import ternarize
+from tests.cheap import refused_cheaply
 
 from .conftest import make_tokenizer, tiny_model
 
@@ -434,10 +435,9 @@ def test_malformed_folders_are_refused(case: str, folders: dict[str, Path], tmp_
     shutil.copytree(folders[source], folder)
     damage(folder)
     reseal(folder)
-    with pytest.raises((ArtifactError, ModelError)) as caught:
-        load_student(folder)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+    message = refused_cheaply(lambda: load_student(folder), ArtifactError, ModelError)
+    assert words in message
+    assert "\n" not in message
 
 
 def test_a_shard_that_links_out_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

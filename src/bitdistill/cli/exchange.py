@@ -71,7 +71,8 @@ def export(
     if source.is_dir():
         packed, made = _from_folder(source, [*(set_ or []), *overrides], quiet or json_)
         if json_ and push is None:
-            print_json({"packed": str(packed), "formats": {n: str(p) for n, p in made.items()}})
+            formats = {n: str(p) for n, p in made.items()}
+            print_json({"packed": str(packed), "formats": formats, "readers": _readers(packed)})
     else:
         from bitdistill.cli.runs import run_until
 
@@ -80,6 +81,12 @@ def export(
         )
         assert result.packed is not None  # the pipeline ran up to export
         packed, made = result.packed, result.formats
+    if not (quiet or json_):
+        for reader in _readers(packed):
+            why = f"no: {reader['why_not']}" if reader["why_not"] else "yes"
+            stderr().print(
+                f"{reader['tool']} (format {reader['format']}): {why}", soft_wrap=True, markup=False
+            )
     if push is not None:
         _push(packed if not format_ else made.get(format_[0], packed), packed, push, private, dry_run, json_)
 
@@ -96,6 +103,13 @@ def _from_folder(packed: Path, overrides: list[str], quiet: bool) -> tuple[Path,
         if not quiet:
             stderr().print(f"{name:>8}  {path}", soft_wrap=True, markup=False)
     return packed, made
+
+
+def _readers(packed: Path) -> list[dict[str, Any]]:
+    """Which tools can read the student, and why the others cannot."""
+    from bitdistill.interop.readers import readers
+
+    return [vars(reader) for reader in readers(packed)]
 
 
 def _push(folder: Path, packed: Path, repo: str, private: bool, dry_run: bool, json_: bool) -> None:

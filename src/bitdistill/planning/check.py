@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.pretrain is not None:
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
@@ -127,6 +128,14 @@ def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bo
     rows, exact = count_rows(Path(source), sample)
     rows = rows if limit is None else min(limit, rows)
     return Source(key, source, len(sample), rows, tokens, "" if exact else "about")
+
+
+def _few_labels(train: Source, recipe: Recipe) -> Source:
+    """The training rows that `rows_per_label` leaves, for the estimates; where rows are held out of them, all."""
+    held_out = recipe.data.validation is None and recipe.data.validation_fraction > 0
+    if recipe.data.rows_per_label is None or train.rows is None or held_out:
+        return train
+    return replace(train, rows=min(train.rows, recipe.data.rows_per_label * len(recipe.task.labels)))
 
 
 def _characters(task: Task, fields: dict[str, Any]) -> int:

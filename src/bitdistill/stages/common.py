@@ -182,6 +182,12 @@ class Run:
             "limit_train": data.limit_train,
             "validation_fraction": data.validation_fraction if data.validation is None else 0.0,
             "max_length": data.max_length,
+            # Only where it is set, and with what draws the rows, so that older artifacts keep their keys
+            **(
+                {}
+                if data.rows_per_label is None
+                else {"rows_per_label": [data.rows_per_label, self.recipe.seed]}
+            ),
         }
 
     def _split_train(self) -> tuple[list[readers.Row], list[readers.Row]]:
@@ -197,7 +203,10 @@ class Run:
 
     def train_rows(self) -> list[readers.Row]:
         """Training rows, without what is held out of them."""
-        return self._split_train()[0]
+        rows, task = self._split_train()[0], self.recipe.task
+        if self.recipe.data.rows_per_label is None:
+            return rows
+        return draw_per_label(rows, task.label_field, self.recipe.data.rows_per_label, self.recipe.seed)
 
     def train_examples(self, tokenizer: Any) -> list[Example]:
         """Encoded training rows."""
@@ -243,6 +252,19 @@ class Run:
 
     def compiling(self, loop: Loop) -> bool:
         return wants_compile(loop.compile, self.device)
+
+
+def draw_per_label(rows: list[readers.Row], field: str, count: int, seed: int) -> list[readers.Row]:
+    """At most `count` rows of each value of `field`, in the order of `rows`; drawn by seed."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    left: dict[str, int] = {}
+    chosen = []
+    for index in order:
+        label = str(rows[index].fields.get(field))
+        left[label] = left.get(label, count) - 1
+        if left[label] >= 0:
+            chosen.append(index)
+    return [rows[index] for index in sorted(chosen)]
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:
