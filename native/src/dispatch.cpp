@@ -208,7 +208,7 @@ void gemm(const TernaryMatrix& matrix, const QuantizedRows& x, float* y, int64_t
 }
 void matmul(const TernaryMatrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
             int64_t row_end) {
-  ternary(matrix, x, {y, nullptr, ldy}, row_begin, row_end, x.tokens > kGemvTokens);
+  ternary(matrix, x, {y, nullptr, ldy}, row_begin, row_end, x.tokens > kernels().gemv_tokens);
 }
 void matmul_i32(const TernaryMatrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
                 int64_t row_end, bool use_gemm) {

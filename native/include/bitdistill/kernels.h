@@ -191,8 +191,7 @@ void rmsnorm(const float* x, const float* gain, int64_t n, float eps, float* y);
 // row_end too, or equal to matrix.rows. Nothing outside that range is written. Split work between threads by
 // ThreadPool::parallel_rows. x.cols must equal matrix.cols.
 
-// Decode: any number of tokens, best for up to kGemvTokens; weights are read once for all of them.
-constexpr int64_t kGemvTokens = 4;
+// Decode: any number of tokens, best for a handful; weights are read once for all of them.
 void gemv(const TernaryMatrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
           int64_t row_end);
 // Prefill and batches: a tile of weights is unpacked once into bytes and meets all tokens.

@@ -73,6 +73,7 @@ struct KernelTable {
   // Integer products over rows [row_begin, row_end); see kernels.h for what may be assumed.
   void (*ternary_gemv)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
                        int64_t row_end);
+  int64_t gemv_tokens;  // up to so many tokens ternary_gemv is the faster one
   // `tile` holds gemm_tile_groups * tile_bytes(w.quads), 64-byte aligned.
   void (*ternary_gemm)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
                        int64_t row_end, uint8_t* tile);
