@@ -249,6 +249,9 @@ void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n) { kernels().axpy
 void mix(const FloatMatrix& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
   kernels().mix({values.data, values.rows, values.cols, values.type}, shares, groups, ld, y, ldy);
 }
+void widen(const FloatMatrix& matrix, int64_t row_begin, int64_t row_end, float* y) {
+  kernels().widen({matrix.data, matrix.rows, matrix.cols, matrix.type}, row_begin, row_end, y);
+}
 void to_f16(const float* x, uint16_t* y, int64_t n) { kernels().to_f16(x, y, n); }
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().silu_mul(gate, up, y, n); }
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n) {

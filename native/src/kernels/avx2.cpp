@@ -174,7 +174,7 @@ void unpack_group(Layout layout, const Group& group, uint8_t* tile) {
   }
 }
 
-constexpr int64_t kPairs = 60;
+constexpr int64_t kPairs = 64;
 
 // 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers. The sums have names,
 // leave their registers by plain stores, and are added to in assembly, because GCC otherwise spills or copies them

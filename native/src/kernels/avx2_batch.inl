@@ -8,7 +8,7 @@
 // int16 bounds as at the top of avx2.cpp: 60 pairs of digits 0..2, 8 of 4-bit codes.
 
 struct TwoBitQuads {
-  static constexpr int kQuads = 4, kChunk = 15;  // quads of a block; blocks between widenings
+  static constexpr int kQuads = 4, kChunk = 16;  // quads of a block; blocks between widenings
   __m256i bytes;
   explicit TwoBitQuads(__m256i b) : bytes(b) {}
   template <int P>
@@ -48,14 +48,13 @@ struct Int4Quads {
   if constexpr (t < T)                                                                            \
     store32(sums + 16 * t, _mm256_add_epi32(load32(sums + 16 * t), widen(a##t)));
 // Adds to sums[16 t + row] for the eight rows of a half.
-template <class Quads, int T>
-void batch_half(const uint8_t* half, int64_t blocks, const int8_t* codes, int64_t stride, bool prefetch,
-                int32_t* sums) {
+template <class Quads, int T, bool prefetch>
+void batch_half(const uint8_t* half, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
   for (int64_t b0 = 0; b0 < blocks; b0 += Quads::kChunk) {
     const int64_t b1 = b0 + Quads::kChunk < blocks ? b0 + Quads::kChunk : blocks;
     BITDISTILL_TOKENS(BITDISTILL_DECLARE)
     for (int64_t b = b0; b < b1; ++b) {
-      if (prefetch) _mm_prefetch(reinterpret_cast<const char*>(half + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+      if constexpr (prefetch) _mm_prefetch(reinterpret_cast<const char*>(half + b * 64 + kPrefetchBytes), _MM_HINT_T0);
       const Quads quads(load32(half + b * 64));
       each<Quads::kQuads>([&](auto p) BITDISTILL_INLINE {
         const __m256i digit = quads.template get<p>();
@@ -75,6 +74,6 @@ void batch_half(const uint8_t* half, int64_t blocks, const int8_t* codes, int64_
 template <class Quads, int T>
 inline void batch_group(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
   for (int i = 0; i < 2 * T; ++i) store32(sums + 8 * i, _mm256_setzero_si256());
-  batch_half<Quads, T>(group, blocks, codes, stride, true, sums);
-  batch_half<Quads, T>(group + 32, blocks, codes, stride, false, sums + 8);  // from the cache
+  batch_half<Quads, T, true>(group, blocks, codes, stride, sums);
+  batch_half<Quads, T, false>(group + 32, blocks, codes, stride, sums + 8);  // from the cache
 }

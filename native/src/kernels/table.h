@@ -101,6 +101,7 @@ struct KernelTable {
   void (*screen_row)(const FloatView&, int64_t row, const ScreenDither& dither, float* values, int8_t* codes,
                      ScreenRow* out);
   void (*mix)(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy);
+  void (*widen)(const FloatView&, int64_t row_begin, int64_t row_end, float* y);
 };
 
 extern const KernelTable kScalarKernels;
