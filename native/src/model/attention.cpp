@@ -10,6 +10,9 @@ namespace {
 // Rows of a prompt that meet the keys together, and keys (or values) that are widened to float32 for them at a time:
 // both stay in the first-level cache.
 constexpr std::int64_t kQueryRows = 16, kKeyRows = 32;
+// Bytes of a head's keys and of its values that are asked for while the head before is computed. In decode they lie in
+// many short stretches, which nothing has read since the last token: their latencies should overlap.
+constexpr std::int64_t kFetchBytes = 16384;
 
 struct Range {
   std::int64_t first, last;
@@ -66,6 +69,19 @@ struct Model::Attention {
         body(part, scales == nullptr ? nullptr : scales + t, done + t);
       }
       done += span.n;
+    }
+  }
+
+  void fetch(std::size_t layer, const Row& row, std::int64_t kv_head) {
+    const Range seen = positions(row);
+    spans.clear();
+    row.sequence->spans(layer, static_cast<std::size_t>(kv_head), seen.first, seen.last, spans);
+    for (const KvSpan& span : spans) {
+      const std::int64_t bytes = std::min(span.n * width * float_bytes(type), kFetchBytes);
+      for (std::int64_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(span.keys + i);
+        __builtin_prefetch(span.values + i);
+      }
     }
   }
 
@@ -151,7 +167,10 @@ void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) 
            [&](std::int64_t begin, std::int64_t end, int) {
              Attention attention(*this, layer, s);
              for (std::int64_t i = begin; i < end; ++i) {
-               const auto block = static_cast<std::size_t>(i % blocks);
+               const auto block = static_cast<std::size_t>(i % blocks), next = static_cast<std::size_t>((i + 1) % blocks);
+               if (i + 1 < end && begins[next + 1] - begins[next] == 1) {
+                 attention.fetch(layer, rows[static_cast<std::size_t>(begins[next])], (i + 1) / blocks);
+               }
                attention.run(layer, rows, begins[block], begins[block + 1] - begins[block], i / blocks, s.mixed.data());
              }
            });
