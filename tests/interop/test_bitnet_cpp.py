@@ -54,7 +54,7 @@ def their_text(programs: Path, model: Path, prompt: str, tokens: int) -> str:
             *("-m", str(model), "-p", prompt, "-n", str(tokens), "--temp", "0", "--no-display-prompt"),
             *("-t", "1", "-c", "256"),
         )
-        .removesuffix("\n\n")
+        .rstrip("\n")
         .removesuffix(" [end of text]")
     )
 
