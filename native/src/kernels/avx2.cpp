@@ -2,7 +2,7 @@
 //
 // vpmaddubsw: 32 products u8 x i8, added in pairs into 16 int16 lanes with saturation; a row of the group has two
 // lanes. It must never saturate:
-//   digits 0..2 x i8:  |pair| <= 2 * 2 * 128 = 512, so int16 holds 63 pairs; kPairs = 60 are added before widening.
+//   digits 0..2 x i8:  -512 <= pair <= 508, so int16 holds kPairs = 64: -32768 to 32512; then they are widened.
 //   4 * digits x i8:   |pair| <= 2048, so int16 holds 15 pairs; field 1 and 3 add 14 (7 blocks), and 14 * 512 + 14 *
 //                      2048 / 4 = 14336 fits when both sums are joined.
 //   4-bit codes 0..14 x i8: |pair| <= 2 * 14 * 128 = 3584; 8 pairs (4 blocks) are added.

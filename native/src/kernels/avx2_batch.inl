@@ -5,7 +5,7 @@
 // register of packed bytes, a digit, a broadcast. The sums have names and are added to in assembly, because GCC
 // otherwise spills or copies them inside the loop.
 //
-// int16 bounds as at the top of avx2.cpp: 60 pairs of digits 0..2, 8 of 4-bit codes.
+// int16 bounds as at the top of avx2.cpp: 64 pairs of digits 0..2, 8 of 4-bit codes.
 
 struct TwoBitQuads {
   static constexpr int kQuads = 4, kChunk = 16;  // quads of a block; blocks between widenings
