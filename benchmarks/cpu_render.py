@@ -29,10 +29,9 @@ def ratio(run: dict[str, Any], name: str, other: str, do: str) -> float:
     return float(median(b / a for a, b in zip(ours, theirs, strict=True)))
 
 
-def best(run: dict[str, Any], prefix: str | None, do: str) -> str | None:
-    """The fastest of our formats ("bitdistill"), or of all others (None)."""
-    names = [n for n in run["engines"] if n.startswith("bitdistill") == (prefix == "bitdistill")]
-    return max(names, key=lambda n: rate(run, n, do)) if names else None
+def best_other(run: dict[str, Any], do: str) -> str:
+    """The fastest format that is not ours."""
+    return max((n for n in run["engines"] if not n.startswith("bitdistill")), key=lambda n: rate(run, n, do))
 
 
 def bytes_per_token(engine: dict[str, Any]) -> int | None:
@@ -47,7 +46,12 @@ def table(run: dict[str, Any]) -> str:
     bandwidth = median(run["read_bandwidth_bytes_per_s"])
     lines = [
         f"**{run['shape']}, {run['threads']} thread{'s' * (run['threads'] > 1)}** "
-        f"(read bandwidth {bandwidth / 1e9:.1f} GB/s)",
+        f"(read bandwidth {bandwidth / 1e9:.1f} GB/s"
+        + (
+            f", OMP_WAIT_POLICY {run['omp_wait_policy']})"
+            if run["threads"] > 1 and "omp_wait_policy" in run
+            else ")"
+        ),
         "",
         "| engine, format | decode, tokens/s | prefill, tokens/s | 8 sequences, tokens/s | MB a token | "
         "share of bandwidth | peak RSS, MB | load, s |",
@@ -70,27 +74,35 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def isas(run: dict[str, Any]) -> list[str]:
+    """Instruction sets that our rows name ("bitdistill FORMAT, ISA"); [""] if they name none."""
+    return list(dict.fromkeys(n.partition(", ")[2] for n in run["engines"] if n.startswith("bitdistill")))
+
+
 def summary(runs: list[dict[str, Any]]) -> str:
-    """The ratios that count: our best format against the best of the others, and against F16."""
+    """The ratios that count: our best format of an instruction set against the best of the others, and against F16."""
     lines = [
-        "| shape | threads | decode against the best other format | decode against F16 | "
-        "prefill against the best other | prefill against F16 | 8 sequences against one | RSS, F16 against ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| shape | threads | ours | decode against the best other format | decode against F16 | "
+        "prefill against the best other | prefill against F16 | 8 sequences against one, same format | "
+        "RSS, F16 against ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
-        cells = [run["shape"], str(run["threads"])]
-        for do in ("decode", "prefill"):
-            ours, other = best(run, "bitdistill", do), best(run, None, do)
-            assert ours is not None
-            assert other is not None
-            cells.append(f"{ratio(run, ours, other, do):.2f}× ({other})")
-            cells.append(f"{ratio(run, ours, 'llama.cpp F16', do):.2f}×")
-        ours = best(run, "bitdistill", "decode8")
-        assert ours is not None
-        cells.append(f"{rate(run, ours, 'decode8') / rate(run, ours, 'decode'):.2f}×")
-        smallest = min(e["peak_rss_bytes"] for n, e in run["engines"].items() if n.startswith("bitdistill"))
-        cells.append(f"{run['engines']['llama.cpp F16']['peak_rss_bytes'] / smallest:.1f}×")
-        lines.append("| " + " | ".join(cells) + " |")
+        for isa in isas(run):
+            mine = [n for n in run["engines"] if n.startswith("bitdistill") and n.partition(", ")[2] == isa]
+            cells = [run["shape"], str(run["threads"]), isa or "best"]
+            for do in ("decode", "prefill"):
+                ours = max(mine, key=lambda n: rate(run, n, do))
+                other = best_other(run, do)
+                cells.append(f"{ratio(run, ours, other, do):.2f}× ({other})")
+                cells.append(f"{ratio(run, ours, 'llama.cpp F16', do):.2f}×")
+            gains = [(rate(run, n, "decode8") / rate(run, n, "decode"), n) for n in mine]
+            cells.append(
+                ", ".join(f"{gain:.2f}× ({n.split()[1].split('+')[0].strip(',')})" for gain, n in gains)
+            )
+            smallest = min(run["engines"][n]["peak_rss_bytes"] for n in mine)
+            cells.append(f"{run['engines']['llama.cpp F16']['peak_rss_bytes'] / smallest:.1f}×")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -117,21 +129,35 @@ def chart(runs: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def conditions(result: dict[str, Any]) -> str:
+    """Machine, date and command of each run; runs of one command are named once."""
+    lines = []
+    for run in result["runs"]:
+        facts = {**result, **run}
+        host = facts["machine"]
+        line = (
+            f"{host.get('model name', '?')} (family {host.get('cpu family', '?')}, model {host.get('model', '?')}), "
+            f"{host['cpus']} CPUs, load {host['load_average']:.1f} at the start; {facts['date']}; "
+            f"`{facts['command']}`; exactness tests before it: {facts['tests']['outcome']}; "
+            + ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+        )
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(f"- {line}." for line in lines) + "\n"
+
+
 def page(result: dict[str, Any]) -> str:
     """The whole page."""
-    host = result["machine"]
     parts = [
         "# CPU speed\n",
-        "Generated by `python benchmarks/cpu_speed.py --render` from `results/cpu-speed.json`. Random weights in the "
-        "shapes of SmolLM2 and Qwen3; medians over interleaved rounds, ratios inside a round. Native rows pick the "
-        "greedy token, llama.cpp rows only compute logits. `screened4` and `screened` give the tokens of the full head "
-        "([engine.md](engine.md)). The student has SubLN, which the GGUF models lack. RSS is the whole process, Python "
-        "included.\n",
-        f"{host.get('model name', '?')} (family {host.get('cpu family', '?')}, model {host.get('model', '?')}), "
-        f"{host['cpus']} CPUs, load {host['load_average']:.1f} at the start; {result['date']}; "
-        f"`{result['command']}`; exactness tests before it: {result['tests']['outcome']}; "
-        + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        + ".\n",
+        "Generated by `python benchmarks/cpu_speed.py --render` from `results/cpu-speed.json`. Models in the shapes of "
+        "SmolLM2, Gemma 3 and Qwen3, with random weights unless the command says `real`; medians over interleaved "
+        "rounds, ratios inside a round. Native rows pick the greedy token, the others only compute logits. "
+        "`screened4` and `screened` give the tokens of the full head ([engine.md](engine.md)). The student has SubLN, "
+        "which the GGUF models lack. With two threads, the others' OpenMP threads wait for each other actively or "
+        "passively, whichever decodes faster. A process that is not timed is stopped. RSS is the whole process, Python "
+        "included (llama-bench has none); `load` is without hashing.\n",
+        conditions(result),
         *([f"Note: {result['note']}.\n"] if "note" in result else []),
         summary(result["runs"]),
         f"![decode and prefill rates]({CHART.name})\n",

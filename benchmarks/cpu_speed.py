@@ -2,7 +2,7 @@
 """The native engine against llama.cpp (and llama-bench builds of others) on models of the same shapes.
 
     pip install -e '.[dev]' gguf llama-cpp-python
-    python benchmarks/cpu_speed.py [--quick] [--shapes 0.6B 1.7B] [--peer ik:IQ2_BN=BINARY,MODEL.gguf@0.6B]
+    python benchmarks/cpu_speed.py [--quick] [--shapes 0.6B 1.7B] [--build ik_llama.cpp=FOLDER:IQ2_BN,IQ2_BN_R4]
     python benchmarks/cpu_speed.py --render        tables and chart again, from results/cpu-speed.json
 
 The exactness tests run first; a failure ends it. Every engine and format is a process of its own (cpu_worker.py).
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ QUICK = ("2bit+screened4", "base3+screened4", "F16", "Q4_0", "TQ2_0", "TQ2_0-eQ4
 class Worker:
     """A process of cpu_worker.py."""
 
-    def __init__(self, arguments: list[str], isa: str | None) -> None:
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    def __init__(self, arguments: list[str], isa: str | None, policy: str = "passive") -> None:
+        environment = {**os.environ, "OMP_WAIT_POLICY": policy}
         if isa:
             environment["BITDISTILL_ISA"] = isa
         command = [sys.executable, str(Path(__file__).with_name("cpu_worker.py")), *arguments]
@@ -51,6 +52,11 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.facts = self._answer()
+        self._stop()
+
+    def _stop(self) -> None:
+        # Waiting OpenMP threads may spin: a process that is not being timed must not run at all.
+        self.process.send_signal(signal.SIGSTOP)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -63,9 +69,13 @@ class Worker:
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its answer."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        if request["do"] != "end":
+            self._stop()
+        return answer
 
     def end(self) -> dict[str, Any]:
         """Its facts and peak memory; the process is gone afterwards."""
@@ -75,23 +85,70 @@ class Worker:
 
 
 class LlamaBench:
-    """A llama-bench binary of another engine: one process for each timing."""
+    """A llama-bench binary of another engine: one process for each timing, warmed up by itself."""
 
-    def __init__(self, binary: str, model: str, threads: int) -> None:
-        self.command = [binary, "-m", model, "-t", str(threads), "-r", "1", "-o", "json"]
-        self.facts: dict[str, Any] = {"weight_bytes": Path(model).stat().st_size}
+    def __init__(self, binary: Path, model: Path, threads: int, policy: str) -> None:
+        self.environment = {**os.environ, "OMP_WAIT_POLICY": policy}
+        self.command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
+        self.facts: dict[str, Any] = {"weight_bytes": model.stat().st_size, "peak_rss_bytes": 0}
 
     def ask(self, do: str, tokens: int, sequences: int = 1) -> dict[str, Any]:
         """As Worker.ask."""
         p, n = (tokens, 0) if do == "prefill" else (0, tokens)
-        out = subprocess.run(
-            [*self.command, "-p", str(p), "-n", str(n)], check=True, capture_output=True, text=True
+        command = [*self.command, "-p", str(p), "-n", str(n)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=self.environment
         )
-        return {"seconds": tokens / json.loads(out.stdout)[0]["avg_ts"]}
+        assert process.stdout is not None
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            raise SystemExit(f"{' '.join(command)}: ended with code {process.returncode}")
+        self.facts["peak_rss_bytes"] = max(self.facts["peak_rss_bytes"], usage.ru_maxrss * 1024)
+        return {"seconds": tokens / json.loads(out[out.index("[") :])[0]["avg_ts"]}
 
     def end(self) -> dict[str, Any]:
-        """As Worker.end; its memory is not measured."""
+        """As Worker.end."""
         return self.facts
+
+
+def wait_policy(args: argparse.Namespace, model: Path, threads: int) -> str:
+    """How llama.cpp's OpenMP threads wait for each other where it decodes faster: both are tried."""
+    if args.omp is not None or threads == 1:
+        return args.omp or "passive"
+    seconds = {}
+    for policy in ("active", "passive"):
+        worker = Worker(["llama", str(model), str(threads), "512"], None, policy)
+        worker.ask(do="decode", tokens=8)
+        seconds[policy] = median(worker.ask(do="decode", tokens=24)["seconds"] for _ in range(3))
+        worker.end()
+    print(f"{model.name}, {threads} threads: seconds by OMP_WAIT_POLICY {seconds}", file=sys.stderr)
+    return min(seconds, key=lambda policy: seconds[policy])
+
+
+def peer_builds(
+    args: argparse.Namespace, shape: str, f16: Path, threads: int, policy: str
+) -> dict[str, LlamaBench]:
+    """llama-bench of each --build on files that its own llama-quantize makes from the F16 file."""
+    import shapes
+
+    engines = {}
+    for build in args.build:
+        name, _, rest = build.partition("=")
+        folder, _, types = rest.rpartition(":")
+        for kind in types.split(","):
+            target, _, arch = kind.partition("@")
+            plain = shapes.write_f16(shape, f16.with_stem(f"F16-{arch}"), other=arch) if arch else f16
+            model = shapes.write_by_build(plain, Path(folder) / "llama-quantize", name, target)
+            engines[f"{name} {kind}"] = LlamaBench(Path(folder) / "llama-bench", model, threads, policy)
+    for peer in args.peer:
+        name, _, rest = peer.partition("=")
+        binary, _, path = rest.partition(",")
+        path, _, its_shape = path.partition("@")
+        if its_shape in ("", shape):
+            engines[name] = LlamaBench(Path(binary), Path(path), threads, policy)
+    return engines
 
 
 def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, Any]:
@@ -101,26 +158,25 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
     from bitdistill.engine import _native
 
     folder = args.models / shape
-    student = str(shapes.write_student(shape, folder / "student"))
-    f16 = shapes.write_f16(shape, folder / "F16.gguf")
+    source = dict(real.partition("=")[::2] for real in args.real).get(shape)
+    source = Path(source) if source else None
+    student = str(shapes.write_student(shape, folder / "student", source))
+    f16 = shapes.write_f16(shape, folder / "F16.gguf", source)
     engines: dict[str, Worker | LlamaBench] = {}
     wanted = args.only or (QUICK if args.quick else None)
     context = str(args.context)
     for name, (layout, head) in NATIVE.items():
         if wanted is None or name in wanted:
-            engines[f"bitdistill {name}"] = Worker(
-                ["native", student, str(threads), context, layout, head], args.isa
-            )
-    for name in ["F16", *shapes.gguf_types(shape)]:
-        if wanted is None or name in wanted:
-            path = f16 if name == "F16" else shapes.write_quantized(f16, name, threads)
-            engines[f"llama.cpp {name}"] = Worker(["llama", str(path), str(threads), context], None)
-    for peer in args.peer:
-        name, _, rest = peer.partition("=")
-        binary, _, model = rest.partition(",")
-        model, _, its_shape = model.partition("@")
-        if its_shape in ("", shape):
-            engines[name] = LlamaBench(binary, model, threads)
+            for isa in args.isa or [None]:
+                engines[f"bitdistill {name}" + (f", {isa}" if isa else "")] = Worker(
+                    ["native", student, str(threads), context, layout, head], isa
+                )
+    types = [name for name in ["F16", *shapes.gguf_types(shape)] if wanted is None or name in wanted]
+    files = {n: f16 if n == "F16" else shapes.write_quantized(f16, n, threads) for n in types}
+    policy = wait_policy(args, list(files.values())[-1], threads)
+    for name, path in files.items():
+        engines[f"llama.cpp {name}"] = Worker(["llama", str(path), str(threads), context], None, policy)
+    engines |= peer_builds(args, shape, f16, threads, policy)
 
     seconds: dict[str, dict[str, list[float]]] = {
         name: {"prefill": [], "decode": [], "decode8": []} for name in engines
@@ -148,6 +204,7 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
     return {
         "shape": shape,
         "threads": threads,
+        "omp_wait_policy": policy,
         "filled_tokens": args.context - 1 if args.fill else 0,
         "prefill_tokens": args.prefill,
         "decode_tokens": args.decode,
@@ -200,13 +257,39 @@ def main() -> None:
         action="store_true",
         help="fill the context before peak memory is read (llama.cpp reserves its own at the start)",
     )
-    parser.add_argument("--isa", help="instruction set of the native engine")
+    parser.add_argument(
+        "--isa", nargs="+", help="instruction sets of the native engine, each a row of its own"
+    )
+    parser.add_argument(
+        "--build",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER:TYPE[,TYPE...]",
+        help="a folder with llama-bench and llama-quantize of another engine, and the types to make by the latter "
+        "from the F16 file (IQ2_BN, IQ2_BN+q4_K for another type of the embedding, I2_S@llama for another "
+        "architecture than the shape's)",
+    )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=BINARY,MODEL[@SHAPE]")
+    parser.add_argument(
+        "--omp",
+        choices=("active", "passive"),
+        help="OMP_WAIT_POLICY of the others; the faster one if not given",
+    )
     parser.add_argument("--gemv", type=Path, metavar="BENCH_GEMV", help="also run this build of bench_gemv")
+    parser.add_argument(
+        "--real",
+        action="append",
+        default=[],
+        metavar="SHAPE=FOLDER",
+        help="weights of a shape from a model folder",
+    )
     parser.add_argument("--only", nargs="+", metavar="FORMAT", help=f"of {', '.join(NATIVE)}, F16, Q8_0, ...")
     parser.add_argument("--quick", action="store_true", help="six formats, 3 rounds, decode 48, prefill 256")
     parser.add_argument("--skip-tests", action="store_true", help="recorded in the result")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--append", action="store_true", help="keep the runs of --out on other shapes and threads"
+    )
     parser.add_argument("--render", action="store_true", help="only draw tables and chart from the result")
     parser.add_argument("--make-models", action="store_true", help="only make the models")
     args = parser.parse_args()
@@ -229,21 +312,33 @@ def main() -> None:
     options = {
         k: v
         for k, v in vars(args).items()
-        if k not in ("models", "out", "gemv") and v != parser.get_default(k)
+        if k not in ("models", "out", "gemv", "append", "build", "peer", "real")
+        and v != parser.get_default(k)
     }
     command = " ".join(["benchmarks/cpu_speed.py", *(f"{k}={v}" for k, v in options.items())])
-    result: dict[str, Any] = {"command": command, "machine": machine()}
-    result["date"] = time.strftime("%Y-%m-%d")
-    result["tests"] = {"outcome": "skipped"} if args.skip_tests else run_tests()
-    if args.gemv:
-        result["gemv"] = {str(threads): gemv(args.gemv, threads) for threads in args.threads}
+    command += "".join(f" real={shape}" for shape in sorted(r.partition("=")[0] for r in args.real))
+    builds = [f"{name}:{rest.rpartition(':')[2]}" for name, _, rest in (b.partition("=") for b in args.build)]
+    command += "".join(f" build={build}" for build in builds)  # without the place where it lies
+    result: dict[str, Any] = {"runs": []}
+    if args.append:
+        result = json.loads(args.out.read_text("utf-8"))
+    tests = {"outcome": "skipped"} if args.skip_tests else run_tests()
     import llama_cpp
 
-    result["versions"] = {"llama-cpp-python": llama_cpp.__version__}
-    result["runs"] = []
+    facts = {
+        "command": command,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "tests": tests,
+        "versions": {"llama-cpp-python": llama_cpp.__version__},
+    }
+    if args.gemv:
+        result["gemv"] = {str(threads): gemv(args.gemv, threads) for threads in args.threads}
     for shape in args.shapes:
         for threads in args.threads:
-            result["runs"].append(run_shape(args, shape, threads))
+            run = {**run_shape(args, shape, threads), **facts}
+            others = [r for r in result["runs"] if (r["shape"], r["threads"]) != (shape, threads)]
+            result["runs"] = [*others, run]
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     for run in result["runs"]:

@@ -1,13 +1,16 @@
 """Models of a given shape with random weights: as a packed student, and as GGUF files of llama.cpp's types.
 
-Speed does not depend on the values. One layer is drawn and stored in every layer's place; weights of block linears
-are ternary (scale times code) in every format, embeddings and norms are Gaussian.
+Speed does not depend on the values, but for the rows that a screened head computes again: real weights are the easier
+case there, and `source` takes them from a model folder. Without one, a single layer is drawn and stored in every
+layer's place; weights of block linears are ternary (scale times code), embeddings and norms are Gaussian.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from safetensors.numpy import save_file
 
 from bitdistill import artifact
 from bitdistill.config import RefineConfig
+from bitdistill.interop import gguf_export
+from bitdistill.interop.gguf_architecture import Architecture
 from bitdistill.models import contents
 from bitdistill.models.families import layout_of
 from bitdistill.models.surgery import plan as make_plan
@@ -24,6 +29,7 @@ from bitdistill.models.surgery import plan as make_plan
 ASSETS = Path(__file__).parents[1] / "src/bitdistill/assets/configs"
 SHAPES = {
     "135M": "HuggingFaceTB--SmolLM2-135M-Instruct",
+    "270M": "google--gemma-3-270m",
     "0.6B": "Qwen--Qwen3-0.6B",
     "1.7B": "Qwen--Qwen3-1.7B",
     "4B": "Qwen--Qwen3-4B",
@@ -62,8 +68,33 @@ def _layer_key(name: str) -> str:
     return ".".join(parts[3:]) if name.startswith("model.layers.") else name
 
 
-def write_student(shape: str, folder: Path) -> Path:
-    """A packed student (SubLN as in the paper, BF16 floats) of this shape; kept if it is already there."""
+def real_tensors(source: Path | None) -> Callable[[str], np.ndarray | None]:
+    """float32 tensors of a model folder by name; without a folder, None for each."""
+    if source is None:
+        return lambda name: None
+    from safetensors import safe_open
+
+    files = [safe_open(path, "pt") for path in sorted(source.glob("*.safetensors"))]
+    places = {name: handle for handle in files for name in handle.keys()}  # noqa: SIM118
+    return lambda name: places[name].get_tensor(name).float().numpy() if name in places else None
+
+
+def _ternary_bytes(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    import torch
+
+    from bitdistill.quant.packing import pack_2bit
+    from bitdistill.quant.ternary import ternarize
+
+    codes, scale = ternarize(torch.from_numpy(weight))
+    return pack_2bit(codes.to(torch.int8)).numpy(), np.array(float(scale), dtype=np.float32)
+
+
+def write_student(shape: str, folder: Path, source: Path | None = None) -> Path:
+    """A packed student (SubLN as in the paper, BF16 floats) of this shape; kept if it is already there.
+
+    Args:
+        source: a full-precision model whose weights it takes, untrained.
+    """
     if artifact.exists(folder):
         return folder
     config = config_of(shape)
@@ -71,7 +102,16 @@ def write_student(shape: str, folder: Path) -> Path:
     rng = np.random.default_rng(0)
     drawn: dict[str, np.ndarray] = {}
     tensors: dict[str, np.ndarray] = {}
+    real = real_tensors(source)
     for name, (dims, _) in contents.expected_tensors(config, plan, True, shape).items():
+        if (weight := real(f"{name.rpartition('.')[0]}.weight")) is not None and name.endswith(".codes"):
+            tensors[name], tensors[f"{name.removesuffix('.codes')}.scale"] = _ternary_bytes(weight)
+            continue
+        if name in tensors:
+            continue
+        if (values := real(name)) is not None:
+            tensors[name] = _bf16(values)
+            continue
         key = _layer_key(name)
         if key not in drawn:
             if name.endswith(".codes"):
@@ -145,50 +185,47 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}", "utf-8")
 
 
-def write_f16(shape: str, path: Path) -> Path:
-    """The same shape as a GGUF of F16 matrices for llama.cpp (qwen3 or llama, no SubLN); kept if it is there."""
+def write_f16(shape: str, path: Path, source: Path | None = None, other: str | None = None) -> Path:
+    """The same shape as a GGUF of F16 matrices for llama.cpp, without SubLN; kept if it is there.
+
+    Query and key rows keep transformers' order, which llama.cpp reads otherwise for llama: right for speed alone.
+
+    Args:
+        other: another architecture than the shape's own, for engines that lack it; what it has no name for is left out.
+    """
     if path.exists():
         return path
     config = config_of(shape)
-    arch = {"qwen3": "qwen3", "llama": "llama"}[config["model_type"]]
+    arch = other or {"qwen3": "qwen3", "llama": "llama", "gemma3_text": "gemma3"}[config["model_type"]]
+    layout = layout_of(config, shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, arch)
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(theta)
-    writer.add_vocab_size(config["vocab_size"])
+    gguf_export._write_config(writer, config, layout, Architecture(arch), shape)
     writer.add_file_type(1)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"t{i}".encode() for i in range(config["vocab_size"])])
     writer.add_token_types([1] * config["vocab_size"])
     writer.add_token_merges(["t 1"])
-    layout = layout_of(config, shape)
     arch_id = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(arch_id, config["num_hidden_layers"])
     rng = np.random.default_rng(0)
     drawn: dict[str, np.ndarray] = {}
+    real = real_tensors(source)
 
     def add(name: str, dims: tuple[int, ...], linear: bool) -> None:
-        key = _layer_key(name)
-        if key not in drawn:
+        key = name if source is not None else _layer_key(name)
+        if (given := real(name)) is not None:
+            drawn[key] = given + (arch == "gemma3") if len(dims) == 1 else given.astype(np.float16)
+        elif key not in drawn:
             if linear:
                 drawn[key] = (SCALE * _codes(rng, *dims).astype(np.float32)).astype(np.float16)
             else:
                 values = _floats(rng, name, dims)
                 drawn[key] = values if len(dims) == 1 else values.astype(np.float16)
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None and other is not None:
+            return
         if target is None:
             raise SystemExit(f"{name}: {arch} has no such tensor in GGUF")
         writer.add_tensor(target, drawn[key])
@@ -223,5 +260,25 @@ def write_quantized(f16: Path, name: str, threads: int) -> Path:
     code = llama_cpp.llama_model_quantize(str(f16).encode(), str(partial).encode(), ctypes.byref(params))
     if code != 0:
         raise SystemExit(f"llama.cpp could not quantize {f16} to {name} (code {code})")
+    partial.rename(path)
+    return path
+
+
+def write_by_build(f16: Path, quantizer: Path, name: str, kind: str) -> Path:
+    """The F16 file in a type of another engine, by that engine's own quantizer; kept if it is there."""
+    path = f16.with_name(f"{name}-{kind}.gguf")
+    if path.exists():
+        return path
+    target, _, embedding = kind.partition("+")
+    options = ["--token-embedding-type", embedding, "--output-tensor-type", embedding] if embedding else []
+    partial = path.with_suffix(".partial")
+    done = subprocess.run(
+        [quantizer, *options, f16, partial, target],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{name} could not quantize {f16} to {kind}:\n{done.stdout[-2000:]}")
     partial.rename(path)
     return path

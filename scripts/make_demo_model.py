@@ -25,6 +25,7 @@ from bitdistill.config import Loop, Optim, PretrainConfig
 from bitdistill.data.batches import PackedBatches
 from bitdistill.data.corpus import TokenShards
 from bitdistill.data.readers import iter_documents
+from bitdistill.models.attention import causal_only
 from bitdistill.models.student import load_student, save_student
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
@@ -124,20 +125,21 @@ def make_model(args: argparse.Namespace) -> None:
     compiling = device.type == "cuda"
     if compiling:
         compile_blocks(model)
-    result = fit(
-        model,
-        batches,
-        LanguageModelStep(model, None, PretrainConfig(objective="lm"), compiling),
-        optim=Optim(
-            learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05
-        ),
-        loop=loop,
-        total_steps=total_steps,
-        device=device,
-        tracker=Tracker("demo-model", args.out.parent, total_steps),
-        checkpoint_root=args.out.parent / "checkpoints" / "demo-model",
-        key=f"demo-model-{args.seed}",
-    )
+    with causal_only(model):
+        result = fit(
+            model,
+            batches,
+            LanguageModelStep(model, None, PretrainConfig(objective="lm"), compiling),
+            optim=Optim(
+                learning_rate=args.learning_rate, schedule="cosine", min_lr_ratio=0.05, weight_decay=0.05
+            ),
+            loop=loop,
+            total_steps=total_steps,
+            device=device,
+            tracker=Tracker("demo-model", args.out.parent, total_steps),
+            checkpoint_root=args.out.parent / "checkpoints" / "demo-model",
+            key=f"demo-model-{args.seed}",
+        )
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(json.dumps({**vars(result), "parameters": sum(p.numel() for p in model.parameters())}))

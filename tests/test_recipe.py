@@ -56,6 +56,32 @@ def test_paper_method_lies_under_the_users_keys(write):
     assert (recipe.distill.gamma, recipe.distill.lambda_) == (60, 10)
 
 
+def test_method_as_a_flag_goes_over_the_file_and_under_other_flags(write):
+    path = write(
+        MINIMAL
+        + "refine: {gains: calibrated, subln: every_linear}\ndistill: {gamma: 60, lambda: 3, epochs: 7}\n"
+    )
+    recipe = load_recipe(path, ["distill.lambda=2", "method=paper"])
+    assert (recipe.method, recipe.refine.gains, recipe.refine.subln) == ("paper", "ones", "paper")
+    assert (recipe.distill.gamma, recipe.distill.lambda_, recipe.distill.hidden_weight) == (1e5, 2, 0)
+    assert recipe.distill.epochs == 7
+    assert recipe.distill.relation.form == "scaled_dot"
+    assert load_recipe(write(MINIMAL + "pretrain: null\n"), ["method=paper"]).pretrain is None
+    with pytest.raises(RecipeError, match="papr"):
+        load_recipe(path, ["method=papr"])
+
+
+def test_the_shipped_recipes_become_the_papers_by_one_flag():
+    for path in sorted((Path(__file__).parents[1] / "recipes").glob("*-smollm2-135m.yaml")):
+        recipe = load_recipe(path, ["method=paper"])
+        assert recipe.pretrain.objective == "lm", path
+        assert (recipe.refine.gains, recipe.distill.hidden_weight, recipe.distill.gamma) == (
+            "ones",
+            0,
+            1e5,
+        ), path
+
+
 def test_null_section_hides_the_methods_defaults(write):
     assert load_recipe(write(MINIMAL + "method: paper\npretrain: null\n")).pretrain is None
 

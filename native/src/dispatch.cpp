@@ -208,7 +208,7 @@ void gemm(const TernaryMatrix& matrix, const QuantizedRows& x, float* y, int64_t
 }
 void matmul(const TernaryMatrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
             int64_t row_end) {
-  ternary(matrix, x, {y, nullptr, ldy}, row_begin, row_end, x.tokens > kGemvTokens);
+  ternary(matrix, x, {y, nullptr, ldy}, row_begin, row_end, x.tokens > kernels().gemv_tokens);
 }
 void matmul_i32(const TernaryMatrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
                 int64_t row_end, bool use_gemm) {
@@ -248,6 +248,9 @@ void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n) { kernels().a
 void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n) { kernels().axpy_i8(alpha, x, y, n); }
 void mix(const FloatMatrix& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
   kernels().mix({values.data, values.rows, values.cols, values.type}, shares, groups, ld, y, ldy);
+}
+void widen(const FloatMatrix& matrix, int64_t row_begin, int64_t row_end, float* y) {
+  kernels().widen({matrix.data, matrix.rows, matrix.cols, matrix.type}, row_begin, row_end, y);
 }
 void to_f16(const float* x, uint16_t* y, int64_t n) { kernels().to_f16(x, y, n); }
 void silu_mul(const float* gate, const float* up, float* y, int64_t n) { kernels().silu_mul(gate, up, y, n); }

@@ -100,6 +100,48 @@ void run_int8(int64_t rows, int64_t cols, int64_t tokens, Guarded::Side side, st
   out.insert(out.end(), expected.begin(), expected.end());
 }
 
+// Tiles of a product and of a mix change no bit: each sum is that of `dot` and of `axpy`, row by row.
+void run_tiles(FloatType type, int64_t rows, int64_t cols, int64_t tokens, Guarded::Side side, std::vector<float>& out) {
+  const std::string what = "type " + std::to_string(static_cast<int>(type)) + ", " + std::to_string(rows) + " x " +
+                           std::to_string(cols) + ", " + std::to_string(tokens) + " tokens";
+  Row<float> drawn(rows * cols, side), wide(rows * cols, side), x(tokens * cols, side), y(tokens * rows, side);
+  Row<uint8_t> stored(rows * cols * float_bytes(type), side);
+  fill(drawn, 1.0f);
+  fill(x, 1.0f);
+  switch (type) {
+    case FloatType::kF32: std::memcpy(stored.data(), drawn.data(), static_cast<size_t>(stored.size)); break;
+    case FloatType::kF16: to_f16(drawn.data(), reinterpret_cast<uint16_t*>(stored.data()), drawn.size); break;
+    case FloatType::kBF16:
+      for (int64_t i = 0; i < drawn.size; ++i)
+        std::memcpy(stored.data() + 2 * i, reinterpret_cast<const uint8_t*>(drawn.data() + i) + 2, 2);
+      break;
+    case FloatType::kI8:
+      for (int64_t i = 0; i < stored.size; ++i) stored.data()[i] = static_cast<uint8_t>(g_random());
+      break;
+  }
+  const FloatMatrix m = {rows, cols, type, stored.data()};
+  widen(m, 0, rows, wide.data());
+  std::vector<float> row(static_cast<size_t>(cols));
+  for (int64_t r = 0; r < rows && type != FloatType::kI8; ++r) {  // the slow twin knows no int8
+    dequantize_row(m, r, row.data());
+    same(std::vector<float>(wide.data() + r * cols, wide.data() + (r + 1) * cols), row, "widen, " + what);
+  }
+  matmul(m, x.data(), tokens, cols, y.data(), rows, 0, rows);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r)
+      if (y.data()[t * rows + r] != dot(x.data() + t * cols, wide.data() + r * cols, cols)) fail("matmul, " + what);
+  // The same numbers as shares: y has a value for each token and row.
+  Row<float> mixed(tokens * cols, side), plain(tokens * cols, side);
+  std::memcpy(mixed.data(), x.data(), static_cast<size_t>(mixed.size) * sizeof(float));
+  std::memcpy(plain.data(), x.data(), static_cast<size_t>(plain.size) * sizeof(float));
+  mix(m, y.data(), tokens, rows, mixed.data(), cols);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r)
+      axpy(y.data()[t * rows + r], wide.data() + r * cols, plain.data() + t * cols, cols);
+  same(mixed.copy(), plain.copy(), "mix, " + what);
+  out.insert(out.end(), mixed.data(), mixed.data() + mixed.size);
+}
+
 std::vector<float> outputs() {
   g_random.seed(7);
   std::vector<float> out;
@@ -110,6 +152,14 @@ std::vector<float> outputs() {
     for (const Guarded::Side side : {Guarded::kFront, Guarded::kBack}) {
       run_int8(1 + cols % 9, cols, 1 + cols % 6, side, out);
     }
+  }
+  for (const FloatType type : {FloatType::kF32, FloatType::kF16, FloatType::kBF16, FloatType::kI8}) {
+    for (int64_t cols = 1; cols <= 130; cols += cols < 20 ? 1 : 11) {
+      for (int64_t tokens = 1; tokens <= 9; ++tokens) {
+        run_tiles(type, 1 + (cols + tokens) % 11, cols, tokens, tokens % 2 ? Guarded::kFront : Guarded::kBack, out);
+      }
+    }
+    run_tiles(type, 13, 128, 17, Guarded::kBack, out);
   }
   return out;
 }

@@ -146,8 +146,9 @@ void check_ternary(int64_t shapes) {
 void check_saturation() {
   for (const int code : {-1, 1})
     for (const int value : {-128, -127, 127})
-      for (const int64_t k : {int64_t{1000}, int64_t{4096}, kMaxColumns}) {
-        const Problem p(16, k, 2, [&] { return code; }, [&] { return value; });
+      for (const int64_t k : {int64_t{1000}, int64_t{4096}, int64_t{4097}, kMaxColumns}) {
+        const int64_t tokens = k == 4097 ? 8 : 2;  // a batch has sums of its own
+        const Problem p(16, k, tokens, [&] { return code; }, [&] { return value; });
         for (const Layout layout : {Layout::kTwoBitRows16, Layout::kBase3Rows16})
           for (const bool use_gemm : {false, true}) check_guarded(p, layout, Guarded::kBack, use_gemm);
       }
@@ -219,7 +220,8 @@ void check_int4(int64_t shapes) {
         i & 1 ? Guarded::kFront : Guarded::kBack);
   for (const int extreme : {-7, 7})
     for (const int value : {-128, -127, 127})
-      run(Problem(16, 65536, 2, [&] { return extreme; }, [&] { return value; }), Guarded::kBack);
+      for (const int64_t tokens : {2, 8})
+        run(Problem(16, tokens == 2 ? 65536 : 4096, tokens, [&] { return extreme; }, [&] { return value; }), Guarded::kBack);
   std::printf("%s: int4, %lld shapes and extreme values up to K 65536\n", isa_name(current_isa()),
               static_cast<long long>(shapes));
 }

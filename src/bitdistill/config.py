@@ -190,7 +190,7 @@ class PretrainConfig(Strict):
     """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
     mix_lm: Fraction = 0.5
     """objective mix: loss = mix_lm * LM + (1 - mix_lm) * KL."""
-    hidden_weight: NonNegative = 0.0
+    hidden_weight: NonNegative = 1.0
     """With a teacher: weight of the relative squared error of every block's output, ||h_S - h_T||^2 / ||h_T||^2, a
     mean over tokens and blocks that is added to the loss."""
     budget_tokens: Count = 50_000_000
@@ -240,13 +240,15 @@ class DistillConfig(Strict):
     """Multiply L_LD by tau^2 (PR 382 does; the paper does not)."""
     distilled_tokens: Literal["answer", "all"] = "answer"
     """Tokens of L_LD: the answer's (paper) or every real token of the row."""
-    hidden_weight: NonNegative = 0.0
+    hidden_weight: NonNegative = 1.0
     """Weight of the relative squared error of every block's output (see pretrain.hidden_weight) over all real
     tokens."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0
-    gamma_every_steps: Count = 10
+    gamma_every_steps: Count = 50
+    """Steps between measurements of the gradient norms (every ten in the first such span). Each costs several steps'
+    time on a GPU, where other steps are replayed from a graph."""
     relation: RelationConfig = RelationConfig()
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
@@ -346,8 +348,9 @@ METHODS: dict[str, dict[str, object]] = {
     "bitdistill": {},
     "paper": {
         "refine": {"subln": "paper", "gains": "ones"},
-        "pretrain": {"objective": "lm"},
+        "pretrain": {"objective": "lm", "hidden_weight": 0.0},
         "distill": {
+            "hidden_weight": 0.0,
             "lambda": 10.0,
             "temperature": 5.0,
             "gamma": 1e5,

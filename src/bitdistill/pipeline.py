@@ -114,7 +114,8 @@ def run(
         result.rows = evaluate(this, [entries[name] for name in ROWS if name in rows and name in entries])
     if "report" in wanted:
         result.report = write_report(this.run_dir)
-        write_card(this.run_dir)
+        if result.packed is not None:
+            write_card(this.run_dir)
     return result
 
 

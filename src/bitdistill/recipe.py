@@ -37,7 +37,8 @@ Lines = dict[tuple[str, ...], int]
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at `path`, with `overrides` (each `key.path=value`, the value read as YAML) on top.
 
-    Order of precedence: defaults of config.py < defaults of `method` < the file < overrides.
+    Order of precedence: defaults of config.py < defaults of `method` < the file < overrides. A `method` among the
+    overrides puts its choices over the file's, below all other overrides: one flag is enough for the paper's recipe.
 
     Raises:
         RecipeError: unreadable or invalid YAML, unknown key (the nearest valid key is named), wrong type,
@@ -48,8 +49,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     places = recipe_errors.Places(str(path), lines)
     _normalise(tree)
     _resolve_paths(tree, path.resolve().parent)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("method=")):
         places.overridden.add(_apply_override(tree, override))
+        if override.startswith("method=") and isinstance(tree["method"], str):
+            tree = _merge_under(_present(METHODS.get(tree["method"], {}), tree), tree)
     _expand_task(tree, path.resolve().parent, str(path))
     _normalise(tree)
     method = tree.get("method", "bitdistill")
@@ -276,6 +279,11 @@ def _merge_under(user: Tree, defaults: Mapping[str, Any]) -> Tree:
         else:
             merged[key] = value
     return merged
+
+
+def _present(method: Mapping[str, Any], tree: Tree) -> Tree:
+    """A method's choices without the sections that the file sets to null: what is left out stays out."""
+    return {key: dict(value) for key, value in method.items() if tree.get(key, {}) is not None}
 
 
 def _section_defaults() -> Tree:

@@ -89,7 +89,9 @@ def test_page_is_computed_from_the_result(tmp_path: Path, monkeypatch: pytest.Mo
     assert cpu_render.rate(run, "bitdistill a", "decode") == 128.0
     assert cpu_render.ratio(run, "bitdistill a", "llama.cpp Q4_0", "decode") == 3.0  # median of 3, 2, 3
     summary = cpu_render.summary([run])
-    assert "3.00× (llama.cpp Q4_0) | 8.00× | 2.00× (llama.cpp F16) | 2.00× | 4.00× | 7.0×" in summary
+    assert (
+        "best | 3.00× (llama.cpp Q4_0) | 8.00× | 2.00× (llama.cpp F16) | 2.00× | 4.00× (a) | 7.0×" in summary
+    )
     assert "| bitdistill a | 128.0 | 256 | 512.0 | 100 | 64 % | 100 | 0.20 |" in cpu_render.table(run)
     result = {
         "runs": [run],

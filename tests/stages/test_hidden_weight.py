@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitdistill import pipeline
+from bitdistill.config import DistillConfig
+from bitdistill.models.surgery import refine
+from bitdistill.stages.distill import DistillStep
+from tests.models.conftest import tiny_model
 from tests.stages.conftest import recipe
 
 
@@ -23,3 +28,15 @@ def test_stages_train_on_it(work: Path, stage: str) -> None:
     }
     for line in lines:
         assert line["loss"] == pytest.approx(parts[stage](line) + 2.0 * line["hidden"], rel=1e-4)
+
+
+def test_norms_are_measured_often_at_first_and_seldom_later() -> None:
+    teacher = tiny_model("llama_tied")
+    step = DistillStep(refine(teacher, gains="ones"), teacher, DistillConfig(gamma_every_steps=50), [1])
+    measured = []
+    for number in range(160):
+        step.before_step(number)
+        if step.measure:
+            measured.append(number)
+    assert measured == [0, 10, 20, 30, 40, 50, 100, 150]
+    assert torch.is_tensor(step.gamma)

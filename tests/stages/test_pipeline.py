@@ -369,3 +369,12 @@ def test_stage_2_with_fused_layers_is_stage_2(work: Path, monkeypatch: pytest.Mo
     assert bases[0].keys() == bases[1].keys()
     for key, value in bases[0].items():
         torch.testing.assert_close(bases[1][key], value, rtol=1e-2, atol=2e-3)
+
+
+def test_a_run_of_the_baseline_alone_ends_with_its_report(work: Path) -> None:
+    """There is no packed student then, so no model card; it failed on that after its last stage."""
+    result = pipeline.run(recipe(work), rows=["bitnet_sft"], command="test", quiet=True)
+    assert [r.name for r in result.rows] == ["bitnet_sft"]
+    assert result.packed is None
+    assert result.report is not None
+    assert result.report.exists()

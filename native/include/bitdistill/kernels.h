@@ -191,8 +191,7 @@ void rmsnorm(const float* x, const float* gain, int64_t n, float eps, float* y);
 // row_end too, or equal to matrix.rows. Nothing outside that range is written. Split work between threads by
 // ThreadPool::parallel_rows. x.cols must equal matrix.cols.
 
-// Decode: any number of tokens, best for up to kGemvTokens; weights are read once for all of them.
-constexpr int64_t kGemvTokens = 4;
+// Decode: any number of tokens, best for a handful; weights are read once for all of them.
 void gemv(const TernaryMatrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
           int64_t row_end);
 // Prefill and batches: a tile of weights is unpacked once into bytes and meets all tokens.
@@ -229,6 +228,8 @@ void axpy_f16(float alpha, const uint16_t* x, float* y, int64_t n);
 void axpy_i8(float alpha, const int8_t* x, float* y, int64_t n);
 // y_g += sum over rows t of shares[g * ld + t] * row t: the bits of axpy row by row.
 void mix(const FloatMatrix& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy);
+// Rows [row_begin, row_end) as float32, [rows][cols].
+void widen(const FloatMatrix& matrix, int64_t row_begin, int64_t row_end, float* y);
 void to_f16(const float* x, uint16_t* y, int64_t n);                    // round to nearest even
 void silu_mul(const float* gate, const float* up, float* y, int64_t n);       // silu(gate) * up
 void gelu_tanh_mul(const float* gate, const float* up, float* y, int64_t n);  // gelu_tanh(gate) * up

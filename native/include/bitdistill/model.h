@@ -140,6 +140,7 @@ class Model : public std::enable_shared_from_this<Model> {
   struct Row;
   struct Scratch;
   struct Product;
+  struct Attention;
 
   Model(std::unique_ptr<ThreadPool> pool, std::unique_ptr<Weights> weights, const ModelOptions& options);
 

@@ -2,7 +2,7 @@
 //
 // vpmaddubsw: 32 products u8 x i8, added in pairs into 16 int16 lanes with saturation; a row of the group has two
 // lanes. It must never saturate:
-//   digits 0..2 x i8:  |pair| <= 2 * 2 * 128 = 512, so int16 holds 63 pairs; kPairs = 60 are added before widening.
+//   digits 0..2 x i8:  -512 <= pair <= 508, so int16 holds kPairs = 64: -32768 to 32512; then they are widened.
 //   4 * digits x i8:   |pair| <= 2048, so int16 holds 15 pairs; field 1 and 3 add 14 (7 blocks), and 14 * 512 + 14 *
 //                      2048 / 4 = 14336 fits when both sums are joined.
 //   4-bit codes 0..14 x i8: |pair| <= 2 * 14 * 128 = 3584; 8 pairs (4 blocks) are added.
@@ -110,6 +110,8 @@ inline void base3_halves(const uint8_t* group, int64_t blocks, const int8_t* cod
   });
 }
 
+#include "avx2_batch.inl"
+
 template <int T>
 inline void ternary_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
                           int64_t row, int64_t row_end) {
@@ -120,6 +122,9 @@ inline void ternary_group(const TernaryView& w, const ActivationView& x, const O
   if constexpr (T == 1) {
     base3 ? base3_halves<T, 2>(group.codes, group.blocks, codes, x.stride, sums)
           : two_bit_halves<T, 2>(group.codes, group.blocks, codes, x.stride, sums);
+  } else if constexpr (T > 4) {
+    base3 ? batch_group<Base3Quads, T>(group.codes, group.blocks, codes, x.stride, sums)
+          : batch_group<TwoBitQuads, T>(group.codes, group.blocks, codes, x.stride, sums);
   } else {
     for (int h = 0; h < 2; ++h)
       base3 ? base3_halves<T, 1>(group.codes + 32 * h, group.blocks, codes, x.stride, sums + 8 * h)
@@ -133,8 +138,12 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
                   int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
-    for (; t + 4 <= x.tokens; t += 4) ternary_group<4>(w, x, out, t, row, row_end);
+    for (; t + 8 <= x.tokens; t += 8) ternary_group<8>(w, x, out, t, row, row_end);
     switch (x.tokens - t) {
+      case 7: ternary_group<7>(w, x, out, t, row, row_end); break;
+      case 6: ternary_group<6>(w, x, out, t, row, row_end); break;
+      case 5: ternary_group<5>(w, x, out, t, row, row_end); break;
+      case 4: ternary_group<4>(w, x, out, t, row, row_end); break;
       case 3: ternary_group<3>(w, x, out, t, row, row_end); break;
       case 2: ternary_group<2>(w, x, out, t, row, row_end); break;
       case 1: ternary_group<1>(w, x, out, t, row, row_end); break;
@@ -165,7 +174,7 @@ void unpack_group(Layout layout, const Group& group, uint8_t* tile) {
   }
 }
 
-constexpr int64_t kPairs = 60;
+constexpr int64_t kPairs = 64;
 
 // 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers. The sums have names,
 // leave their registers by plain stores, and are added to in assembly, because GCC otherwise spills or copies them
@@ -336,6 +345,8 @@ inline void int4_group(const Int4View& w, const ActivationView& x, const OutputV
   int32_t sums[T * 16];
   if constexpr (T == 1) {
     int4_halves<T, 2>(group, w.blocks, codes, x.stride, sums);
+  } else if constexpr (T > 4) {
+    batch_group<Int4Quads, T>(group, w.blocks, codes, x.stride, sums);
   } else {
     int4_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
     int4_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
@@ -347,6 +358,7 @@ void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& o
                  int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
+    for (; t + 8 <= x.tokens; t += 8) int4_group<8>(w, x, out, t, row, row_end);
     for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
     for (; t + 2 <= x.tokens; t += 2) int4_group<2>(w, x, out, t, row, row_end);
     if (t < x.tokens) int4_group<1>(w, x, out, t, row, row_end);
@@ -355,7 +367,7 @@ void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& o
 
 }  // namespace
 
-const KernelTable kAvx2Kernels = {Isa::kAvx2,  ternary_gemv, ternary_gemm, kTileGroups, int8_matmul,
+const KernelTable kAvx2Kernels = {Isa::kAvx2, ternary_gemv, 8, ternary_gemm, kTileGroups, int8_matmul,
                                   int4_matmul, BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -148,10 +148,17 @@ inline void base3_group(const TernaryView& w, const ActivationView& x, const Out
   });
 }
 
+#include "avx512_batch.inl"
+
 template <int T>
 inline void ternary_group(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0,
                           int64_t row, int64_t row_end) {
-  if (w.layout == Layout::kTwoBitRows16) {
+  if constexpr (T > 4) {
+    const Group group = group_at(w, row);
+    const int8_t* codes = x.codes + t0 * x.stride - 4 * group.lead;
+    const auto run = w.layout == Layout::kTwoBitRows16 ? batch_group<TwoBitQuads, T> : batch_group<Base3Quads, T>;
+    run(group.codes, group.blocks, codes, x, out, t0, row, row_end, 1, w.scale, w.row_scales);
+  } else if (w.layout == Layout::kTwoBitRows16) {
     two_bit_group<T>(w, x, out, t0, row, row_end);
   } else {
     base3_group<T>(w, x, out, t0, row, row_end);
@@ -162,8 +169,12 @@ void ternary_gemv(const TernaryView& w, const ActivationView& x, const OutputVie
                   int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
-    for (; t + 4 <= x.tokens; t += 4) ternary_group<4>(w, x, out, t, row, row_end);
+    for (; t + 8 <= x.tokens; t += 8) ternary_group<8>(w, x, out, t, row, row_end);
     switch (x.tokens - t) {
+      case 7: ternary_group<7>(w, x, out, t, row, row_end); break;
+      case 6: ternary_group<6>(w, x, out, t, row, row_end); break;
+      case 5: ternary_group<5>(w, x, out, t, row, row_end); break;
+      case 4: ternary_group<4>(w, x, out, t, row, row_end); break;
       case 3: ternary_group<3>(w, x, out, t, row, row_end); break;
       case 2: ternary_group<2>(w, x, out, t, row, row_end); break;
       case 1: ternary_group<1>(w, x, out, t, row, row_end); break;
@@ -309,6 +320,8 @@ inline void int4_group(const Int4View& w, const ActivationView& x, const OutputV
                        int64_t row_end) {
   const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
+  if constexpr (T > 4)
+    return batch_group<Int4Quads, T>(group, w.blocks, codes, x, out, t0, row, row_end, 7, 1.0f, w.row_scales);
   const __m512i low4 = _mm512_set1_epi8(0x0f);
   __m512i low[T] = {}, high[T] = {};
   for (int64_t b = 0; b < w.blocks; ++b) {
@@ -338,7 +351,7 @@ void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& o
 
 }  // namespace
 
-const KernelTable kAvx512VnniKernels = {Isa::kAvx512Vnni, ternary_gemv, ternary_gemm, 2, int8_matmul, int4_matmul,
+const KernelTable kAvx512VnniKernels = {Isa::kAvx512Vnni, ternary_gemv, 8, ternary_gemm, 2, int8_matmul, int4_matmul,
                                         BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -184,56 +184,32 @@ float exp_minus_max_impl(float* x, int64_t n) {
   return total;
 }
 
-// `values` holds cols rounded up to 16 lanes, and so does `codes`.
-template <class W>
-inline void screen_row_of(const FloatView& m, int64_t row, const ScreenDither& d, float* values, int8_t* codes,
-                          ScreenRow* out) {
-  const auto* w = static_cast<const typename W::Element*>(m.data) + row * m.cols;
-  const int64_t whole = m.cols / kLanes * kLanes, rest = m.cols - whole;
-  Vec best = {};
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Vec v = W::at(w + i);
-    store(values + i, v);
-    best = vmax(vabs(v), best);
-  }
-  if (rest) {
-    const Vec v = W::at(w + whole, rest);
-    store(values + whole, v);
-    best = vmax(vabs(v), best);
-  }
-  const float amax = max_lanes(best), limit = static_cast<float>(d.levels);
-  float scale = amax / limit * d.margin;
-  if (!(scale >= 1.17549435e-38f)) scale = amax > 0.0f ? 1.17549435e-38f : 1.0f;  // no subnormal divisor
-  Vec size = {}, error = {}, mixed = {};
-  for (int64_t i = 0; i < m.cols; i += kLanes) {
-    const Vec x = load(values + i), u = load(d.u + i);
-    const Vec q = vmin(vmax(round_even(x / scale + u), splat(-limit)), splat(limit));
-    const BVec bytes = to_bytes(to_int(q));
-    __builtin_memcpy(codes + i, &bytes, sizeof bytes);
-    const Vec shown = (q - u) * scale, e = x - shown;
-    size += shown * shown;
-    error += e * e;
-    mixed += q * load(d.v + i);
-  }
-  *out = {scale, sum_lanes(size), sum_lanes(error), sum_lanes(mixed)};
-}
+#include "screen_row.inl"
 
-void screen_row_impl(const FloatView& m, int64_t row, const ScreenDither& d, float* values, int8_t* codes,
-                     ScreenRow* out) {
-  switch (m.type) {
-    case FloatType::kF32: return screen_row_of<F32>(m, row, d, values, codes, out);
-    case FloatType::kBF16: return screen_row_of<BF16>(m, row, d, values, codes, out);
-    case FloatType::kF16: return screen_row_of<F16>(m, row, d, values, codes, out);
-    case FloatType::kI8: return;  // no head is stored so
-  }
-}
-
-// Rows and tokens of a tile whose sums stay in registers.
+// Rows and tokens of a tile whose sums stay in registers; columns (in vectors) of four mixed rows likewise.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kFloatTileRows = 2, kFloatTileTokens = 2;
+constexpr int kFloatTileRows = 2, kFloatTileTokens = 2, kMixColumns = 1;
 #else
-constexpr int kFloatTileRows = 4, kFloatTileTokens = 4;
+constexpr int kFloatTileRows = 4, kFloatTileTokens = 4, kMixColumns = 2;
 #endif
+
+// Rows [row_begin, row_end) as float32.
+template <class W>
+void widen_of(const FloatView& m, int64_t row_begin, int64_t row_end, float* y) {
+  const auto* w = static_cast<const typename W::Element*>(m.data) + row_begin * m.cols;
+  const int64_t n = (row_end - row_begin) * m.cols, whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(y + i, W::at(w + i));
+  if (n > whole) store(y + whole, W::at(w + whole, n - whole), n - whole);
+}
+
+void widen_impl(const FloatView& m, int64_t row_begin, int64_t row_end, float* y) {
+  switch (m.type) {
+    case FloatType::kF32: return widen_of<F32>(m, row_begin, row_end, y);
+    case FloatType::kBF16: return widen_of<BF16>(m, row_begin, row_end, y);
+    case FloatType::kF16: return widen_of<F16>(m, row_begin, row_end, y);
+    case FloatType::kI8: return widen_of<I8>(m, row_begin, row_end, y);
+  }
+}
 
 // R rows against T tokens; each (row, token) has one accumulator, so a tile changes no bit.
 template <class W, int R, int T>
@@ -243,20 +219,64 @@ inline void float_tile(const typename W::Element* w, int64_t cols, const float* 
   const int64_t whole = cols / kLanes * kLanes, rest = cols - whole;
   for (int64_t i = 0; i < whole; i += kLanes) {
     Vec tokens[T];
-    for (int t = 0; t < T; ++t) tokens[t] = load(x + t * ldx + i);
-    for (int r = 0; r < R; ++r) {
+    each<T>([&](auto t) BITDISTILL_INLINE { tokens[t] = load(x + t * ldx + i); });
+    each<R>([&](auto r) BITDISTILL_INLINE {
       const Vec row = W::at(w + r * cols + i);
-      for (int t = 0; t < T; ++t) sum[r][t] += row * tokens[t];
-    }
+      each<T>([&](auto t) BITDISTILL_INLINE { sum[r][t] += row * tokens[t]; });
+    });
   }
   if (rest)
-    for (int r = 0; r < R; ++r) {
+    each<R>([&](auto r) BITDISTILL_INLINE {
       const Vec row = W::at(w + r * cols + whole, rest);
-      for (int t = 0; t < T; ++t) sum[r][t] += row * load(x + t * ldx + whole, rest);
-    }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) y[t * ldy + r] = sum_lanes(sum[r][t]);
+      each<T>([&](auto t) BITDISTILL_INLINE { sum[r][t] += row * load(x + t * ldx + whole, rest); });
+    });
+  if constexpr (R % 4 == 0) {
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      each<R / 4>([&](auto r) BITDISTILL_INLINE {
+        sum_lanes4(sum[4 * r][t], sum[4 * r + 1][t], sum[4 * r + 2][t], sum[4 * r + 3][t], y + t * ldy + 4 * r);
+      });
+    });
+  } else if constexpr (R == 2 && T % 2 == 0) {
+    each<T / 2>([&](auto p) BITDISTILL_INLINE {
+      constexpr int t = 2 * decltype(p)::value;
+      float sums[4];
+      sum_lanes4(sum[0][t], sum[1][t], sum[0][t + 1], sum[1][t + 1], sums);
+      __builtin_memcpy(y + t * ldy, sums, 8);
+      __builtin_memcpy(y + (t + 1) * ldy, sums + 2, 8);
+    });
+  } else {
+    each<R>([&](auto r) BITDISTILL_INLINE {
+      each<T>([&](auto t) BITDISTILL_INLINE { y[t * ldy + r] = sum_lanes(sum[r][t]); });
+    });
+  }
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Four float32 rows against two tokens, lanes 0..7 first, then 8..15: eight sums in registers instead of sixteen.
+inline void float_tile_4x2(const float* w, int64_t cols, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  __m256 half[2][4][2];
+  each<2>([&](auto h) BITDISTILL_INLINE {
+    __m256 sum[4][2] = {};
+    for (int64_t i = 8 * h; i < cols; i += kLanes) {
+      const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + ldx + i);
+      each<4>([&](auto r) BITDISTILL_INLINE {
+        const __m256 row = _mm256_loadu_ps(w + r * cols + i);
+        sum[r][0] = _mm256_add_ps(sum[r][0], _mm256_mul_ps(row, a));
+        sum[r][1] = _mm256_add_ps(sum[r][1], _mm256_mul_ps(row, b));
+      });
+    }
+    each<4>([&](auto r) BITDISTILL_INLINE {
+      half[h][r][0] = sum[r][0];
+      half[h][r][1] = sum[r][1];
+    });
+  });
+  each<2>([&](auto t) BITDISTILL_INLINE {
+    __m256 sum[4];
+    each<4>([&](auto r) BITDISTILL_INLINE { sum[r] = _mm256_add_ps(half[0][r][t], half[1][r][t]); });
+    _mm_storeu_ps(y + t * ldy, sum_eights(sum[0], sum[1], sum[2], sum[3]));
+  });
+}
+#endif
 
 template <class W, int R>
 inline void float_rows(const typename W::Element* w, int64_t cols, const float* x, int64_t tokens, int64_t ldx,
@@ -272,6 +292,18 @@ void float_matmul_of(const FloatView& matrix, const float* x, int64_t tokens, in
                      int64_t row_begin, int64_t row_end) {
   const auto* w = static_cast<const typename W::Element*>(matrix.data);
   int64_t row = row_begin;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(typename W::Element) == 4) {
+    const int64_t end = matrix.cols % kLanes == 0 ? row_end - 3 : row, even = tokens / 2 * 2;
+    for (; row < end; row += 4) {
+      const float* rows = reinterpret_cast<const float*>(w) + row * matrix.cols;
+      for (int64_t t = 0; t < even; t += 2)
+        float_tile_4x2(rows, matrix.cols, x + t * ldx, ldx, y + t * ldy + row, ldy);
+      if (even < tokens)
+        float_tile<W, 4, 1>(w + row * matrix.cols, matrix.cols, x + even * ldx, ldx, y + even * ldy + row, ldy);
+    }
+  }
+#endif
   if (tokens == 1)  // one token leaves room for more rows
     for (; row + 4 <= row_end; row += 4)
       float_rows<W, 4>(w + row * matrix.cols, matrix.cols, x, tokens, ldx, y + row, ldy);
@@ -286,22 +318,25 @@ template <class W, int G, int C>
 inline void mix_tile(const typename W::Element* w, int64_t cols, int64_t rows, const float* shares, int64_t ld, float* y,
                      int64_t ldy) {
   Vec sum[G][C];
-  for (int g = 0; g < G; ++g)
-    for (int c = 0; c < C; ++c) sum[g][c] = load(y + g * ldy + c * kLanes);
+  each<G>([&](auto g) BITDISTILL_INLINE {
+    each<C>([&](auto c) BITDISTILL_INLINE { sum[g][c] = load(y + g * ldy + c * kLanes); });
+  });
   for (int64_t t = 0; t < rows; ++t, w += cols)
-    for (int c = 0; c < C; ++c) {
+    each<C>([&](auto c) BITDISTILL_INLINE {
       const Vec row = W::at(w + c * kLanes);
-      for (int g = 0; g < G; ++g) sum[g][c] += row * shares[g * ld + t];
-    }
-  for (int g = 0; g < G; ++g)
-    for (int c = 0; c < C; ++c) store(y + g * ldy + c * kLanes, sum[g][c]);
+      each<G>([&](auto g) BITDISTILL_INLINE { sum[g][c] += row * shares[g * ld + t]; });
+    });
+  each<G>([&](auto g) BITDISTILL_INLINE {
+    each<C>([&](auto c) BITDISTILL_INLINE { store(y + g * ldy + c * kLanes, sum[g][c]); });
+  });
 }
 
 template <class W, int G>
 inline void mix_group(const typename W::Element* w, int64_t cols, int64_t rows, const float* shares, int64_t ld, float* y,
                       int64_t ldy) {
+  constexpr int C = G == 4 ? kMixColumns : 2;
   int64_t c = 0;
-  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) mix_tile<W, G, 2>(w + c, cols, rows, shares, ld, y + c, ldy);
+  for (; c + C * kLanes <= cols; c += C * kLanes) mix_tile<W, G, C>(w + c, cols, rows, shares, ld, y + c, ldy);
   for (; c + kLanes <= cols; c += kLanes) mix_tile<W, G, 1>(w + c, cols, rows, shares, ld, y + c, ldy);
   if (c < cols)
     for (int g = 0; g < G; ++g)
@@ -313,6 +348,7 @@ template <class W>
 void mix_of(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy) {
   const auto* w = static_cast<const typename W::Element*>(values.data);
   int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) mix_group<W, 4>(w, values.cols, values.rows, shares + g * ld, ld, y + g * ldy, ldy);
   for (; g + 2 <= groups; g += 2) mix_group<W, 2>(w, values.cols, values.rows, shares + g * ld, ld, y + g * ldy, ldy);
   if (g < groups) mix_group<W, 1>(w, values.cols, values.rows, shares + g * ld, ld, y + g * ldy, ldy);
 }
@@ -339,4 +375,4 @@ void float_matmul_impl(const FloatView& matrix, const float* x, int64_t tokens, 
 #define BITDISTILL_FLOAT_KERNELS                                                                              \
   float_matmul_impl, quantize_row_impl, rmsnorm_impl, dot_impl, dot_f16_impl, axpy_impl, axpy_f16_impl,        \
       to_f16_impl, silu_mul_impl, gelu_tanh_mul_impl, exp_minus_max_impl, axpy_i8_impl, relu2_mul_impl,          \
-      screen_row_impl, mix_impl
+      screen_row_impl, mix_impl, widen_impl

@@ -79,7 +79,7 @@ void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& o
 
 }  // namespace
 
-const KernelTable kScalarKernels = {Isa::kScalar, ternary_gemv, ternary_gemm, 1, int8_matmul, int4_matmul,
+const KernelTable kScalarKernels = {Isa::kScalar, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int4_matmul,
                                     BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -73,6 +73,7 @@ struct KernelTable {
   // Integer products over rows [row_begin, row_end); see kernels.h for what may be assumed.
   void (*ternary_gemv)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
                        int64_t row_end);
+  int64_t gemv_tokens;  // up to so many tokens ternary_gemv is the faster one
   // `tile` holds gemm_tile_groups * tile_bytes(w.quads), 64-byte aligned.
   void (*ternary_gemm)(const TernaryView&, const ActivationView&, const OutputView&, int64_t row_begin,
                        int64_t row_end, uint8_t* tile);
@@ -100,6 +101,7 @@ struct KernelTable {
   void (*screen_row)(const FloatView&, int64_t row, const ScreenDither& dither, float* values, int8_t* codes,
                      ScreenRow* out);
   void (*mix)(const FloatView& values, const float* shares, int64_t groups, int64_t ld, float* y, int64_t ldy);
+  void (*widen)(const FloatView&, int64_t row_begin, int64_t row_end, float* y);
 };
 
 extern const KernelTable kScalarKernels;

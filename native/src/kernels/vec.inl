@@ -5,6 +5,17 @@ typedef uint16_t HVec __attribute__((vector_size(32)));
 typedef int8_t BVec __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 16;
 
+#if defined(__AVX2__)
+// Eight lanes of four vectors each to their sums, in the order of sum_lanes.
+inline __m128 sum_eights(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+  const __m256 two = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m256 one = _mm256_add_ps(_mm256_permute_ps(two, 0x88), _mm256_permute_ps(two, 0xdd));  // a c . . | b d . .
+  return _mm_unpacklo_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps(one, 1));
+}
+#endif
+
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
 struct Vec {
@@ -81,6 +92,11 @@ inline float sum_lanes(Vec v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// sum_lanes of each.
+inline void sum_lanes4(Vec a, Vec b, Vec c, Vec d, float* sums) {
+  _mm_storeu_ps(sums, sum_eights(_mm256_add_ps(a.lo, a.hi), _mm256_add_ps(b.lo, b.hi), _mm256_add_ps(c.lo, c.hi),
+                                 _mm256_add_ps(d.lo, d.hi)));
 }
 inline int32_t sum_ints(IVec v) {
   int32_t a[8], total = 0;
@@ -165,6 +181,22 @@ inline float sum_lanes(Vec v) {
   four[0] += four[1];
   return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
+#if defined(__AVX512F__)
+inline __m256 sum_halves(Vec v) {
+  const __m512 all = (__m512)v;
+  return _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+}
+inline void sum_lanes4(Vec v0, Vec v1, Vec v2, Vec v3, float* sums) {
+  _mm_storeu_ps(sums, sum_eights(sum_halves(v0), sum_halves(v1), sum_halves(v2), sum_halves(v3)));
+}
+#else
+inline void sum_lanes4(Vec a, Vec b, Vec c, Vec d, float* sums) {
+  sums[0] = sum_lanes(a);
+  sums[1] = sum_lanes(b);
+  sums[2] = sum_lanes(c);
+  sums[3] = sum_lanes(d);
+}
+#endif
 inline int32_t sum_ints(IVec v) {
   int32_t total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];

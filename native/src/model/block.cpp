@@ -118,61 +118,6 @@ void Model::rotate_and_store(std::size_t layer, const std::vector<Row>& rows, Sc
   });
 }
 
-// Softmax attention over each row's positions, at most the window's in sliding layers. The unit of work is a row and a
-// key-value head: the query heads that share it meet the keys in one product.
-void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const {
-  const std::size_t heads = config().heads, kv_heads = config().kv_heads, dim = config().head_dim;
-  const auto width = static_cast<std::int64_t>(dim), group = static_cast<std::int64_t>(heads / kv_heads);
-  const KvType kv = options_.kv;
-  const FloatType type = kv == KvType::kInt8      ? FloatType::kI8
-                         : kv == KvType::kFloat16 ? FloatType::kF16
-                                                  : FloatType::kF32;
-  const std::int64_t window = weights_->blocks[layer].sliding ? config().sliding_window : 0;
-  s.mixed.assign(rows.size() * heads * dim, 0.0f);
-  std::int64_t positions = 0;
-  for (const Row& row : rows) positions += row.position + 1;
-  const auto count = static_cast<std::int64_t>(rows.size() * kv_heads);
-  parallel(count, 1, 2 * positions * static_cast<std::int64_t>(heads * dim), [&](std::int64_t begin, std::int64_t end, int) {
-    std::vector<KvSpan> spans;
-    std::vector<float> scores;  // [query head of the group][position]
-    for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
-      const Row& row = rows[i / kv_heads];
-      const float* q = s.q.data() + i * static_cast<std::size_t>(group) * dim;
-      float* out = s.mixed.data() + i * static_cast<std::size_t>(group) * dim;
-      const std::int64_t last = row.position + 1;
-      const std::int64_t first = window != 0 && last > window ? last - window : 0, n = last - first;
-      spans.clear();
-      row.sequence->spans(layer, i % kv_heads, first, last, spans);
-      scores.resize(static_cast<std::size_t>(n * group));
-      std::int64_t done = 0;
-      for (const KvSpan& span : spans) {
-        matmul(FloatMatrix{span.n, width, type, span.keys}, q, group, width, scores.data() + done, n, 0, span.n);
-        for (std::int64_t g = 0; span.key_scales != nullptr && g < group; ++g) {
-          for (std::int64_t t = 0; t < span.n; ++t) {
-            scores[static_cast<std::size_t>(g * n + done + t)] *= span.key_scales[t];
-          }
-        }
-        done += span.n;
-      }
-      for (std::int64_t g = 0; g < group; ++g) {
-        float* row_scores = scores.data() + g * n;
-        for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= config().attention_scale;
-        const float inverse = 1.0f / exp_minus_max(row_scores, n);
-        for (std::int64_t t = 0; t < n; ++t) row_scores[t] *= inverse;
-      }
-      done = 0;
-      for (const KvSpan& span : spans) {
-        float* shares = scores.data() + done;  // [query head of the group], a row n apart
-        for (std::int64_t g = 0; span.value_scales != nullptr && g < group; ++g) {
-          for (std::int64_t t = 0; t < span.n; ++t) shares[g * n + t] *= span.value_scales[t];
-        }
-        mix(FloatMatrix{span.n, width, type, span.values}, shares, group, n, out, width);
-        done += span.n;
-      }
-    }
-  });
-}
-
 // x += o(attention(norm(x))). With `keep`, only those rows of the pass go on after their keys and values are stored.
 void Model::attention_block(std::size_t layer, const std::vector<Row>& all, const std::vector<std::int64_t>* keep,
                             std::vector<Row>& rows, Scratch& s) const {

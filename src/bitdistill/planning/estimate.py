@@ -174,6 +174,8 @@ class _Context:
         if name == "bitnet_sft" and self.recipe.bitnet_sft is not None:
             subln = self.recipe.bitnet_sft.subln
         memory = self.memory(loop, rows * work.max_length, ternary=ternary, teacher=teacher, subln=subln)
+        if teacher and self.recipe.distill.hidden_weight:
+            memory["block outputs"] = self.teacher_outputs(rows * work.max_length)
         micro_steps = work.rows * epochs / rows
         seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
         return Stage(name, tokens, seconds, {**memory, "logits": logits})
@@ -202,8 +204,14 @@ class _Context:
         memory = self.memory(
             config.loop, tokens, ternary=True, teacher=teacher, subln=self.recipe.refine.subln
         )
+        if teacher and config.hidden_weight:
+            memory["block outputs"] = self.teacher_outputs(tokens)
         seconds = config.budget_tokens * flops / self.rate
         return Stage("pretrain", config.budget_tokens, seconds, {**memory, "logits": logits})
+
+    def teacher_outputs(self, tokens: int) -> int:
+        """Bytes of every block's output of the teacher; the student's are among its activations."""
+        return tokens * self.layout.layers * self.layout.hidden * (2 if self.kind == "gpu" else 4)
 
     def scoring(self, work: Work) -> Stage:
         """Teacher, student and, if wanted, the baseline, one after the other."""
