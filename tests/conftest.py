@@ -5,7 +5,9 @@ Without a GPU, Triton kernels run in its interpreter; it must be chosen before t
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Commands set handlers and propagation of the package's logger; the next test wants its own."""
+    logger = logging.getLogger("bitdistill")
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.propagate = True
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture(scope="session")

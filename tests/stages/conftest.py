@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,16 +54,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """Commands set handlers and propagation of the package's logger; the next test wants its own."""
-    logger = logging.getLogger("bitdistill")
-    before = logger.handlers[:], logger.level, logger.propagate
-    logger.propagate = True
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
