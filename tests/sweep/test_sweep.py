@@ -15,7 +15,7 @@ from bitdistill.errors import ArtifactError, Interrupted, RecipeError
 from bitdistill.report import paired, sweep_results, sweep_tables
 from bitdistill.sweep.run import run_sweep
 from bitdistill.sweep.spec import expand, load_sweep
-from tests.stages.conftest import _logging_as_before, _one_thread, work  # noqa: F401
+from tests.stages.conftest import _one_thread, work  # noqa: F401
 
 SWEEP = """
 name: losses
