@@ -167,15 +167,18 @@ def test_a_task_student_gives_the_same_answers(tmp_path: Path, name: str) -> Non
     llama = open_llama(export_gguf(packed, tmp_path / "gguf", ExportConfig()) / "model.gguf")
     model, _, _ = load_student(packed)
     examples = task_examples("test")
-    right = different = 0
+    right = 0
+    parted: dict[int, float] = {}  # prompt -> how far apart our two best logits are
     rows = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[: 4 * PROMPTS].tolist()
     for count, row in enumerate(rows):
         prompt = list(examples[row].prompt_ids)
-        ours = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
-        theirs = int(their_logits(llama, prompt)[-1].argmax())
+        best = model(torch.tensor([prompt])).logits[0, -1].topk(2)
+        ours = int(best.indices[0])
         right += ours == examples[row].answer_ids[0]
-        different += ours != theirs
-        assert count >= PROMPTS or different == 0, f"prompt {count}: {ours} here, {theirs} in llama.cpp"
-    print(f"\n{name}: {right} of {len(rows)} right, {different} answers differ in llama.cpp")
+        if ours != int(their_logits(llama, prompt)[-1].argmax()):
+            parted[count] = (best.values[0] - best.values[1]).item()
+    shown = {count: round(gap, 4) for count, gap in parted.items()}
+    print(f"\n{name}: {right} of {len(rows)} right, {len(parted)} answers differ in llama.cpp, gaps {shown}")
     assert right > 0.8 * len(rows)  # a trained student
-    assert different <= 0.01 * len(rows)
+    assert len(parted) <= 0.01 * len(rows)
+    assert all(gap < NEAR_TIE for gap in parted.values())
