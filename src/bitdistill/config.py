@@ -87,9 +87,7 @@ class DataConfig(Strict):
     validation_fraction: Fraction = 0.0
     test: str | None = None
     """Rows of the results table. None: the validation rows."""
-    unlabelled: Annotated[
-        tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(strict=False)
-    ] = ()
+    unlabelled: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
     """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
     learns from them beside the training rows. One source or a list; `bitdistill augment` makes such rows."""
     limit_train: Count | None = None

@@ -49,9 +49,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     places = recipe_errors.Places(str(path), lines)
     _normalise(tree)
     _resolve_paths(tree, path.resolve().parent)
-    for override in sorted(overrides, key=lambda text: not text.startswith("method=")):
-        places.overridden.add(_apply_override(tree, override))
-        if override.startswith("method=") and isinstance(tree["method"], str):
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() != "method"):
+        keys = _apply_override(tree, override)
+        places.overridden.add(keys)
+        if keys == ("method",) and isinstance(tree["method"], str):
             tree = _merge_under(_present(METHODS.get(tree["method"], {}), tree), tree)
     _expand_task(tree, path.resolve().parent, str(path))
     _normalise(tree)

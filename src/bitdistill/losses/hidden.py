@@ -6,6 +6,8 @@ counterpart; matching them gives every block a gradient of its own instead of on
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,22 @@ def relative_error(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor | N
     error = (student - teacher).square().sum(-1)
     relative = error / teacher.square().sum(-1).clamp_min(1e-6)
     return (relative if mask_BT is None else torch.where(mask_BT, relative, 0.0)).sum()
+
+
+def block_errors_sum(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    mask_BT: Tensor | None = None,
+    *,
+    error: Callable[..., Tensor] = relative_error,
+) -> Tensor:
+    """`relative_error` of every block's output, mean over blocks and sum over tokens.
+
+    Args:
+        error: `relative_error`, or a compiled form of it.
+
+    Raises:
+        ValueError: the models differ in the number of blocks.
+    """
+    errors = [error(s, t, mask_BT) for s, t in zip(students, teachers, strict=True)]
+    return torch.stack(errors).mean()

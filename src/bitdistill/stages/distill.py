@@ -15,7 +15,7 @@ from bitdistill.data.batches import Batch
 from bitdistill.data.corpus import tokenizer_fingerprint
 from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
-from bitdistill.losses.hidden import relative_error
+from bitdistill.losses.hidden import block_errors_sum, relative_error
 from bitdistill.losses.logits import (
     chunked_language_model_loss,
     cross_entropy_sum,
@@ -110,8 +110,7 @@ class DistillStep:
             metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
         if every:
             mask = batch.attention_mask_BT
-            errors = [self.hidden_error(s, t, mask) for s, t in zip(outputs, teacher_outputs, strict=True)]
-            error = torch.stack(errors).sum() / (len(errors) * totals.tokens)
+            error = block_errors_sum(outputs, teacher_outputs, mask, error=self.hidden_error) / totals.tokens
             loss = loss + self.config.hidden_weight * error
             metrics["hidden"] = error.detach()
         return StepOutput(loss, metrics)

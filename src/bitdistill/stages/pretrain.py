@@ -18,7 +18,7 @@ from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.errors import ArtifactError
-from bitdistill.losses.hidden import relative_error
+from bitdistill.losses.hidden import block_errors_sum, relative_error
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import head_weight, hidden_states, next_tokens
@@ -79,8 +79,7 @@ class LanguageModelStep:
             metrics["kl"] = kl_sum / totals.answers
         loss = loss / totals.answers
         if every:
-            errors = [self.hidden_error(s, t) for s, t in zip(outputs, teacher_outputs, strict=True)]
-            error = torch.stack(errors).sum() / (len(errors) * totals.tokens)
+            error = block_errors_sum(outputs, teacher_outputs, error=self.hidden_error) / totals.tokens
             metrics["hidden"] = error.detach()
             loss = loss + self.hidden_weight * error
         return StepOutput(loss, metrics)
