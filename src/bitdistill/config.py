@@ -99,6 +99,21 @@ class DataConfig(Strict):
     """Tokens of prompt and answer together; of a longer prompt the end of its longest field is cut."""
 
 
+class AugmentConfig(Strict):
+    """Rows of a classification task without answers, for stage 3: written by the full-precision model, fine-tuned with
+    the `sft` settings on the training rows turned round. The teacher answers them."""
+
+    rows: Count = 50_000
+    """Rows to sample; empty and repeated ones are left out of them."""
+    texts: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    """Texts whose sentences stand in for the first of two fields. One source or a list."""
+    texts_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Share of the rows that begin with such a sentence."""
+    temperature: Positive = 1.0
+    seed: int | None = None
+    """Of the writer and its samples; None: the recipe's. Set, the rows are shared by runs of other seeds."""
+
+
 class Optim(Strict):
     """Optimizer and schedule of one stage."""
 
@@ -326,6 +341,8 @@ class Recipe(Strict):
     refine: RefineConfig = RefineConfig()
     pretrain: PretrainConfig | None = PretrainConfig()
     """None leaves stage 2 out (an ablation)."""
+    augment: AugmentConfig | None = None
+    """None writes no further rows."""
     distill: DistillConfig = DistillConfig()
     bitnet_sft: BitNetSftConfig | None = BitNetSftConfig()
     """None leaves the baseline out."""
@@ -336,8 +353,13 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _labels_to_draw_by(self) -> Recipe:
-        if self.data.rows_per_label is not None and self.task.kind != "classification":
-            raise ValueError("data.rows_per_label: a generation task has no labels; use data.limit_train")
+        if self.task.kind != "classification":
+            if self.data.rows_per_label is not None:
+                raise ValueError("data.rows_per_label: a generation task has no labels; use data.limit_train")
+            if self.augment is not None:
+                raise ValueError(
+                    "augment: rows are written for classification tasks only; remove the section"
+                )
         return self
 
 
@@ -347,6 +369,7 @@ METHODS: dict[str, dict[str, object]] = {
     "paper": {
         "refine": {"subln": "paper", "gains": "ones"},
         "pretrain": {"objective": "lm", "hidden_weight": 0.0},
+        "augment": None,
         "distill": {
             "hidden_weight": 0.0,
             "lambda": 10.0,

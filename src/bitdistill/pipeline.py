@@ -12,6 +12,7 @@ from bitdistill.eval.results import ResultRow
 from bitdistill.report.card import write_card
 from bitdistill.report.html import write_report
 from bitdistill.report.inspect import write_stats
+from bitdistill.stages.augment import augment
 from bitdistill.stages.common import Run
 from bitdistill.stages.distill import distill, probe_only
 from bitdistill.stages.evaluate import Entry, evaluate
@@ -26,7 +27,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sft": (),
     "refine": (),
     "pretrain": ("refine",),
-    "distill": ("sft", "refine", "pretrain"),
+    "augment": (),
+    "distill": ("sft", "refine", "pretrain", "augment"),
     "bitnet_sft": (),
     "export": ("distill", "bitnet_sft"),
     "eval": ("sft", "export"),
@@ -37,7 +39,7 @@ STAGES = tuple(NEEDS)
 ROWS: dict[str, tuple[str, ...]] = {
     "teacher": ("sft",),
     "bitnet_sft": ("bitnet_sft",),
-    "bitdistill": ("sft", "refine", "pretrain", "distill"),
+    "bitdistill": ("sft", "refine", "pretrain", "augment", "distill"),
 }
 
 
@@ -96,8 +98,9 @@ def run(
     if "pretrain" in wanted and recipe.pretrain is not None:
         start, start_key = pretrain(this, start), this.keys["pretrain"]
         measure(start, "base")
+    written = augment(this) if "augment" in wanted and recipe.augment is not None else None
     if "distill" in wanted:
-        student = distill(this, start, start_key, teacher)
+        student = distill(this, start, start_key, teacher, written)
         measure(student, "student")
     if "bitnet_sft" in wanted and recipe.bitnet_sft is not None:
         baseline = bitnet_sft(this)

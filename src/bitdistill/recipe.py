@@ -284,7 +284,8 @@ def _merge_under(user: Tree, defaults: Mapping[str, Any]) -> Tree:
 
 def _present(method: Mapping[str, Any], tree: Tree) -> Tree:
     """A method's choices without the sections that the file sets to null: what is left out stays out."""
-    return {key: dict(value) for key, value in method.items() if tree.get(key, {}) is not None}
+    present = {key: value for key, value in method.items() if tree.get(key, {}) is not None}
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in present.items()}
 
 
 def _section_defaults() -> Tree:
@@ -364,11 +365,12 @@ def _resolve_paths(tree: Tree, folder: Path) -> None:
         branch = tree.get(section)
         if isinstance(branch, dict) and isinstance(branch.get(key), str):
             branch[key] = _absolute(branch[key], folder, hub=section == "model")
-    data = tree.get("data")
-    if isinstance(data, dict) and isinstance(data.get("unlabelled"), str | list):
-        found = data["unlabelled"]
-        sources = [found] if isinstance(found, str) else found
-        data["unlabelled"] = [_absolute(s, folder, hub=False) if isinstance(s, str) else s for s in sources]
+    for section, key in (("data", "unlabelled"), ("augment", "texts")):
+        branch = tree.get(section)
+        if isinstance(branch, dict) and isinstance(branch.get(key), str | list):
+            found = branch[key]
+            sources = [found] if isinstance(found, str) else found
+            branch[key] = [_absolute(s, folder, hub=False) if isinstance(s, str) else s for s in sources]
     task = tree.get("task")
     if isinstance(task, str) and (task.endswith((".yaml", ".yml")) or os.sep in task):
         tree["task"] = _absolute(task, folder, hub=False)

@@ -93,9 +93,9 @@ def test_every_sweep_plans(path):
 def test_token_budgets_branch_from_one_run():
     """Each shorter budget must find the stable-phase checkpoint that the longest run of its objective keeps."""
     sweep = load_sweep(SWEEPS / "tokens.yaml")
-    configs = [unit.recipe.pretrain for unit in expand(sweep, SWEEPS)]
-    for objective in ("kl", "lm"):
-        longest, *others = [c for c in configs if c.objective == objective]
+    units = expand(sweep, SWEEPS)
+    for line in ("KL", "LM loss"):
+        longest, *others = [unit.recipe.pretrain for unit in units if unit.line == line]
         assert len(others) >= 3
         found = []
         for config in (longest, *others):

@@ -10,15 +10,19 @@ import pytest
 import torch
 
 from bitdistill import artifact, pipeline
-from bitdistill.config import Task
+from bitdistill.config import AugmentConfig, Task
 from bitdistill.data import tasks
 from bitdistill.data.readers import read_rows
-from bitdistill.errors import DataError, RecipeError
+from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.classify import classify
 from bitdistill.planning.check import check_data, distilled
+from bitdistill.recipe import dump_recipe, load_recipe
+from bitdistill.report import sweep_results
+from bitdistill.report.run_folder import read_run
 from bitdistill.stages import augment, common, pseudo_labels, sft
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.distill import load_teacher
+from bitdistill.stages.reuse import Reuse
 from tests.stages.conftest import recipe, write_rows
 
 
@@ -131,7 +135,7 @@ def pair_run(work: Path) -> Run:
 def test_written_rows_fit_the_task_and_repeat_by_seed(work: Path) -> None:
     run = pair_run(work)
     out = work / "more.jsonl.zst"
-    count = augment.write_rows(augment.augment(run, 40, temperature=0.7), out)
+    count = augment.write_rows(augment.written_rows(run, AugmentConfig(rows=40, temperature=0.7)), out)
     made = read_rows(str(out))
     assert 0 < count == len(made) <= 40
     train = {(r.fields["premise"], r.fields["hypothesis"]) for r in read_rows(str(work / "train.jsonl"))}
@@ -141,22 +145,23 @@ def test_written_rows_fit_the_task_and_repeat_by_seed(work: Path) -> None:
     assert {p for p, _ in pairs} <= {p for p, _ in train}
     assert all(set(r.fields) == {"premise", "hypothesis"} for r in made)  # no answers
     again = work / "again.jsonl"
-    augment.write_rows(augment.augment(pair_run(work), 40, temperature=0.7), again)
+    augment.write_rows(augment.written_rows(pair_run(work), AugmentConfig(rows=40, temperature=0.7)), again)
     assert [r.fields for r in read_rows(str(again))] == [r.fields for r in made]
     assert not list(work.glob("*.partial"))
 
 
 def test_sentences_of_other_texts_come_first(work: Path) -> None:
     (work / "texts.txt").write_text("w50 w51 w52 w53 w54. Too short. w60 w61 w62 w63 w64 w65! " + "w70 " * 60)
+    texts = str(work / "texts.txt")
     run = pair_run(work)
-    rows = list(augment.augment(run, 30, texts=[str(work / "texts.txt")], texts_share=1.0))
+    rows = list(augment.written_rows(run, AugmentConfig(rows=30, texts=(texts,), texts_share=1.0)))
     assert {r["premise"] for r in rows} == {"w50 w51 w52 w53 w54.", "w60 w61 w62 w63 w64 w65!"}
     (work / "texts.txt").write_text("Too short.")
     with pytest.raises(DataError, match="no sentence of 5 to 40 words"):
-        list(augment.augment(run, 3, texts=[str(work / "texts.txt")]))
+        list(augment.written_rows(run, AugmentConfig(rows=3, texts=(texts,))))
     single = opened(work, "name=single")
     with pytest.raises(RecipeError, match="first of two fields"):
-        list(augment.augment(single, 3, texts=[str(work / "texts.txt")]))
+        list(augment.written_rows(single, AugmentConfig(rows=3, texts=(texts,))))
 
 
 def test_labels_steer_in_turn(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +173,61 @@ def test_labels_steer_in_turn(work: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return [type("P", (), {"text": f"w{n}"}) for n in range(len(examples))]
 
     monkeypatch.setattr(augment, "sample", record)
-    list(augment.augment(run, 10))
+    list(augment.written_rows(run, AugmentConfig(rows=10)))
     assert seen == ["Label: yes", "Label: no"] * 5
     assert torch.is_inference_mode_enabled() is False
     assert common.artifact.exists(run.run_dir / "writer")
+
+
+def test_the_recipe_writes_rows_and_stage_3_learns_them(work: Path) -> None:
+    plain = pipeline.run(recipe(work), command="test", quiet=True)
+    section = '{"rows": 24, "temperature": 2.0, "seed": 0}'
+    wanted = recipe(work, f"augment={section}", "name=more")
+    made = pipeline.run(wanted, command="test", quiet=True)
+    written, student = (artifact.read_manifest(made.run_dir / n) for n in ("written", "student"))
+    rows = read_rows(str(made.run_dir / "written" / augment.WRITTEN_ROWS))
+    assert 0 < written["rows"] == len(rows) <= 24
+    assert student["inputs"]["written"] == written["key"]
+    assert 0 < student["teacher_answered_rows"] <= len(rows)
+    assert written["training"]["steps"] > 0
+    before = artifact.read_manifest(plain.run_dir / "student")
+    assert "written" not in before["inputs"]  # keys of runs without the section stay what they were
+    # Finished work is kept, and taken over by a run of another seed, whose rows they are too.
+    stamp = (made.run_dir / "written" / "bitdistill.json").stat().st_mtime_ns
+    pipeline.run(wanted, command="test", quiet=True)
+    assert (made.run_dir / "written" / "bitdistill.json").stat().st_mtime_ns == stamp
+    other = recipe(work, f"augment={section}", "name=more", "seed=1")
+    later = pipeline.run(other, command="test", quiet=True, reuse=Reuse.of_runs(made.run_dir.parent))
+    assert (later.run_dir / "written").is_symlink()
+    assert read_run(later.run_dir).manifests["written"]["key"] == written["key"]
+    costs = sweep_results.costs(read_run(made.run_dir))
+    assert costs["augment"].elapsed_s >= round(written["training"]["elapsed_s"], 2) > 0
+    # Damaged rows are not trained on.
+    (made.run_dir / "written" / augment.WRITTEN_ROWS).write_bytes(b"")
+    with pytest.raises(ArtifactError, match="written"):
+        pipeline.run(wanted, command="test", quiet=True, redo=frozenset({"distill"}))
+
+
+def test_the_plan_counts_written_rows(work: Path) -> None:
+    found = check_data(recipe(work, "augment={rows: 100}"))
+    work_3 = distilled(found, 32)
+    assert work_3 is not None
+    assert work_3.rows == 32 + 100
+    with pytest.raises(RecipeError, match="first of two fields"):
+        check_data(recipe(work, f"augment={{texts: {work}/none.txt}}"))
+    pairs = pair_run(work).recipe
+    data = pairs.data.model_copy(update={"test": pairs.data.train, "validation": None})
+    pairs = pairs.model_copy(update={"data": data, "augment": AugmentConfig(texts=(f"{work}/none.txt",))})
+    with pytest.raises(DataError, match=r"augment\.texts: .*none\.txt: no such file"):
+        check_data(pairs)
+
+
+def test_generation_tasks_and_the_papers_method_have_no_written_rows(work: Path) -> None:
+    task = {"name": "copy", "kind": "generation", "template": "{text} w9", "target_field": "label"}
+    with pytest.raises(RecipeError, match="augment: rows are written for classification tasks only"):
+        recipe(work, f"task={json.dumps(task)}", "augment={rows: 10}")
+    assert recipe(work, "method=paper", "augment={rows: 10}").augment is not None  # a flag wins over a method
+    path = work / "with.yaml"
+    path.write_text(dump_recipe(recipe(work, "augment={rows: 10}")))
+    assert load_recipe(path).augment == AugmentConfig(rows=10)
+    assert load_recipe(path, ["method=paper"]).augment is None

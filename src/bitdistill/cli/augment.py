@@ -13,11 +13,21 @@ from bitdistill.cli.options import Overrides, Quiet, RecipePath, command_line, s
 def augment(
     recipe: RecipePath,
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="Written here: .jsonl or .jsonl.zst.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Written here, .jsonl or .jsonl.zst, instead of to the run's folder.",
+            show_default=False,
+        ),
+    ] = None,
     rows: Annotated[
-        int, typer.Option(min=1, help="Rows to write; empty and repeated ones are left out.")
-    ] = 50_000,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows to write; empty and repeated ones are left out. [default: augment.rows]",
+            show_default=False,
+        ),
+    ] = None,
     texts: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,31 +36,45 @@ def augment(
             show_default=False,
         ),
     ] = None,
-    texts_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of rows that begin so.")] = 0.5,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
+    texts_share: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of rows that begin so.", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="Of sampling.", show_default=False)
+    ] = None,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Write further rows of a task, without answers, by a model trained on its rows.
 
-    Name the file in the recipe as data.unlabelled: in stage 3 the teacher answers the rows, and the student learns them
-    beside the training rows.
+    In stage 3 the teacher answers the rows, and the student learns them beside the training rows. With an `augment`
+    section in the recipe `run` does this by itself. A file made with --out is named as data.unlabelled.
     """
+    from bitdistill.config import AugmentConfig
     from bitdistill.errors import DataError
     from bitdistill.planning.check import check_data
-    from bitdistill.recipe import load_recipe
+    from bitdistill.recipe import load_recipe, parse_recipe
 
     set_up_logging(quiet)
-    if not out.name.endswith((".jsonl", ".jsonl.zst")):
+    if out is not None and not out.name.endswith((".jsonl", ".jsonl.zst")):
         raise DataError(f"--out {out}: name a .jsonl or .jsonl.zst file")
     loaded = load_recipe(recipe, set_ or [])
+    given = {"rows": rows, "texts": texts, "texts_share": texts_share, "temperature": temperature}
+    section = (loaded.augment or AugmentConfig()).model_dump()
+    section.update({key: value for key, value in given.items() if value is not None})
+    tree = loaded.model_dump(mode="json", by_alias=True)
+    loaded = parse_recipe({**tree, "augment": section}, str(recipe))
     check_data(loaded, scoring=False)
     from bitdistill.stages import augment as stage
     from bitdistill.stages.common import Run
 
     run = Run.open(loaded, command=command_line(), quiet=quiet)
-    made = stage.augment(run, rows, texts=texts or [], texts_share=texts_share, temperature=temperature)
-    count = stage.write_rows(made, out)
+    if out is None:
+        folder = stage.augment(run)
+        stderr().print(f"rows in {folder}", markup=False, soft_wrap=True)
+        return
+    assert loaded.augment is not None
+    count = stage.write_rows(stage.written_rows(run, loaded.augment), out)
     stderr().print(
         f"{count} rows in {out}; name it in the recipe: data.unlabelled", markup=False, soft_wrap=True
     )

@@ -39,6 +39,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("sft", runs.sft),
         ("refine", runs.refine),
         ("pretrain", runs.pretrain),
+        ("augment", augment.augment),
         ("distill", runs.distill),
         ("export", exchange.export),
         ("eval", runs.evaluate),
@@ -55,7 +56,6 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "Native engine": native.COMMANDS,
     "More": [
         ("tokenize", artifacts.tokenize),
-        ("augment", augment.augment),
         ("needle", artifacts.needle),
         ("tasks", artifacts.tasks),
         ("version", artifacts.version),

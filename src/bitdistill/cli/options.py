@@ -21,6 +21,7 @@ class StageName(StrEnum):
     sft = "sft"
     refine = "refine"
     pretrain = "pretrain"
+    augment = "augment"
     distill = "distill"
     bitnet_sft = "bitnet_sft"
     export = "export"

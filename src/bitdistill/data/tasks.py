@@ -184,6 +184,19 @@ def template_fields(task: Task) -> list[str]:
     return list(dict.fromkeys(name for _, name in _template_parts(task) if name is not None))
 
 
+def check_first_field(task: Task, texts: Sequence[str]) -> None:
+    """Whether `augment.texts` can stand in for the first of the task's two fields.
+
+    Raises:
+        RecipeError: `texts` for a task that has not two fields.
+    """
+    fields = template_fields(task)
+    if texts and len(fields) != 2:
+        raise RecipeError(
+            f"augment.texts: stands in for the first of two fields, task {task.name} has {len(fields)}; leave it out"
+        )
+
+
 def _template_parts(task: Task) -> list[tuple[str, str | None]]:
     """(literal text, field after it or None) pairs."""
     try:

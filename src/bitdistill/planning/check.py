@@ -82,6 +82,17 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
     found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
+    if recipe.augment is not None:
+        tasks.check_first_field(recipe.task, recipe.augment.texts)
+        for text in recipe.augment.texts:
+            if not hub.is_hub(text) and not Path(text).exists():
+                raise DataError(
+                    f"augment.texts: {text}: no such file or folder; name texts, or leave the key out"
+                )
+        train = found[0]
+        found.append(
+            Source("augment", "written by the model", 0, recipe.augment.rows, train.tokens_per_row, "at most")
+        )
     if recipe.pretrain is not None:
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
     return found
@@ -101,8 +112,8 @@ def scored(sources: list[Source], recipe: Recipe) -> Source | None:
 
 
 def distilled(sources: list[Source], max_length: int) -> Work | None:
-    """Rows of stage 3: the training rows and the unlabelled ones; None where a count is not known."""
-    works = [s.work(max_length) for s in sources if s.key in ("data.train", "data.unlabelled")]
+    """Rows of stage 3: the training, the unlabelled and the written ones; None where a count is not known."""
+    works = [s.work(max_length) for s in sources if s.key in ("data.train", "data.unlabelled", "augment")]
     known = [work for work in works if work is not None]
     if len(known) < len(works):
         return None

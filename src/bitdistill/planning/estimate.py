@@ -144,6 +144,8 @@ def stages(
         found.append(context.task("sft", recipe.sft.loop, recipe.sft.epochs, train))
     if recipe.pretrain is not None and recipe.pretrain.base is None:
         found.append(context.pretrain())
+    if train is not None and recipe.augment is not None:
+        found.append(context.augment(train, recipe.augment.rows))
     if train is not None:
         found.append(context.task("distill", recipe.distill.loop, recipe.distill.epochs, distilled or train))
         if recipe.bitnet_sft is not None:
@@ -163,14 +165,14 @@ class _Context:
     def task(self, name: str, loop: Loop, epochs: float, work: Work) -> Stage:
         """sft, distill, bitnet_sft: logits for the answer tokens only."""
         teacher = name == "distill"
-        ternary = name != "sft"
+        ternary = name not in ("sft", "augment")
         tokens = int(work.rows * work.tokens_per_row * epochs)
         rows = loop.micro_batch_rows or loop.batch_rows
         flops = self.flops_per_token(work.tokens_per_row, train=True) * self.slowdown(ternary)
         flops += self.flops_per_token(work.tokens_per_row, train=False) if teacher else 0.0
         answers = rows * (8 if self.recipe.task.kind == "classification" else self.recipe.task.max_new_tokens)
         logits = answers * self.layout.vocab * 4 * (5 if teacher else 3)
-        subln = {"sft": "none", "distill": self.recipe.refine.subln}.get(name, "none")
+        subln = {"sft": "none", "augment": "none", "distill": self.recipe.refine.subln}.get(name, "none")
         if name == "bitnet_sft" and self.recipe.bitnet_sft is not None:
             subln = self.recipe.bitnet_sft.subln
         memory = self.memory(loop, rows * work.max_length, ternary=ternary, teacher=teacher, subln=subln)
@@ -179,6 +181,16 @@ class _Context:
         micro_steps = work.rows * epochs / rows
         seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
         return Stage(name, tokens, seconds, {**memory, "logits": logits})
+
+    def augment(self, train: Work, rows: int) -> Stage:
+        """The writer's fine-tuning, and one pass over the tokens of the rows that it writes."""
+        writer = self.task("augment", self.recipe.sft.loop, self.recipe.sft.epochs, train)
+        tokens = int(rows * train.tokens_per_row)
+        head = 2 * self.layout.hidden * self.layout.vocab
+        flops = self.flops_per_token(train.tokens_per_row, train=False) + head
+        return Stage(
+            "augment", writer.tokens + tokens, writer.seconds + tokens * flops / self.rate, writer.memory
+        )
 
     def step_seconds(self, ternary: bool, teacher: bool) -> float:
         """Launch-bound floor of one micro-batch; none on a CPU."""

@@ -10,7 +10,7 @@ from bitdistill.errors import RecipeError
 from bitdistill.models.families import Layout, layout_of
 from bitdistill.planning import check, estimate, sources
 
-ORDER = ("sft", "refine", "pretrain", "distill", "bitnet_sft", "export", "eval", "report")
+ORDER = ("sft", "refine", "pretrain", "augment", "distill", "bitnet_sft", "export", "eval", "report")
 """Stages as they run; equal to pipeline.STAGES (tested), which cannot be imported here without torch."""
 
 

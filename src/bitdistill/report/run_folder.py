@@ -24,12 +24,29 @@ STAGES = {
     "sft": "Teacher (full-precision fine-tune)",
     "refine": "Stage 1: refine",
     "pretrain": "Stage 2: continued pre-training",
+    "augment": "Further rows, written by the model",
     "distill": "Stage 3: distillation",
     "bitnet_sft": "Baseline: BitNet-SFT",
 }
-ARTIFACT_OF = {"sft": "teacher", "pretrain": "base", "distill": "student", "bitnet_sft": "bitnet_sft"}
-TRAINED = ("sft", "pretrain", "distill", "bitnet_sft")
-ARTIFACTS = ("teacher", "refined", "base", "student", "bitnet_sft", "packed", "bitnet_sft_packed")
+ARTIFACT_OF = {
+    "sft": "teacher",
+    "pretrain": "base",
+    "augment": "written",
+    "distill": "student",
+    "bitnet_sft": "bitnet_sft",
+}
+TRAINED = tuple(ARTIFACT_OF)
+ARTIFACTS = (
+    "teacher",
+    "refined",
+    "base",
+    "writer",
+    "written",
+    "student",
+    "bitnet_sft",
+    "packed",
+    "bitnet_sft_packed",
+)
 STATS = ("refined", "base", "student", "bitnet_sft")
 _MAX_LINE = 16 << 20
 

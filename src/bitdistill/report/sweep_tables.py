@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # Stages that a row's own training consists of; a student's teacher is counted with the teacher.
-OWN_STAGES = {"teacher": ("sft",), "bitnet_sft": ("bitnet_sft",), "bitdistill": ("pretrain", "distill")}
+OWN_STAGES = {
+    "teacher": ("sft",),
+    "bitnet_sft": ("bitnet_sft",),
+    "bitdistill": ("pretrain", "augment", "distill"),
+}
 NAMES = {"teacher": "FP-SFT (teacher)", "bitnet_sft": "BitNet-SFT"}
 
 

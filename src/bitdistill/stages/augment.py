@@ -1,4 +1,4 @@
-"""More rows of a classification task, written by a model: inputs without answers, for `data.unlabelled`.
+"""More rows of a classification task, written by a model: inputs without answers, for stage 3.
 
 The full-precision model is fine-tuned on the training rows the other way round, label and leading fields in, last field
 out, and sampled. The label only steers it (all labels come up equally often); what a row's answer is, the teacher says
@@ -8,10 +8,12 @@ hypotheses written for them.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from bitdistill import artifact
-from bitdistill.config import Task
+from bitdistill.config import AugmentConfig, Task
 from bitdistill.data import readers, tasks
 from bitdistill.data.readers import Row
 from bitdistill.errors import DataError, RecipeError
@@ -30,6 +32,8 @@ from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
 
 LABEL_FIELD = "_label"
+WRITTEN_ROWS = "rows.jsonl.zst"
+"""File of the artifact."""
 LENGTH_SHARE = 0.99
 """Rows may be written as long as this share of the training rows is."""
 WORDS = (5, 40)
@@ -61,17 +65,58 @@ def writer_task(task: Task) -> Task:
     )
 
 
-def train_writer(run: Run) -> Path:
+def augment(run: Run) -> Path:
+    """Write the rows of the recipe's `augment` section, without answers; writes `written/`.
+
+    The artifact's training record is the writer's, with the time of sampling in it.
+
+    Raises:
+        RecipeError: `texts` for a task that has not two fields.
+        DataError: no usable sentence in `texts`.
+    """
+    config, folder = run.recipe.augment, run.run_dir / "written"
+    assert config is not None, "the pipeline leaves the stage out"
+    section = run.section("augment")
+    section.pop("texts")
+    inputs = {
+        "writer": _writer_inputs(run, _seed(run, config)),
+        **section,
+        "seed": _seed(run, config),
+        "texts": [readers.source_fingerprint(source) for source in config.texts],
+    }
+    if run.finished("augment", folder, inputs):
+        return folder
+    writer = train_writer(run, _seed(run, config))
+    training = artifact.read_manifest(writer)["training"]
+    started = time.monotonic()
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in written_rows(run, config, writer)]
+    elapsed = training["elapsed_s"] + time.monotonic() - started
+    about = {"kind": "written rows", "rows": len(lines), **run.meta("augment", inputs)}
+    with artifact.writing(folder, {**about, "training": {**training, "elapsed_s": elapsed}}) as partial:
+        (partial / WRITTEN_ROWS).write_bytes(_packed(lines))
+    log.info("augment: %d rows of %d are new and not empty", len(lines), config.rows)
+    return folder
+
+
+def _seed(run: Run, config: AugmentConfig) -> int:
+    return run.recipe.seed if config.seed is None else config.seed
+
+
+def _writer_inputs(run: Run, seed: int) -> dict[str, Any]:
+    return {
+        "model": source_fingerprint(run.recipe.model),
+        **run.train_inputs(),
+        "writer": writer_task(run.recipe.task).model_dump(mode="json", by_alias=True),
+        "sft": run.section("sft"),
+        "seed": seed,
+    }
+
+
+def train_writer(run: Run, seed: int) -> Path:
     """Fine-tune the full-precision model as a writer, with the teacher's settings; writes `writer/`."""
     config, folder = run.recipe.sft, run.run_dir / "writer"
     task = writer_task(run.recipe.task)
-    inputs = {
-        "model": source_fingerprint(run.recipe.model),
-        **run.train_inputs(),
-        "writer": task.model_dump(mode="json", by_alias=True),
-        "sft": run.section("sft"),
-        "seed": run.recipe.seed,
-    }
+    inputs = _writer_inputs(run, seed)
     if run.finished("writer", folder, inputs):
         return folder
     model, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
@@ -79,8 +124,9 @@ def train_writer(run: Run) -> Path:
     examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length)
     if run.compiling(config.loop):
         compile_blocks(model)
+    seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
     result = train_on_task(
-        run, "writer", model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs,
+        seeded, "writer", model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs,
         examples=examples,
     )  # fmt: skip
     run.save_artifact(
@@ -90,41 +136,34 @@ def train_writer(run: Run) -> Path:
     return folder
 
 
-def augment(
-    run: Run, count: int, *, texts: Sequence[str] = (), texts_share: float = 0.5, temperature: float = 1.0
-) -> Iterator[dict[str, str]]:
-    """Write `count` rows of the task's fields, without answers; empty and repeated ones are left out after that.
+def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) -> Iterator[dict[str, str]]:
+    """`config.rows` rows of the task's fields, without answers; empty and repeated ones are left out after that.
 
     Args:
-        texts: files, folders or hub names whose sentences stand in for the first of two fields.
-        texts_share: share of the rows that begin with such a sentence.
-        temperature: of sampling.
+        writer: from `train_writer`; None: it is made where it is missing.
 
     Raises:
         RecipeError: `texts` for a task that has not two fields.
         DataError: no usable sentence in `texts`.
     """
     task = run.recipe.task
-    fields = tasks.template_fields(task)
-    if texts and len(fields) != 2:
-        raise RecipeError(
-            f"augment: --texts stands in for the first of two fields, task {task.name} has {len(fields)}; "
-            "leave it out"
-        )
+    tasks.check_first_field(task, config.texts)
+    seed = _seed(run, config)
     train = run.train_rows()
-    folder = train_writer(run)
+    folder = train_writer(run, seed) if writer is None else writer
     source = run.recipe.model.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
     dtype = "bfloat16" if run.device.type == "cuda" else "float32"
     model, tokenizer = load_source(source, dtype=dtype, device=run.device)
-    rows = list(itertools.islice(_openings(run, train, fields, texts, texts_share), count))
+    rows = list(itertools.islice(_openings(run.recipe.task, train, config, seed), config.rows))
     written = writer_task(task)
     known = tasks.encode(written, [_turned(task, r) for r in train], tokenizer, run.recipe.data.max_length)
     lengths = sorted(len(e.answer_ids) for e in known)
     longest = lengths[min(len(lengths) - 1, int(LENGTH_SHARE * len(lengths)))]
     written = written.model_copy(update={"max_new_tokens": longest})
+    fields = tasks.template_fields(task)
     examples = tasks.encode(written, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
     predictions = sample(
-        model.eval(), tokenizer, written, examples, temperature=temperature, seed=run.recipe.seed,
+        model.eval(), tokenizer, written, examples, temperature=config.temperature, seed=seed,
         batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),
     )  # fmt: skip
     seen = {tuple(str(row.fields[f]).strip() for f in fields) for row in train}
@@ -142,14 +181,15 @@ def write_rows(rows: Iterator[dict[str, str]], out: Path) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(out.name + ".partial")
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        data = "".join(lines).encode("utf-8")
-        if out.name.endswith(".zst"):
-            import zstandard
-
-            data = zstandard.ZstdCompressor(level=10).compress(data)
-        partial.write_bytes(data)
+        partial.write_bytes(_packed(lines) if out.name.endswith(".zst") else "".join(lines).encode("utf-8"))
         partial.rename(out)
     return len(lines)
+
+
+def _packed(lines: Sequence[str]) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=10).compress("".join(lines).encode("utf-8"))
 
 
 def _turned(task: Task, row: Row) -> Row:
@@ -157,19 +197,18 @@ def _turned(task: Task, row: Row) -> Row:
     return Row({**row.fields, LABEL_FIELD: word.strip()}, row.where)
 
 
-def _openings(
-    run: Run, train: list[Row], fields: list[str], texts: Sequence[str], share: float
-) -> Iterator[Row]:
+def _openings(task: Task, train: list[Row], config: AugmentConfig, seed: int) -> Iterator[Row]:
     """Without end: what the writer continues, training rows and sentences mixed, labels in turn."""
-    rng = random.Random(run.recipe.seed)
-    words = [word.strip() for word in run.recipe.task.labels.values()]
+    rng = random.Random(seed)
+    fields = tasks.template_fields(task)
+    words = [word.strip() for word in task.labels.values()]
     sentences: list[str] = []
-    if texts:
-        sentences = _sentences(texts, rng)
-        log.info("augment: %d sentences of %s", len(sentences), ", ".join(texts))
+    if config.texts:
+        sentences = _sentences(config.texts, rng)
+        log.info("augment: %d sentences of %s", len(sentences), ", ".join(config.texts))
     for number in itertools.count():
         given: dict[str, Any]
-        if sentences and rng.random() < share:
+        if sentences and rng.random() < config.texts_share:
             given = {fields[0]: rng.choice(sentences)}
         else:
             row = rng.choice(train)

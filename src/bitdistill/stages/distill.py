@@ -249,13 +249,14 @@ def _check_pair(student: Any, teacher: Any, student_tokenizer: Any, teacher_toke
         )
 
 
-def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path:
+def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written: Path | None = None) -> Path:
     """Stage 3; writes `student/`, the trained latent student.
 
     Args:
         start: the ternary base, or the refined model when stage 2 is left out.
         start_key: its key.
         teacher_folder: the fine-tuned full-precision model.
+        written: the artifact of `augment`, rows that join `data.unlabelled`.
     """
     config = run.recipe.distill
     folder = run.run_dir / "student"
@@ -268,13 +269,15 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path) -> Path
     }
     if run.recipe.data.unlabelled:  # only then: keys of runs without such rows stay what they were
         inputs["unlabelled"] = pseudo_labels.fingerprints(run)
+    if written is not None:
+        inputs["written"] = run.keys["augment"]
     if run.finished("distill", folder, inputs):
         return folder
     student, tokenizer, manifest = load_student(start, device=run.device)
     teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
     _check_pair(student, teacher, tokenizer, teacher_tokenizer)
     layers, layer_metrics = _layers(run, student, teacher, tokenizer)
-    answered = pseudo_labels.answered_examples(run, teacher, tokenizer)
+    answered = pseudo_labels.answered_examples(run, teacher, tokenizer, written)
     if run.compiling(config.loop):
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)

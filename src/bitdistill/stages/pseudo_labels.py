@@ -6,10 +6,12 @@ teacher fits them perfectly and says little on them that the labels do not; furt
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitdistill import artifact
 from bitdistill.data import readers, tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example
@@ -17,6 +19,7 @@ from bitdistill.errors import DataError
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
 from bitdistill.models.attention import causal_only
+from bitdistill.stages.augment import WRITTEN_ROWS
 from bitdistill.stages.common import Run, log, pad_token_id
 
 BATCH_ROWS = 512
@@ -28,15 +31,23 @@ def fingerprints(run: Run) -> list[str]:
     return [readers.source_fingerprint(source) for source in run.recipe.data.unlabelled]
 
 
-def answered_examples(run: Run, teacher: Any, tokenizer: Any) -> list[Example]:
-    """Encoded rows of `data.unlabelled` with the teacher's answers; empty when the recipe names none.
+def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | None = None) -> list[Example]:
+    """Encoded rows of `data.unlabelled` and of `augment` with the teacher's answers; empty without either.
 
     Rows to which a generating teacher has no answer (the empty text) are left out, and counted in the log.
 
+    Args:
+        written: the artifact of `augment`.
+
     Raises:
         DataError: a source that cannot be read, or a row that lacks a field of the template.
+        ArtifactError: the written rows are damaged.
     """
-    rows = [row for source in run.recipe.data.unlabelled for row in readers.read_rows(source)]
+    sources = list(run.recipe.data.unlabelled)
+    if written is not None:
+        artifact.verify(written)
+        sources.append(str(written / WRITTEN_ROWS))
+    rows = [row for source in sources for row in readers.read_rows(source)]
     if not rows:
         return []
     task = run.recipe.task
@@ -52,7 +63,7 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any) -> list[Example]:
     log.info("distill: the teacher answered %d of %d unlabelled rows", len(filled), len(rows))
     if not filled:
         raise DataError(
-            "data.unlabelled: the teacher answered no row; check the teacher, or leave the key out"
+            "data.unlabelled: the teacher answered no row; check the teacher, or leave the key (or augment) out"
         )
     return tasks.encode(task, filled, tokenizer, run.recipe.data.max_length)
 

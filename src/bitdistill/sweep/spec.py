@@ -236,7 +236,7 @@ def _override(key: str, value: Any, folder: Path) -> str:
     sources = ("data.train", "data.validation", "data.test", "pretrain.corpus", "pretrain.base")
     if isinstance(value, str) and key in (*sources, "model.path", "model.tokenizer"):
         value = absolute_source(value, folder, hub=key.startswith("model."))
-    if key == "data.unlabelled":
+    if key in ("data.unlabelled", "augment.texts"):
         value = [absolute_source(source, folder) for source in ([value] if isinstance(value, str) else value)]
     return f"{key}={json.dumps(value, allow_nan=False)}"
 
@@ -250,6 +250,8 @@ def _localised(recipe: Recipe, local: Mapping[str, str]) -> Recipe:
             if tree.get(section) is not None and tree[section].get(key) in local:
                 tree[section][key] = local[tree[section][key]]
     tree["data"]["unlabelled"] = [local.get(source, source) for source in tree["data"]["unlabelled"]]
+    if tree["augment"] is not None:
+        tree["augment"]["texts"] = [local.get(source, source) for source in tree["augment"]["texts"]]
     return Recipe.model_validate(tree)
 
 
@@ -257,6 +259,8 @@ def _digest(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json", by_alias=True)
     for place in ("name", "output_dir", "track", "report"):
         tree.pop(place)
+    if tree["augment"] is None:  # results from before this section stay valid
+        del tree["augment"]
     return hash_json(tree)
 
 
