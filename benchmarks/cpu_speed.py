@@ -8,7 +8,7 @@
 The exactness tests run first; a failure ends it. Every engine and format is a process of its own (cpu_worker.py).
 Within a round each is timed once, one after the other, so that a busy moment of the machine meets all of them; the
 figures are medians over rounds, ratios are medians of the ratios inside a round. Read bandwidth is measured in the
-same rounds. KV caches are float16 everywhere.
+same rounds. KV caches are float16 everywhere, but where a format ends in `kv8` (int8).
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cpu_render  # noqa: E402
 
 RESULT = ROOT / "results/cpu-speed.json"
-NATIVE = {  # name -> layout, head
-    "2bit+screened4": ("2bit", "screened4"),
-    "base3+screened4": ("base3", "screened4"),
-    "2bit+screened": ("2bit", "screened"),
-    "2bit+float": ("2bit", "float"),
+NATIVE = {  # name -> layout, head, keys and values
+    "2bit+screened4": ("2bit", "screened4", "float16"),
+    "base3+screened4": ("base3", "screened4", "float16"),
+    "2bit+screened": ("2bit", "screened", "float16"),
+    "2bit+float": ("2bit", "float", "float16"),
+    "2bit+screened4+kv8": ("2bit", "screened4", "int8"),
+    "base3+screened4+kv8": ("base3", "screened4", "int8"),
 }
 QUICK = ("2bit+screened4", "base3+screened4", "F16", "Q4_0", "TQ2_0", "TQ2_0-eQ4_K")
 
@@ -165,11 +167,11 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
     engines: dict[str, Worker | LlamaBench] = {}
     wanted = args.only or (QUICK if args.quick else None)
     context = str(args.context)
-    for name, (layout, head) in NATIVE.items():
-        if wanted is None or name in wanted:
+    for name, options in NATIVE.items():
+        if name in wanted if wanted else not name.endswith("kv8"):
             for isa in args.isa or [None]:
                 engines[f"bitdistill {name}" + (f", {isa}" if isa else "")] = Worker(
-                    ["native", student, str(threads), context, layout, head], isa
+                    ["native", student, str(threads), context, *options], isa
                 )
     types = [name for name in ["F16", *shapes.gguf_types(shape)] if wanted is None or name in wanted]
     files = {n: f16 if n == "F16" else shapes.write_quantized(f16, n, threads) for n in types}

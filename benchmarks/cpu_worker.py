@@ -1,6 +1,6 @@
 """One engine in one process, driven by JSON lines: `cpu_speed.py` starts it and times many of them in turns.
 
-    cpu_worker.py native  MODEL THREADS CONTEXT LAYOUT HEAD
+    cpu_worker.py native  MODEL THREADS CONTEXT LAYOUT HEAD KV
     cpu_worker.py llama   MODEL THREADS CONTEXT
 
 Reads {"do": "prefill" | "decode", "tokens": N, "sequences": S} and answers {"seconds": ...}; at the start it writes
@@ -19,18 +19,19 @@ Run = Callable[[int, int], float]
 _KEPT: list[Any] = []  # what llama.cpp calls back for as long as it runs
 
 
-def native(model: str, threads: int, layout: str, head: str) -> tuple[dict[str, Any], Run, Run]:
+def native(model: str, threads: int, layout: str, head: str, kv: str) -> tuple[dict[str, Any], Run, Run]:
     """Prefill and decode of bitdistill's engine; decode picks greedy tokens, which llama.cpp's loop does not."""
     import numpy as np
 
     from bitdistill.engine import Engine, _native
 
     start = time.perf_counter()
-    engine = Engine(model, threads=threads, layout=layout, head=head, kv="float16")  # type: ignore[arg-type]
+    options: dict[str, Any] = {"threads": threads, "layout": layout, "head": head, "kv": kv}
+    engine = Engine(model, **options)
     verified_s = time.perf_counter() - start
     del engine
     start = time.perf_counter()
-    engine = Engine(model, threads=threads, layout=layout, head=head, kv="float16", verify=False)  # type: ignore[arg-type]
+    engine = Engine(model, **options, verify=False)
     facts = {"load_s": time.perf_counter() - start, "load_verified_s": verified_s, "isa": engine.isa}
     for key in ("ternary_bytes", "dense_bytes", "head_bytes"):
         facts[key] = engine.facts[key]
@@ -125,7 +126,7 @@ def peak_rss_bytes() -> int:
 def main() -> None:
     kind, model, threads, context = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     if kind == "native":
-        facts, prefill, decode = native(model, threads, sys.argv[5], sys.argv[6])
+        facts, prefill, decode = native(model, threads, *sys.argv[5:8])
     else:
         facts, prefill, decode = llama(model, threads, context)
     print(json.dumps(facts), flush=True)
