@@ -55,8 +55,8 @@ def test_generation_has_no_labels_to_draw_by(work: Path) -> None:
         recipe(work, "task=aeslc", "data.rows_per_label=2")
 
 
-def test_the_demo_has_ten_labels_a_class_and_fits_the_repository() -> None:
+def test_the_demo_has_twenty_labels_a_class_and_fits_the_repository() -> None:
     counted = {source.key: source.rows for source in check_data(demo_recipe())}
-    assert counted["data.train"] == 770
+    assert counted["data.train"] == 1540
     assert counted["data.test"] == 3080
     assert sum(f.stat().st_size for f in demo_folder().rglob("*") if f.is_file()) <= 10_000_000
