@@ -22,7 +22,7 @@ from bitdistill.config import RefineConfig
 from bitdistill.errors import ModelError
 from bitdistill.interop import gguf_codec
 from bitdistill.interop.gguf_export import SCALE_KEY
-from bitdistill.interop.packed_writer import write_packed_folder
+from bitdistill.interop.packed_writer import check_finite, write_packed_folder
 from bitdistill.models import surgery
 from bitdistill.models.contents import expected_tensors
 from bitdistill.models.families import FAMILIES, Layout, layout_of
@@ -55,6 +55,7 @@ def import_gguf(path: Path, out: Path) -> Path:
     used: set[str] = set()
     ternary = {name: _ternary(header, name, layout, plan, halved, used) for name in plan.replace}
     floats = dict(_floats(header, config, layout, plan, halved, used))
+    check_finite(floats, str(path))
     if unknown := header.tensors.keys() - used:
         raise ModelError(f"{path}: tensor {min(unknown)} has no place in a {layout.family} model")
     tokenizer = load_tokenizer(header)

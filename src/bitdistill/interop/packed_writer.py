@@ -22,6 +22,17 @@ from bitdistill.quant.packing import pack_2bit
 from bitdistill.version import __version__
 
 
+def check_finite(floats: Mapping[str, Tensor], where: str) -> None:
+    """Cheap, so it comes before codes are packed.
+
+    Raises:
+        ModelError: a tensor holds NaN or Inf.
+    """
+    for name, tensor in floats.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{where}: {name} holds values that are not finite; fetch the model again")
+
+
 def write_packed_folder(
     out: Path,
     config: Mapping[str, Any],
@@ -50,14 +61,12 @@ def write_packed_folder(
     # auto_map names code of the source's folder, which is never run and does not come along.
     left_out = ("model_type", "quantization_config", "dtype", "torch_dtype", "auto_map", "_name_or_path")
     values = {k: v for k, v in config.items() if k not in left_out}
+    check_finite(floats, where)
     tensors: dict[str, Tensor] = {}
     for name, (codes, scale) in ternary.items():
         tensors[f"{name}.codes"] = pack_2bit(codes)
         tensors[f"{name}.scale"] = torch.tensor(scale, dtype=torch.float32)
-    for name, tensor in floats.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{where}: {name} holds values that are not finite; fetch the model again")
-        tensors[name] = tensor.contiguous()
+    tensors |= {name: tensor.contiguous() for name, tensor in floats.items()}
     expected = contents.expected_tensors(config, plan, True, where)
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
