@@ -78,6 +78,10 @@ class Task(Strict):
         return self
 
 
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+"""One source or a list."""
+
+
 class DataConfig(Strict):
     """Files or hub names. `hub:owner/name[:config][:split]`, or a .jsonl/.jsonl.zst/.csv/.tsv/.parquet path."""
 
@@ -87,7 +91,7 @@ class DataConfig(Strict):
     validation_fraction: Fraction = 0.0
     test: str | None = None
     """Rows of the results table. None: the validation rows."""
-    unlabelled: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    unlabelled: Sources = ()
     """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
     learns from them beside the training rows. One source or a list; `bitdistill augment` makes such rows."""
     limit_train: Count | None = None
@@ -105,7 +109,7 @@ class AugmentConfig(Strict):
 
     rows: Count = 50_000
     """Rows to sample; empty and repeated ones are left out of them."""
-    texts: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    texts: Sources = ()
     """Texts whose sentences stand in for the first of two fields. One source or a list."""
     texts_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of the rows that begin with such a sentence."""
