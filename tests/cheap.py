@@ -14,10 +14,10 @@ LIMIT_S, LIMIT_BYTES = 0.1, 64 << 20
 def refused_cheaply(call: Callable[[], object], *errors: type[Exception]) -> str:
     """The message of the error that `call` raises each time; its cost is checked.
 
-    Processor time of the best of five calls, so that neighbours do not count; memory as Python and NumPy allocate it.
+    Processor time of the best of three calls, so that neighbours do not count; memory as Python and NumPy allocate it.
     """
     costs = []
-    for _ in range(5):
+    for _ in range(3):
         start = time.process_time()
         with pytest.raises(errors) as caught:
             call()
