@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitdistill import artifact, pipeline
+from bitdistill.cli.augment import augment as augment_command
 from bitdistill.config import AugmentConfig, Task
 from bitdistill.data import tasks
 from bitdistill.data.readers import read_rows
@@ -231,3 +232,14 @@ def test_generation_tasks_and_the_papers_method_have_no_written_rows(work: Path)
     path.write_text(dump_recipe(recipe(work, "augment={rows: 10}")))
     assert load_recipe(path).augment == AugmentConfig(rows=10)
     assert load_recipe(path, ["method=paper"]).augment is None
+
+
+def test_the_command_without_a_file_wants_the_recipes_section(work: Path) -> None:
+    path = work / "alone.yaml"
+    path.write_text(dump_recipe(recipe(work)))
+    with pytest.raises(RecipeError, match=r"without --out .* augment section"):
+        augment_command(path)
+    with pytest.raises(RecipeError, match="without --out"):
+        augment_command(path, set_=["augment={rows: 6}"], rows=7)
+    augment_command(path, set_=["augment={rows: 6}"], quiet=True)
+    assert artifact.exists(work / "runs" / "tiny" / "written")

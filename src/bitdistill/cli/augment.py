@@ -24,7 +24,7 @@ def augment(
         int | None,
         typer.Option(
             min=1,
-            help="Rows to write; empty and repeated ones are left out. [default: augment.rows]",
+            help="Rows to write with --out; empty and repeated ones are left out. [default: augment.rows]",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +51,7 @@ def augment(
     section in the recipe `run` does this by itself. A file made with --out is named as data.unlabelled.
     """
     from bitdistill.config import AugmentConfig
-    from bitdistill.errors import DataError
+    from bitdistill.errors import DataError, RecipeError
     from bitdistill.planning.check import check_data
     from bitdistill.recipe import load_recipe, parse_recipe
 
@@ -60,6 +60,12 @@ def augment(
         raise DataError(f"--out {out}: name a .jsonl or .jsonl.zst file")
     loaded = load_recipe(recipe, set_ or [])
     given = {"rows": rows, "texts": texts, "texts_share": texts_share, "temperature": temperature}
+    if out is None and (loaded.augment is None or any(value is not None for value in given.values())):
+        # Rows in the run's folder are those of the recipe: `run` would not take up any others.
+        raise RecipeError(
+            f"{recipe}: without --out the rows are those of the recipe's augment section; "
+            "set them there (--set augment.rows=50000), or name a file with --out"
+        )
     section = (loaded.augment or AugmentConfig()).model_dump()
     section.update({key: value for key, value in given.items() if value is not None})
     tree = loaded.model_dump(mode="json", by_alias=True)
