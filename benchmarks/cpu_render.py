@@ -29,9 +29,37 @@ def ratio(run: dict[str, Any], name: str, other: str, do: str) -> float:
     return float(median(b / a for a, b in zip(ours, theirs, strict=True)))
 
 
-def best_other(run: dict[str, Any], do: str) -> str:
+def host(run: dict[str, Any]) -> str:
+    """The machine of a run in a few words."""
+    facts = run.get("machine", {})
+    name = facts.get("model name", "?").replace("(R)", "").removesuffix(" Processor")
+    return f"{name} {facts.get('cpu family', '?')}/{facts.get('model', '?')}"
+
+
+def place(run: dict[str, Any]) -> tuple[str, int, str]:
+    """What a run is the newest of."""
+    return run["shape"], run["threads"], host(run)
+
+
+def peers(run: dict[str, Any], isa: str) -> list[str]:
+    """The formats that our rows of an instruction set are held against: for `avx2` the ones of builds without more.
+
+    All of them where no build is known to be held to AVX2.
+    """
+    others = [n for n in run["engines"] if not n.startswith("bitdistill")]
+    held = [n for n in others if run["engines"][n].get("isa") == "avx2"]
+    return held if isa == "avx2" and held else others
+
+
+def best_other(run: dict[str, Any], do: str, isa: str) -> str:
     """The fastest format that is not ours."""
-    return max((n for n in run["engines"] if not n.startswith("bitdistill")), key=lambda n: rate(run, n, do))
+    return max(peers(run, isa), key=lambda n: rate(run, n, do))
+
+
+def full_precision(run: dict[str, Any], isa: str) -> str:
+    """llama.cpp's F16 that our rows of an instruction set are held against."""
+    names = [n for n in peers(run, isa) if n.split(", ")[0] == "llama.cpp F16"]
+    return names[0]
 
 
 def bytes_per_token(engine: dict[str, Any]) -> int | None:
@@ -45,7 +73,7 @@ def table(run: dict[str, Any]) -> str:
     """One line an engine and format."""
     bandwidth = median(run["read_bandwidth_bytes_per_s"])
     lines = [
-        f"**{run['shape']}, {run['threads']} thread{'s' * (run['threads'] > 1)}** "
+        f"**{run['shape']}, {run['threads']} thread{'s' * (run['threads'] > 1)}, {host(run)}** "
         f"(read bandwidth {bandwidth / 1e9:.1f} GB/s"
         + (
             f", OMP_WAIT_POLICY {run['omp_wait_policy']})"
@@ -53,15 +81,16 @@ def table(run: dict[str, Any]) -> str:
             else ")"
         ),
         "",
-        "| engine, format | decode, tokens/s | prefill, tokens/s | 8 sequences, tokens/s | MB a token | "
+        "| engine, format | compiled for | decode, tokens/s | prefill, tokens/s | 8 sequences, tokens/s | MB a token | "
         "share of bandwidth | peak RSS, MB | load, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, engine in run["engines"].items():
         decode, prefill, eight = (rate(run, name, do) for do in ("decode", "prefill", "decode8"))
         size = bytes_per_token(engine)
         cells = [
             name,
+            engine.get("isa", ""),
             f"{decode:.1f}",
             f"{prefill:.0f}",
             f"{eight:.1f}" if eight else "",
@@ -79,41 +108,63 @@ def isas(run: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(n.partition(", ")[2] for n in run["engines"] if n.startswith("bitdistill")))
 
 
+def memory(run: dict[str, Any], mine: list[str], isa: str) -> str:
+    """Peak memory of F16 over that of our smallest, by the type of keys and values."""
+    engines = run["engines"]
+    base = full_precision(run, isa)
+    cells = []
+    for kv in ("float16", "int8"):
+        names = [n for n in mine if engines[n].get("kv", "float16") == kv]
+        if not names:
+            continue
+        smallest = min(engines[n]["peak_rss_bytes"] for n in names)
+        cell = f"{engines[base]['peak_rss_bytes'] / smallest:.1f}×"
+        if kv == "int8":
+            cell += " with int8 keys and values"
+            if (alike := base.replace("F16", "F16+kv8")) in engines:
+                cell += f" ({engines[alike]['peak_rss_bytes'] / smallest:.1f}× against F16 with q8_0 ones)"
+        cells.append(cell)
+    return ", ".join(cells)
+
+
 def summary(runs: list[dict[str, Any]]) -> str:
     """The ratios that count: our best format of an instruction set against the best of the others, and against F16."""
     lines = [
-        "| shape | threads | ours | decode against the best other format | decode against F16 | "
+        "| machine | shape | threads | ours | decode against the best other format | decode against F16 | "
         "prefill against the best other | prefill against F16 | 8 sequences against one, same format | "
         "RSS, F16 against ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
         for isa in isas(run):
             mine = [n for n in run["engines"] if n.startswith("bitdistill") and n.partition(", ")[2] == isa]
-            cells = [run["shape"], str(run["threads"]), isa or "best"]
+            cells = [host(run), run["shape"], str(run["threads"]), isa or "best"]
             for do in ("decode", "prefill"):
                 ours = max(mine, key=lambda n: rate(run, n, do))
-                other = best_other(run, do)
+                other = best_other(run, do, isa)
                 cells.append(f"{ratio(run, ours, other, do):.2f}× ({other})")
-                cells.append(f"{ratio(run, ours, 'llama.cpp F16', do):.2f}×")
+                cells.append(f"{ratio(run, ours, full_precision(run, isa), do):.2f}×")
             gains = [(rate(run, n, "decode8") / rate(run, n, "decode"), n) for n in mine]
             cells.append(
-                ", ".join(f"{gain:.2f}× ({n.split()[1].split('+')[0].strip(',')})" for gain, n in gains)
+                ", ".join(
+                    f"{gain:.2f}× ({n.split()[1].split(',')[0].replace('+screened4', '')})"
+                    for gain, n in gains
+                )
             )
-            smallest = min(run["engines"][n]["peak_rss_bytes"] for n in mine)
-            cells.append(f"{run['engines']['llama.cpp F16']['peak_rss_bytes'] / smallest:.1f}×")
+            cells.append(memory(run, mine, isa))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def chart(runs: list[dict[str, Any]], path: Path) -> None:
-    """Decode and prefill rates as bars, one panel a shape and number of threads."""
+    """Decode and prefill rates as bars, one panel a shape and number of threads: the newest run of each."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "cpu-speed"
     from matplotlib import pyplot
 
+    runs = list({(run["shape"], run["threads"]): run for run in runs}.values())
     figure, axes = pyplot.subplots(2, len(runs), figsize=(4.2 * len(runs), 7), squeeze=False)
     for column, run in enumerate(runs):
         for line, do in enumerate(("decode", "prefill")):
@@ -134,12 +185,16 @@ def conditions(result: dict[str, Any]) -> str:
     lines = []
     for run in result["runs"]:
         facts = {**result, **run}
-        host = facts["machine"]
+        known = facts["machine"]
+        load = f"load {known['load_average']:.1f} at the start"
+        if "load_average_at_end" in known:
+            load += f" and {known['load_average_at_end']:.1f} at the end (the benchmark's own threads count)"
         line = (
-            f"{host.get('model name', '?')} (family {host.get('cpu family', '?')}, model {host.get('model', '?')}), "
-            f"{host['cpus']} CPUs, load {host['load_average']:.1f} at the start; {facts['date']}; "
+            f"{known.get('model name', '?')} (family {known.get('cpu family', '?')}, model {known.get('model', '?')}), "
+            f"{known['cpus']} CPUs, {load}; {facts['date']}; "
             f"`{facts['command']}`; exactness tests before it: {facts['tests']['outcome']}; "
             + ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+            + (f". {run['note']}" if "note" in run else "")
         )
         if line not in lines:
             lines.append(line)
@@ -156,9 +211,11 @@ def page(result: dict[str, Any]) -> str:
         "`screened4` and `screened` give the tokens of the full head ([engine.md](engine.md)). The student has SubLN, "
         "which the GGUF models lack. With two threads, the others' OpenMP threads wait for each other actively or "
         "passively, whichever decodes faster. A process that is not timed is stopped. RSS is the whole process, Python "
-        "included (llama-bench has none); `load` is without hashing.\n",
+        "included (llama-bench has none); `load` is without hashing. `compiled for` is what the engine's library says "
+        "of itself. Our rows held to `avx2` are compared with the peers' builds for AVX2 where the run has any, else "
+        "with all peers; our other rows with all peers. Keys and values are float16, int8 in rows with `kv8` (q8_0 "
+        "with flash attention in llama.cpp's), and the two are never mixed in a ratio of memory unless it says so.\n",
         conditions(result),
-        *([f"Note: {result['note']}.\n"] if "note" in result else []),
         summary(result["runs"]),
         f"![decode and prefill rates]({CHART.name})\n",
         *(table(run) for run in result["runs"]),

@@ -8,7 +8,7 @@
 The exactness tests run first; a failure ends it. Every engine and format is a process of its own (cpu_worker.py).
 Within a round each is timed once, one after the other, so that a busy moment of the machine meets all of them; the
 figures are medians over rounds, ratios are medians of the ratios inside a round. Read bandwidth is measured in the
-same rounds. KV caches are float16 everywhere, but where a format ends in `kv8` (int8).
+same rounds. KV caches are float16 everywhere, but where a format ends in `kv8` (int8; llama.cpp's q8_0).
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ QUICK = ("2bit+screened4", "base3+screened4", "F16", "Q4_0", "TQ2_0", "TQ2_0-eQ4
 class Worker:
     """A process of cpu_worker.py."""
 
-    def __init__(self, arguments: list[str], isa: str | None, policy: str = "passive") -> None:
+    def __init__(
+        self, arguments: list[str], isa: str | None, policy: str = "passive", libraries: Path | None = None
+    ) -> None:
         environment = {**os.environ, "OMP_WAIT_POLICY": policy}
+        if libraries:
+            environment["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
         if isa:
             environment["BITDISTILL_ISA"] = isa
         command = [sys.executable, str(Path(__file__).with_name("cpu_worker.py")), *arguments]
@@ -86,6 +90,24 @@ class Worker:
         return facts
 
 
+def build_isa(binary: Path) -> str:
+    """Instruction sets that the libllama of a llama-bench binary says it was compiled for; "" if it has none apart."""
+    from cpu_worker import instruction_sets
+
+    listed = subprocess.run(["ldd", binary], capture_output=True, text=True).stdout.splitlines()
+    paths = [line.split()[2] for line in listed if "libllama.so" in line]
+    if not paths:
+        return ""
+    ask = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).llama_print_system_info; f.restype = ctypes.c_char_p; "
+    done = subprocess.run(
+        [sys.executable, "-c", ask + "print(f().decode())", paths[0]],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return instruction_sets(done.stdout)
+
+
 class LlamaBench:
     """A llama-bench binary of another engine: one process for each timing, warmed up by itself."""
 
@@ -93,6 +115,7 @@ class LlamaBench:
         self.environment = {**os.environ, "OMP_WAIT_POLICY": policy}
         self.command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
         self.facts: dict[str, Any] = {"weight_bytes": model.stat().st_size, "peak_rss_bytes": 0}
+        self.facts |= {"isa": build_isa(binary), "kv": "float16"}
 
     def ask(self, do: str, tokens: int, sequences: int = 1) -> dict[str, Any]:
         """As Worker.ask."""
@@ -121,7 +144,7 @@ def wait_policy(args: argparse.Namespace, model: Path, threads: int) -> str:
         return args.omp or "passive"
     seconds = {}
     for policy in ("active", "passive"):
-        worker = Worker(["llama", str(model), str(threads), "512"], None, policy)
+        worker = Worker(["llama", str(model), str(threads), "512", "float16"], None, policy)
         worker.ask(do="decode", tokens=8)
         seconds[policy] = median(worker.ask(do="decode", tokens=24)["seconds"] for _ in range(3))
         worker.end()
@@ -176,8 +199,17 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
     types = [name for name in ["F16", *shapes.gguf_types(shape)] if wanted is None or name in wanted]
     files = {n: f16 if n == "F16" else shapes.write_quantized(f16, n, threads) for n in types}
     policy = wait_policy(args, list(files.values())[-1], threads)
-    for name, path in files.items():
-        engines[f"llama.cpp {name}"] = Worker(["llama", str(path), str(threads), context], None, policy)
+    builds = {"": None} | {
+        f", {n}": Path(folder) for n, _, folder in (b.partition("=") for b in args.libraries)
+    }
+    for suffix, libraries in builds.items():
+        for name, path in files.items():
+            for kv in (("float16", ""), ("int8", "+kv8")):
+                if not kv[1] or (wanted and name + kv[1] in wanted):
+                    worker = Worker(
+                        ["llama", str(path), str(threads), context, kv[0]], None, policy, libraries
+                    )
+                    engines[f"llama.cpp {name}{kv[1]}{suffix}"] = worker
     engines |= peer_builds(args, shape, f16, threads, policy)
 
     seconds: dict[str, dict[str, list[float]]] = {
@@ -271,6 +303,13 @@ def main() -> None:
         "from the F16 file (IQ2_BN, IQ2_BN+q4_K for another type of the embedding, I2_S@llama for another "
         "architecture than the shape's)",
     )
+    parser.add_argument(
+        "--libraries",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="libllama.so and its libggml of another build of llama-cpp-python's llama.cpp: every format a second time",
+    )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=BINARY,MODEL[@SHAPE]")
     parser.add_argument(
         "--omp",
@@ -285,13 +324,16 @@ def main() -> None:
         metavar="SHAPE=FOLDER",
         help="weights of a shape from a model folder",
     )
-    parser.add_argument("--only", nargs="+", metavar="FORMAT", help=f"of {', '.join(NATIVE)}, F16, Q8_0, ...")
+    parser.add_argument(
+        "--only", nargs="+", metavar="FORMAT", help=f"of {', '.join(NATIVE)}, F16, F16+kv8, Q8_0, ..."
+    )
     parser.add_argument("--quick", action="store_true", help="six formats, 3 rounds, decode 48, prefill 256")
     parser.add_argument("--skip-tests", action="store_true", help="recorded in the result")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument(
-        "--append", action="store_true", help="keep the runs of --out on other shapes and threads"
+        "--append", action="store_true", help="keep the runs of --out on other shapes, threads and machines"
     )
+    parser.add_argument("--note", help="recorded with the runs and shown on the page")
     parser.add_argument("--render", action="store_true", help="only draw tables and chart from the result")
     parser.add_argument("--make-models", action="store_true", help="only make the models")
     args = parser.parse_args()
@@ -314,13 +356,14 @@ def main() -> None:
     options = {
         k: v
         for k, v in vars(args).items()
-        if k not in ("models", "out", "gemv", "append", "build", "peer", "real")
+        if k not in ("models", "out", "gemv", "append", "build", "peer", "real", "libraries", "note")
         and v != parser.get_default(k)
     }
     command = " ".join(["benchmarks/cpu_speed.py", *(f"{k}={v}" for k, v in options.items())])
     command += "".join(f" real={shape}" for shape in sorted(r.partition("=")[0] for r in args.real))
     builds = [f"{name}:{rest.rpartition(':')[2]}" for name, _, rest in (b.partition("=") for b in args.build)]
     command += "".join(f" build={build}" for build in builds)  # without the place where it lies
+    command += "".join(f" libraries={b.partition('=')[0]}" for b in args.libraries)
     result: dict[str, Any] = {"runs": []}
     if args.append:
         result = json.loads(args.out.read_text("utf-8"))
@@ -329,17 +372,19 @@ def main() -> None:
 
     facts = {
         "command": command,
-        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "tests": tests,
         "versions": {"llama-cpp-python": llama_cpp.__version__},
+        **({"note": args.note} if args.note else {}),
     }
     if args.gemv:
         result["gemv"] = {str(threads): gemv(args.gemv, threads) for threads in args.threads}
     for shape in args.shapes:
         for threads in args.threads:
-            run = {**run_shape(args, shape, threads), **facts}
-            others = [r for r in result["runs"] if (r["shape"], r["threads"]) != (shape, threads)]
+            before = machine()
+            run = {**run_shape(args, shape, threads), **facts, "machine": before}
+            run["machine"]["load_average_at_end"] = os.getloadavg()[0]
+            others = [r for r in result["runs"] if cpu_render.place(r) != cpu_render.place(run)]
             result["runs"] = [*others, run]
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -1,8 +1,9 @@
 """One engine in one process, driven by JSON lines: `cpu_speed.py` starts it and times many of them in turns.
 
     cpu_worker.py native  MODEL THREADS CONTEXT LAYOUT HEAD KV
-    cpu_worker.py llama   MODEL THREADS CONTEXT
+    cpu_worker.py llama   MODEL THREADS CONTEXT KV
 
+KV is float16 or int8; llama.cpp's int8 is q8_0 for keys and values, with its flash attention, which it needs for them.
 Reads {"do": "prefill" | "decode", "tokens": N, "sequences": S} and answers {"seconds": ...}; at the start it writes
 {"load_s": ..., facts}, and for {"do": "end"} {"peak_rss_bytes": ...}.
 """
@@ -32,7 +33,12 @@ def native(model: str, threads: int, layout: str, head: str, kv: str) -> tuple[d
     del engine
     start = time.perf_counter()
     engine = Engine(model, **options, verify=False)
-    facts = {"load_s": time.perf_counter() - start, "load_verified_s": verified_s, "isa": engine.isa}
+    facts = {
+        "load_s": time.perf_counter() - start,
+        "load_verified_s": verified_s,
+        "isa": engine.isa,
+        "kv": kv,
+    }
     for key in ("ternary_bytes", "dense_bytes", "head_bytes"):
         facts[key] = engine.facts[key]
     sampler = _native.Sampler(0.0, 0, 1.0, 0)
@@ -63,7 +69,15 @@ def native(model: str, threads: int, layout: str, head: str, kv: str) -> tuple[d
     return facts, prefill, decode
 
 
-def llama(model: str, threads: int, context: int) -> tuple[dict[str, Any], Run, Run]:
+def instruction_sets(system_info: str) -> str:
+    """The ones that llama_print_system_info names as compiled in and that kernels choose by."""
+    pairs = (part.partition("=") for part in system_info.replace("CPU :", "").split("|"))
+    there = {name.strip() for name, _, value in pairs if value.strip() not in ("", "0")}
+    known = ("AVX2", "AVX_VNNI", "AVX512", "AVX512_VNNI", "AMX_INT8", "NEON", "DOTPROD", "MATMUL_INT8", "SVE")
+    return " ".join(name.lower() for name in known if name in there)
+
+
+def llama(model: str, threads: int, context: int, kv: str) -> tuple[dict[str, Any], Run, Run]:
     """Prefill and decode of llama.cpp through llama_decode; every step computes its logits, nothing is sampled."""
     import ctypes
 
@@ -82,10 +96,14 @@ def llama(model: str, threads: int, context: int) -> tuple[dict[str, Any], Run, 
     params.n_batch = params.n_ubatch = 512
     params.n_seq_max = 1
     params.n_threads = params.n_threads_batch = threads
+    if kv == "int8":
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_Q8_0
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     state = llama_cpp.llama_init_from_model(handle, params)
     if state is None:
         raise SystemExit(f"{model}: llama.cpp cannot make a context of {context} tokens")
-    facts: dict[str, Any] = {"load_s": time.perf_counter() - start}
+    facts: dict[str, Any] = {"load_s": time.perf_counter() - start, "kv": kv}
+    facts["isa"] = instruction_sets(llama_cpp.llama_print_system_info().decode())
     vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(handle))
     facts["weight_bytes"] = llama_cpp.llama_model_size(handle)
     ids = np.random.default_rng(0).integers(0, vocab, 4096, dtype=np.int32)
@@ -128,7 +146,7 @@ def main() -> None:
     if kind == "native":
         facts, prefill, decode = native(model, threads, *sys.argv[5:8])
     else:
-        facts, prefill, decode = llama(model, threads, context)
+        facts, prefill, decode = llama(model, threads, context, sys.argv[5])
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -15,6 +15,7 @@ pytest.importorskip("gguf", reason="gguf writes the benchmark's models")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import cpu_render
+import cpu_worker
 import shapes
 
 import bitdistill as bd
@@ -92,7 +93,7 @@ def test_page_is_computed_from_the_result(tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         "best | 3.00× (llama.cpp Q4_0) | 8.00× | 2.00× (llama.cpp F16) | 2.00× | 4.00× (a) | 7.0×" in summary
     )
-    assert "| bitdistill a | 128.0 | 256 | 512.0 | 100 | 64 % | 100 | 0.20 |" in cpu_render.table(run)
+    assert "| bitdistill a |  | 128.0 | 256 | 512.0 | 100 | 64 % | 100 | 0.20 |" in cpu_render.table(run)
     result = {
         "runs": [run],
         "machine": {"cpus": 2, "load_average": 0.0},
@@ -111,3 +112,41 @@ def test_page_is_computed_from_the_result(tmp_path: Path, monkeypatch: pytest.Mo
     cpu_render.write(source)
     assert (tmp_path / "page.svg").read_bytes() == first
     assert summary in (tmp_path / "page.md").read_text("utf-8")
+
+
+def test_avx2_rows_meet_builds_for_avx2_and_int8_caches_are_named() -> None:
+    def peer(decode: float, isa: str, rss: int, kv: str = "float16") -> dict[str, Any]:
+        return {**_engine([decode], [decode]), "isa": isa, "peak_rss_bytes": rss, "kv": kv}
+
+    run = {
+        "shape": "4B",
+        "threads": 1,
+        "prefill_tokens": 8,
+        "decode_tokens": 8,
+        "machine": {"model name": "Intel(R) Xeon(R) Processor", "cpu family": "6", "model": "173"},
+        "engines": {
+            "bitdistill 2bit+screened4, avx2": peer(1.0, "avx2", 200),
+            "bitdistill 2bit+screened4+kv8, avx2": peer(2.0, "avx2", 100, "int8"),
+            "bitdistill 2bit+screened4, avx512vnni": peer(0.5, "avx512vnni", 200),
+            "llama.cpp F16": peer(6.0, "avx2 avx512", 1000),
+            "llama.cpp F16, avx2": peer(8.0, "avx2", 1000),
+            "llama.cpp F16+kv8, avx2": peer(9.0, "avx2", 800, "int8"),
+            "other B": peer(2.0, "avx2 avx512", 1),
+            "other B, avx2": peer(3.0, "avx2", 1),
+        },
+    }
+    held, whole = cpu_render.summary([run]).splitlines()[2:]
+    assert held.startswith("| Intel Xeon 6/173 | 4B | 1 | avx2 | 3.00× (other B, avx2) | 8.00× |")
+    assert held.endswith("| 5.0×, 10.0× with int8 keys and values (8.0× against F16 with q8_0 ones) |")
+    assert "(2bit), 8.00× (2bit+kv8)" in held
+    assert "| avx512vnni | 4.00× (other B) | 12.00× |" in whole
+    assert whole.endswith("| 5.0× |")
+
+
+def test_instruction_sets_are_read_from_what_a_library_says() -> None:
+    llama_cpp = (
+        "CPU : SSE3 = 1 | AVX2 = 1 | FMA = 1 | AVX512 = 1 | AVX512_VNNI = 1 | AMX_INT8 = 1 | REPACK = 1 | "
+    )
+    assert cpu_worker.instruction_sets(llama_cpp) == "avx2 avx512 avx512_vnni amx_int8"
+    ik = "AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | AVX512 = 0 | AVX512_VNNI = 0 | FMA = 1 | "
+    assert cpu_worker.instruction_sets(ik) == "avx2"
