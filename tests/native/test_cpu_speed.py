@@ -91,7 +91,7 @@ def test_page_is_computed_from_the_result(tmp_path: Path, monkeypatch: pytest.Mo
     assert cpu_render.ratio(run, "bitdistill a", "llama.cpp Q4_0", "decode") == 3.0  # median of 3, 2, 3
     summary = cpu_render.summary([run])
     assert (
-        "best | 3.00× (llama.cpp Q4_0) | 8.00× | 2.00× (llama.cpp F16) | 2.00× | 4.00× (a) | 7.0×" in summary
+        "best | 3.00× (llama.cpp Q4_0) | 8.00× | 2.00× (llama.cpp F16) | 2.00× | 4.00× (a) | 7.00×" in summary
     )
     assert "| bitdistill a |  | 128.0 | 256 | 512.0 | 100 | 64 % | 100 | 0.20 |" in cpu_render.table(run)
     result = {
@@ -128,7 +128,7 @@ def test_avx2_rows_meet_builds_for_avx2_and_int8_caches_are_named() -> None:
             "bitdistill 2bit+screened4, avx2": peer(1.0, "avx2", 200),
             "bitdistill 2bit+screened4+kv8, avx2": peer(2.0, "avx2", 100, "int8"),
             "bitdistill 2bit+screened4, avx512vnni": peer(0.5, "avx512vnni", 200),
-            "llama.cpp F16": peer(6.0, "avx2 avx512", 1000),
+            "llama.cpp F16": peer(6.0, "avx2 avx512", 1900),
             "llama.cpp F16, avx2": peer(8.0, "avx2", 1000),
             "llama.cpp F16+kv8, avx2": peer(9.0, "avx2", 800, "int8"),
             "other B": peer(2.0, "avx2 avx512", 1),
@@ -137,10 +137,10 @@ def test_avx2_rows_meet_builds_for_avx2_and_int8_caches_are_named() -> None:
     }
     held, whole = cpu_render.summary([run]).splitlines()[2:]
     assert held.startswith("| Intel Xeon 6/173 | 4B | 1 | avx2 | 3.00× (other B, avx2) | 8.00× |")
-    assert held.endswith("| 5.0×, 10.0× with int8 keys and values (8.0× against F16 with q8_0 ones) |")
+    assert held.endswith("| 5.00×, 10.00× with int8 keys and values (8.00× against F16 with q8_0 ones) |")
     assert "(2bit), 8.00× (2bit+kv8)" in held
     assert "| avx512vnni | 4.00× (other B) | 12.00× |" in whole
-    assert whole.endswith("| 5.0× |")
+    assert whole.endswith("| 5.00× |")
 
 
 def test_instruction_sets_are_read_from_what_a_library_says() -> None:
