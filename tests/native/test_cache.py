@@ -176,5 +176,16 @@ def test_memory_of_the_cache(gemma: Path, kind: Any, each: int, scale: int) -> N
     sequence = native.Sequence(engine.model)
     engine.model.forward([(sequence, np.array(prompt_ids(640), dtype=np.int32))], "none")
     assert sequence.kv_bytes == engine.model.kv_bytes(640)
+    grown = native.Sequence(engine.model)  # by half, by 512 tokens at most; what it held moves along
+    ids = np.array(prompt_ids(2050), dtype=np.int32)
+    for begin, end in ((0, 640), (640, 641), (641, 1152), (1152, 1600), (1600, 1601), (1601, 2050)):
+        engine.model.forward([(grown, ids[begin:end])], "none")
+        capacity = {640: 640, 641: 960, 1152: 1472, 1600: 1984, 1601: 1984, 2050: 2496}[end]
+        assert grown.kv_bytes == engine.model.kv_bytes(capacity)
+    whole = native.Sequence(engine.model)
+    engine.model.forward([(whole, ids)], "none")
+    last = np.array([7], dtype=np.int32)
+    logits = [engine.model.forward([(s, last)], "last") for s in (grown, whole)]
+    assert np.array_equal(*logits)
     with pytest.raises(ModelError, match="kv_bytes"):
         engine.model.kv_bytes(-1)

@@ -3,6 +3,7 @@
 
 #include "bitdistill/errors.h"
 #include "bitdistill/model.h"
+#include "bitdistill/safetensors.h"
 
 namespace bitdistill {
 
@@ -14,6 +15,8 @@ std::size_t row_bytes(const Model& model) {
 }
 
 std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+constexpr std::int64_t kGrowthRows = 512;
 
 }  // namespace
 
@@ -92,10 +95,11 @@ void Sequence::store(std::size_t layer, int part, std::size_t head, std::int64_t
 
 void Sequence::reserve(std::int64_t own_tokens) {
   if (own_tokens <= capacity_) return;
-  // A branch of a tree stays small; a text grows by half, so that copying costs a constant share.
+  // A branch of a tree stays small. A text grows by half, at most by kGrowthRows: each token reads all keys and values
+  // anyway, so a copy of them once in so many tokens costs little, and a reserve is memory in use (huge pages).
   std::int64_t wanted = own_tokens;
   if (parent_ == nullptr) {
-    wanted = std::max(capacity_ + capacity_ / 2, own_tokens);
+    wanted = std::max(capacity_ + std::min(capacity_ / 2, kGrowthRows), own_tokens);
     wanted = (wanted + 63) / 64 * 64;
   }
   const std::size_t row = row_bytes(*model_), planes = 2 * std::size_t{model_->config().kv_heads};
@@ -113,6 +117,8 @@ void Sequence::reserve(std::int64_t own_tokens) {
                     from + round_up(static_cast<std::size_t>(before) * row), used * sizeof(float));
       }
     }
+    const std::size_t begin = model_->planes_begin(layer, capacity_);  // old and new are never in memory as a whole
+    release_pages(cache_.data() + begin, model_->planes_begin(layer + 1, capacity_) - begin);
   }
   cache_ = std::move(larger);
   capacity_ = wanted;
