@@ -56,10 +56,10 @@ def best_other(run: dict[str, Any], do: str, isa: str) -> str:
     return max(peers(run, isa), key=lambda n: rate(run, n, do))
 
 
-def full_precision(run: dict[str, Any], isa: str) -> str:
-    """llama.cpp's F16 that our rows of an instruction set are held against."""
+def full_precision(run: dict[str, Any], do: str, isa: str) -> str:
+    """llama.cpp's F16 that our rows of an instruction set are held against: of the faster build."""
     names = [n for n in peers(run, isa) if n.split(", ")[0] == "llama.cpp F16"]
-    return names[0]
+    return max(names, key=lambda n: rate(run, n, do))
 
 
 def bytes_per_token(engine: dict[str, Any]) -> int | None:
@@ -149,7 +149,7 @@ def summary(runs: list[dict[str, Any]]) -> str:
                 ours = max(mine, key=lambda n: rate(run, n, do))
                 other = best_other(run, do, isa)
                 cells.append(f"{ratio(run, ours, other, do):.2f}× ({other})")
-                cells.append(f"{ratio(run, ours, full_precision(run, isa), do):.2f}×")
+                cells.append(f"{ratio(run, ours, full_precision(run, do, isa), do):.2f}×")
             gains = [(rate(run, n, "decode8") / rate(run, n, "decode"), n) for n in mine]
             cells.append(
                 ", ".join(
@@ -195,6 +195,8 @@ def conditions(result: dict[str, Any]) -> str:
         load = f"load {known['load_average']:.1f} at the start"
         if "load_average_at_end" in known:
             load += f" and {known['load_average_at_end']:.1f} at the end (the benchmark's own threads count)"
+        if run.get("waited_s"):
+            load += f", {run['waited_s']:.0f} s waited for other processes to pause"
         line = (
             f"{known.get('model name', '?')} (family {known.get('cpu family', '?')}, model {known.get('model', '?')}), "
             f"{known['cpus']} CPUs, {load}; {facts['date']}; "

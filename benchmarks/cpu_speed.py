@@ -138,6 +138,26 @@ class LlamaBench:
         return self.facts
 
 
+def busy_share(seconds: float = 0.5) -> float:
+    """What share of one CPU others used in the next `seconds` (nothing of the benchmark runs between timings)."""
+
+    def ticks() -> int:
+        fields = Path("/proc/stat").read_text("utf-8").split("\n", 1)[0].split()[1:9]
+        return sum(int(n) for i, n in enumerate(fields) if i not in (3, 4))  # all but idle and iowait
+
+    before = ticks()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+def settle(limit: float) -> float:
+    """Wait until others leave the machine alone, `limit` seconds at most; the seconds waited."""
+    start = time.perf_counter()
+    while limit > 0 and busy_share() > 0.15 and time.perf_counter() - start < limit:
+        pass
+    return time.perf_counter() - start
+
+
 def wait_policy(args: argparse.Namespace, model: Path, threads: int) -> str:
     """How llama.cpp's OpenMP threads wait for each other where it decodes faster: both are tried."""
     if args.omp is not None or threads == 1:
@@ -146,7 +166,11 @@ def wait_policy(args: argparse.Namespace, model: Path, threads: int) -> str:
     for policy in ("active", "passive"):
         worker = Worker(["llama", str(model), str(threads), "512", "float16"], None, policy)
         worker.ask(do="decode", tokens=8)
-        seconds[policy] = median(worker.ask(do="decode", tokens=24)["seconds"] for _ in range(3))
+        times = []
+        for _ in range(3):
+            settle(args.wait_idle)
+            times.append(worker.ask(do="decode", tokens=24)["seconds"])
+        seconds[policy] = median(times)
         worker.end()
     print(f"{model.name}, {threads} threads: seconds by OMP_WAIT_POLICY {seconds}", file=sys.stderr)
     return min(seconds, key=lambda policy: seconds[policy])
@@ -216,12 +240,14 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
         name: {"prefill": [], "decode": [], "decode8": []} for name in engines
     }
     bandwidth: list[float] = []
+    waited = 0.0
     for number in range(args.rounds + 1):  # the first is a warm-up
         bandwidth.append(_native.read_bandwidth(threads))
         for do in ("decode", "prefill", "decode8"):
             for name, engine in engines.items():
                 if do == "decode8" and not name.startswith("bitdistill"):
                     continue
+                waited += settle(args.wait_idle)
                 if do == "prefill":
                     answer = engine.ask(do="prefill", tokens=args.prefill if number else 64)
                 elif do == "decode":
@@ -239,6 +265,7 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
         "shape": shape,
         "threads": threads,
         "omp_wait_policy": policy,
+        "waited_s": round(waited, 1),
         "filled_tokens": args.context - 1 if args.fill else 0,
         "prefill_tokens": args.prefill,
         "decode_tokens": args.decode,
@@ -332,6 +359,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument(
         "--append", action="store_true", help="keep the runs of --out on other shapes, threads and machines"
+    )
+    parser.add_argument(
+        "--wait-idle",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="before each timing wait so long at most for others to leave the machine alone (Linux)",
     )
     parser.add_argument("--note", help="recorded with the runs and shown on the page")
     parser.add_argument("--render", action="store_true", help="only draw tables and chart from the result")
