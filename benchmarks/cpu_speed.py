@@ -248,6 +248,10 @@ def run_shape(args: argparse.Namespace, shape: str, threads: int) -> dict[str, A
                 if do == "decode8" and not name.startswith("bitdistill"):
                     continue
                 waited += settle(args.wait_idle)
+                if isinstance(
+                    engine, Worker
+                ):  # llama-bench warms up by itself; a process stopped for long is cold
+                    engine.ask(do="decode", tokens=2, sequences=8 if do == "decode8" else 1)
                 if do == "prefill":
                     answer = engine.ask(do="prefill", tokens=args.prefill if number else 64)
                 elif do == "decode":
