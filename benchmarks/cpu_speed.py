@@ -14,6 +14,7 @@ same rounds. KV caches are float16 everywhere, but where a format ends in `kv8` 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -57,6 +58,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        atexit.register(self.process.kill)  # a run that fails leaves no stopped process
         self.facts = self._answer()
         self._stop()
 
