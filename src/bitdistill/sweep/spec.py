@@ -261,6 +261,10 @@ def _digest(recipe: Recipe) -> str:
         tree.pop(place)
     if tree["augment"] is None:  # results from before this section stay valid
         del tree["augment"]
+    for section in tree.values():  # and those from before this key
+        loop = section.get("loop") if isinstance(section, dict) else None
+        if loop is not None and loop["micro_batch_tokens"] is None:
+            del loop["micro_batch_tokens"]
     return hash_json(tree)
 
 
