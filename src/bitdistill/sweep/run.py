@@ -122,7 +122,8 @@ def _run_one(
         if type(error).__name__ != "OutOfMemoryError":
             raise
         log.error("sweep: %s failed: out of memory", unit.id)
-        message = f"out of memory ({str(error).splitlines()[0]}); set loop.micro_batch_rows or loop.micro_batch_tokens smaller"
+        advice = "set loop.micro_batch_rows or loop.micro_batch_tokens smaller"
+        message = f"out of memory ({str(error).splitlines()[0]}); {advice}"
         return RunResult(**about, status="failed", error=message, wall_s=_since(started))
     reuse.add(made.run_dir)
     folder = read_run(made.run_dir)
