@@ -48,6 +48,33 @@ def test_generation_equals_the_slow_twin(model: Any, tokenizer: Any, batch_rows:
         assert (prediction.index, prediction.label, prediction.scores) == (n, None, ())
 
 
+def test_batches_fit_a_gpus_memory(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llama.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    row = 3 * 20 * token + 16 * config.vocab_size
+    memory = int(5 * row / module.CACHE_SHARE) + 1
+    assert [module.rows_that_fit(llama, 20, most, memory) for most in (4, 9)] == [4, 5]
+    assert module.rows_that_fit(llama, 40, 9, memory) < 5
+    assert module.rows_that_fit(llama, 10**9, 9, memory) == 1
+    # The batches that come of it hold every row, and give the same answers
+    examples = encode(tokenizer)
+    whole = generate(llama, tokenizer, TASK, examples, batch_rows=5, device="cpu", pad_id=1)
+    sizes = []
+    own = llama.generate
+
+    def counted(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return own(**kwargs)
+
+    monkeypatch.setattr(llama, "generate", counted)
+    longest = max(len(e.prompt_ids) for e in examples) + TASK.max_new_tokens
+    two = 2 * (3 * longest * token + 16 * config.vocab_size)
+    monkeypatch.setattr(module, "memory_bytes", lambda _: int(two / module.CACHE_SHARE) + 1)
+    assert generate(llama, tokenizer, TASK, examples, batch_rows=5, device="cpu", pad_id=1) == whole
+    assert sizes[0] == 2
+    assert sum(sizes) == 5
+
+
 def test_generation_stops_at_eos(llama: Any, tokenizer: Any) -> None:
     """With an eos that the model is known to write after a few tokens, answers end there."""
     import copy

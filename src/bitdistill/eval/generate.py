@@ -21,6 +21,8 @@ from bitdistill.eval.metrics import Score, perplexity_score
 from bitdistill.eval.prediction import Prediction
 from bitdistill.models.forward import final_hidden, logits_at
 
+CACHE_SHARE = 0.4
+"""Share of a GPU's memory that the rows of a batch may take; more rows than that go in further batches."""
 HEAD_ELEMENTS = 2**26
 """Logits made at a time (256 MiB of float32), whatever the vocabulary."""
 
@@ -40,6 +42,9 @@ def generate(
 
     Rows are padded on the left with an attention mask and their own positions, so each answer is the one it
     would be alone (up to float rounding).
+
+    Args:
+        batch_rows: at most; on a GPU less where caches of so many rows would not fit its memory.
 
     Returns:
         Predictions in the order of `examples`; text without special tokens, stripped.
@@ -86,10 +91,13 @@ def _generate(
         use_cache=True,
         **choice,
     )
-    order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
+    left = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
     texts = [""] * len(examples)
-    for start in range(0, len(order), batch_rows):
-        batch = order[start : start + batch_rows]
+    memory = memory_bytes(torch.device(device))
+    while left:
+        length = len(examples[left[0]].prompt_ids) + task.max_new_tokens
+        rows = batch_rows if memory is None else rows_that_fit(model, length, batch_rows, memory)
+        batch, left = left[:rows], left[rows:]
         prompts = [examples[n].prompt_ids for n in batch]
         width = max(map(len, prompts))
         ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
@@ -102,6 +110,24 @@ def _generate(
         for n, new in zip(batch, output[:, width:].tolist(), strict=True):
             texts[n] = decode_answer(tokenizer, new, config.eos_token_id)
     return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU, None for a CPU. The whole card's, not what is free: what is sampled must not depend on that."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def rows_that_fit(model: Any, length: int, most: int, memory: int) -> int:
+    """Rows of one batch of generation: 1 to `most`, as many as CACHE_SHARE of `memory` bytes holds.
+
+    Counted are keys and values of `length` tokens three times (a cache grows by copying: the old one, the new one, and
+    what the allocator keeps of the last step) and four float32 copies of a row's logits.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
+    return max(1, min(most, int(CACHE_SHARE * memory) // (3 * length * token + 16 * config.vocab_size)))
 
 
 @contextlib.contextmanager

@@ -116,7 +116,11 @@ class Run:
         dumped.pop("cache_dir", None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
-        for later in ("packing", "int8_backward", "micro_batch_tokens"):  # artifacts from before these keys stay valid
+        for later in (
+            "packing",
+            "int8_backward",
+            "micro_batch_tokens",
+        ):  # artifacts from before these keys stay valid
             if not dumped.get("loop", {}).get(later, True):
                 del dumped["loop"][later]
         return dumped
