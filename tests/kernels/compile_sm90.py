@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitdistill.kernels import head, matmul, norm_quantize, relation, weights
+from bitdistill.kernels import head, matmul, norm_quantize, relation, stack, weights
 
 F32, BF16, I8, I32, I64 = "*fp32", "*bf16", "*i8", "i32", "*i64"
 FORWARD = {
@@ -113,6 +113,17 @@ KERNELS = {
         norm_quantize._backward_kernel,
         BACKWARD,
         {"NORM": True, "ACT": 1, "MAIN": 1024, "REST": 512, "VECTOR": 8},
+        4,
+    ),
+    "stack": (
+        stack._stack_kernel,
+        {
+            **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), BF16),
+            "scale_ptr": F32,
+            "out_ptr": BF16,
+            **dict.fromkeys(("n_rows", "first_size", "second_size", "third_size"), I32),
+        },
+        {"ROWS": stack.ROWS, "BLOCK": stack.BLOCK},
         4,
     ),
     "wide_backward": (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bitdistill.kernels import matmul, norm_quantize, twins, weights
+from bitdistill.kernels import matmul, norm_quantize, stack, twins, weights
 from bitdistill.quant.ternary import quantize_activations, ternarize
 
 from .conftest import DEVICE
@@ -218,3 +218,16 @@ def test_table_refuses_what_the_kernels_cannot_read() -> None:
     codes = torch.empty(4, 4, dtype=torch.int8, device=DEVICE)
     with pytest.raises(ValueError, match="float32"):
         weights.TernaryTable.of([(weight.bfloat16(), codes, torch.empty(4, device=DEVICE))])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 130), (64, 300, 7), (576, 192, 192)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_gradients_equal_the_twin(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    parts = [randn(7, size, seed=n).to(dtype) for n, size in enumerate(sizes)]
+    parts[0] = torch.cat([parts[0]] * 2, dim=1)[:, : sizes[0]]  # not contiguous
+    scale = torch.cat([torch.full((size,), 0.3 + n, device=DEVICE) for n, size in enumerate(sizes)])
+    got, want = stack.stack_scaled(parts, scale), twins.stack_scaled(parts, scale)
+    if DEVICE.type == "cuda" or dtype == torch.float32:
+        assert torch.equal(got, want)
+    else:  # the interpreter cuts bfloat16 off instead of rounding
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=0)
