@@ -75,6 +75,39 @@ def test_batches_fit_a_gpus_memory(llama: Any, tokenizer: Any, monkeypatch: pyte
     assert sum(sizes) == 5
 
 
+def test_sampling_in_rounds_continues_rows_where_they_were(
+    llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a temperature near 0 a draw is the best token, so rounds must give what one round gives."""
+    import copy
+
+    examples = encode(tokenizer)
+    free = [slow_greedy(llama, e.prompt_ids, set(), 9) for e in examples]
+    stopping = copy.deepcopy(llama)
+    stopping.generation_config.eos_token_id = [free[0][3], free[1][0]]
+    lengths = []
+    own = stopping.generate
+
+    def counted(**kwargs: Any) -> Any:
+        lengths.append((kwargs["input_ids"].shape, stopping.generation_config.max_new_tokens))
+        return own(**kwargs)
+
+    monkeypatch.setattr(stopping, "generate", counted)
+    options: dict[str, Any] = {"batch_rows": 5, "device": "cpu", "pad_id": 1}
+    whole = generate(stopping, tokenizer, TASK, examples, **options)
+    lengths.clear()
+    drawn = module.sample(
+        stopping, tokenizer, TASK, examples, temperature=1e-6, seed=0, rounds=[2, 5, 50], **options
+    )
+    assert drawn == whole
+    assert [count for _, count in lengths] == [2, 3, 4]
+    assert [shape[0] for shape, _ in lengths] == sorted((shape[0] for shape, _ in lengths), reverse=True)
+    assert (
+        lengths[2][0][0] < lengths[1][0][0] < 5
+    )  # one row ends with its first token, another with its fourth
+    assert lengths[1][0][1] <= max(len(e.prompt_ids) for e in examples) + 2
+
+
 def test_generation_stops_at_eos(llama: Any, tokenizer: Any) -> None:
     """With an eos that the model is known to write after a few tokens, answers end there."""
     import copy

@@ -49,7 +49,7 @@ def generate(
     Returns:
         Predictions in the order of `examples`; text without special tokens, stripped.
     """
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False})
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False}, ())
 
 
 @torch.inference_mode()
@@ -64,11 +64,18 @@ def sample(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
+    rounds: Sequence[int] = (),
 ) -> list[Prediction]:
-    """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine."""
+    """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine.
+
+    Args:
+        rounds: numbers of new tokens, rising, after which the rows that are not finished meet in new batches. A batch
+            runs until its longest answer ends; with rounds at usual lengths few rows wait for that. The
+            distribution is the same.
+    """
     torch.manual_seed(seed)
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice)
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds)
 
 
 def _generate(
@@ -80,36 +87,56 @@ def _generate(
     device: torch.device | str,
     pad_id: int,
     choice: dict[str, Any],
+    rounds: Sequence[int],
 ) -> list[Prediction]:
+    stops = sorted(stop_ids(model, tokenizer))
+    answers: list[list[int]] = [[] for _ in examples]
+    unfinished = list(range(len(examples)))
+    done = 0
+    for end in [*(r for r in rounds if r < task.max_new_tokens), task.max_new_tokens]:
+        prompts = [(*examples[n].prompt_ids, *answers[n]) for n in unfinished]
+        new = _continue(model, prompts, end - done, batch_rows, torch.device(device), pad_id, stops, choice)
+        for n, ids in zip(unfinished, new, strict=True):
+            answers[n] += ids
+        # Where a batch ends early, its rows are padded
+        unfinished = [n for n, ids in zip(unfinished, new, strict=True) if not set(ids) & {*stops, pad_id}]
+        done = end
+    return [Prediction(n, None, (), decode_answer(tokenizer, ids, stops)) for n, ids in enumerate(answers)]
+
+
+def _continue(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    batch_rows: int,
+    device: torch.device,
+    pad_id: int,
+    stops: list[int],
+    choice: dict[str, Any],
+) -> list[list[int]]:
+    """At most `count` new tokens of each prompt; after a stop token comes padding."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
-        num_beams=1,
-        max_new_tokens=task.max_new_tokens,
-        eos_token_id=sorted(stop_ids(model, tokenizer)),
-        pad_token_id=pad_id,
-        use_cache=True,
-        **choice,
+        num_beams=1, max_new_tokens=count, eos_token_id=stops, pad_token_id=pad_id, use_cache=True, **choice
     )
-    left = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
-    texts = [""] * len(examples)
-    memory = memory_bytes(torch.device(device))
+    left = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    found: list[list[int]] = [[] for _ in prompts]
+    memory = memory_bytes(device)
     while left:
-        length = len(examples[left[0]].prompt_ids) + task.max_new_tokens
-        rows = batch_rows if memory is None else rows_that_fit(model, length, batch_rows, memory)
+        width = len(prompts[left[0]])
+        rows = batch_rows if memory is None else rows_that_fit(model, width + count, batch_rows, memory)
         batch, left = left[:rows], left[rows:]
-        prompts = [examples[n].prompt_ids for n in batch]
-        width = max(map(len, prompts))
         ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        for row, n in enumerate(batch):
+            ids[row, width - len(prompts[n]) :] = torch.tensor(prompts[n])
+            mask[row, width - len(prompts[n]) :] = 1
         with only_config(model, config):
             output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         for n, new in zip(batch, output[:, width:].tolist(), strict=True):
-            texts[n] = decode_answer(tokenizer, new, config.eos_token_id)
-    return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
+            found[n] = new
+    return found
 
 
 def memory_bytes(device: torch.device) -> int | None:
