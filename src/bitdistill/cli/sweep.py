@@ -34,6 +34,14 @@ def sweep(
             show_default=False,
         ),
     ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only these models of each run: teacher, bitnet_sft, bitdistill. Repeat.",
+            show_default=False,
+        ),
+    ] = None,
     set_: Overrides = None,
     local: Annotated[
         Path | None,
@@ -67,13 +75,14 @@ def sweep(
 
     Resumable: the same command goes on where it stopped.
     """
-    from bitdistill.sweep.spec import expand, load_sweep, read_local
+    from bitdistill.sweep.spec import expand, load_sweep, only_rows, read_local
 
     set_up_logging(quiet)
     loaded = load_sweep(spec)
     options: dict[str, Any] = {"overrides": set_ or [], "local": read_local(local) if local else None}
     every = expand(loaded, spec.resolve().parent, **options)
     units = expand(loaded, spec.resolve().parent, only=only, **options) if only else every
+    units = only_rows(units, row) if row else units
     target = out or Path("results/sweeps") / f"{loaded.name}.json"
     if dry_run:
         from bitdistill.planning.check import check_data

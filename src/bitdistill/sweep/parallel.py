@@ -30,7 +30,7 @@ from bitdistill.errors import ArtifactError, Interrupted
 from bitdistill.report import sweep_results as store
 from bitdistill.report.sweep_results import RunResult, SweepResults
 from bitdistill.sweep.run import failed_result, is_done, open_results, run_sweep
-from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, read_local
+from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, only_rows, read_local
 
 log = logging.getLogger("bitdistill")
 SHARED = ("pretrain", "sft", "augment", "bitnet_sft")
@@ -200,6 +200,7 @@ class Order:
     overrides: list[str]
     local: str | None
     unit: str
+    rows: tuple[str, ...]
     until: str | None
     name: str
     out: str
@@ -250,8 +251,8 @@ def run_parallel(
         written = folder / f"{job.name}.json"
         written.unlink(missing_ok=True)
         told = Order(
-            str(spec), list(overrides), None if local is None else str(local), job.unit.id, job.until, job.name,
-            str(written), shlex.join([*base, "--only", job.unit.id]),
+            str(spec), list(overrides), None if local is None else str(local), job.unit.id, job.unit.rows, job.until,
+            job.name, str(written), shlex.join([*base, "--only", job.unit.id]),
         )  # fmt: skip
         orders = folder / f"{job.name}.job.json"
         orders.write_text(json.dumps(asdict(told), indent=1) + "\n", "utf-8")
@@ -354,7 +355,8 @@ def run_job(order: Order) -> None:
     spec = Path(order.spec)
     sweep = load_sweep(spec)
     local = None if order.local is None else read_local(Path(order.local))
-    (unit,) = expand(sweep, spec.resolve().parent, overrides=order.overrides, local=local, only=[order.unit])
+    found = expand(sweep, spec.resolve().parent, overrides=order.overrides, local=local, only=[order.unit])
+    (unit,) = only_rows(found, order.rows)
     if order.until is None:
         run_sweep(sweep, [unit], Path(order.out), order=[unit.id], command=order.command, again=True)
         return
