@@ -219,3 +219,47 @@ def timed_steps(
         # Reserved: what a CUDA graph works in is not "allocated" while it is replayed
         "peak_gb": torch.cuda.max_memory_reserved() / 1e9, "first_loss": losses[0], "last_loss": losses[-1],
     }  # fmt: skip
+
+
+def profiled(
+    report: Report,
+    section: str,
+    shape: str,
+    case: str,
+    model: Any,
+    gradients: Any,
+    batch: list[Any],
+    refresh: Callable[[], None],
+) -> None:
+    """Lines of a whole optimizer step's device time, kernels by total time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    optimizer = build_optimizer(model, OPTIM)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def one() -> None:
+        refresh()
+        _update(parameters, optimizer, batch, gradients, 1e-4, 1.0)
+
+    for _ in range(3):
+        one()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        at = time.perf_counter()
+        for _ in range(2):
+            one()
+        torch.cuda.synchronize()
+        wall_ms = (time.perf_counter() - at) * 500
+    kernels: dict[str, list[float]] = {}
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            entry = kernels.setdefault(event.name, [0.0, 0])
+            entry[0] += event.device_time_total / 2e3
+            entry[1] += 1
+    top = sorted(kernels.items(), key=lambda item: -item[1][0])
+    report.line(
+        section, shape=shape, case=case, wall_ms=wall_ms,
+        device_ms=sum(v[0] for v in kernels.values()), launches=sum(int(v[1]) for v in kernels.values()) // 2,
+    )  # fmt: skip
+    for kernel, (ms, count) in top[:45]:
+        report.line(section, shape=shape, case=case, kernel=kernel[:110], ms=ms, launches=count / 2)

@@ -27,18 +27,18 @@ import torch
 from common import (
     DEVICE,
     NOMINAL_BF16,
-    OPTIM,
     SHAPES,
     Report,
     Shape,
     block_matrices,
     corpus_batch,
     flops_a_token,
+    profiled,
     timed_steps,
 )
 from kernel_sections import KERNEL_SECTIONS
 from train_stage3 import CASES as STAGE3_CASES
-from train_stage3 import section_stage3
+from train_stage3 import section_stage3, section_stage3_profile
 from transformers import AutoModelForCausalLM
 
 from bitdistill.config import Loop, PretrainConfig
@@ -57,8 +57,6 @@ from bitdistill.train.gradients import (
     ReplayedGradients,
     wants_graphs,
 )
-from bitdistill.train.loop import _update
-from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import StepOutput
 
 
@@ -220,46 +218,13 @@ def section_train(report: Report, shape: Shape, name: str, cases: list[str], lim
 
 def section_profile(report: Report, shape: Shape, name: str, cases: list[str]) -> None:
     """Where the device time of a step goes: kernels by total time."""
-    from torch.profiler import ProfilerActivity, profile
-
     for case in cases:
         if report.over("profile", shape=name, case=case):
             continue
         with report.caught("profile", shape=name, case=case), built(case, shape) as (model, step, refresh):
             gradients = EagerGradients(step, DEVICE, "bfloat16")
-            optimizer = build_optimizer(model, OPTIM)
-            parameters = [p for p in model.parameters() if p.requires_grad]
             batch = [corpus_batch(shape.config(), shape.rows, shape.length, 0)]
-
-            def one(
-                parameters: Any = parameters, optimizer: Any = optimizer, batch: Any = batch,
-                gradients: Any = gradients, refresh: Any = refresh,
-            ) -> None:  # fmt: skip
-                refresh()
-                _update(parameters, optimizer, batch, gradients, 1e-4, 1.0)
-
-            for _ in range(3):
-                one()
-            torch.cuda.synchronize()
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-                at = time.perf_counter()
-                for _ in range(2):
-                    one()
-                torch.cuda.synchronize()
-                wall_ms = (time.perf_counter() - at) * 500
-            kernels: dict[str, list[float]] = {}
-            for event in found.events():
-                if event.device_type == torch.autograd.DeviceType.CUDA:
-                    entry = kernels.setdefault(event.name, [0.0, 0])
-                    entry[0] += event.device_time_total / 2e3
-                    entry[1] += 1
-            top = sorted(kernels.items(), key=lambda item: -item[1][0])
-            report.line(
-                "profile", shape=name, case=case, wall_ms=wall_ms,
-                device_ms=sum(v[0] for v in kernels.values()), launches=sum(int(v[1]) for v in kernels.values()) // 2,
-            )  # fmt: skip
-            for kernel, (ms, count) in top[:45]:
-                report.line("profile", case=case, kernel=kernel[:110], ms=ms, launches=count / 2)
+            profiled(report, "profile", name, case, model, gradients, batch, refresh)
 
 
 def section_selfcheck(report: Report, shape: Shape, name: str) -> None:
@@ -274,7 +239,7 @@ def section_selfcheck(report: Report, shape: Shape, name: str) -> None:
     report.line("selfcheck", shape=name, fault=fault, seconds=time.perf_counter() - at)
 
 
-SECTIONS = [*KERNEL_SECTIONS, "selfcheck", "train", "profile", "stage3"]
+SECTIONS = [*KERNEL_SECTIONS, "selfcheck", "train", "profile", "stage3", "stage3_profile"]
 Part = tuple[str, str, list[str]]
 """Section, shape, cases."""
 HEADLINE: list[Part] = [
@@ -299,7 +264,9 @@ def parts_of(arguments: argparse.Namespace) -> list[Part]:
     """What is to be run, in order."""
     if arguments.quick or arguments.headline:
         return QUICK if arguments.quick else HEADLINE
-    cases = {"train": list(CASES), "profile": ["fused"], "stage3": list(STAGE3_CASES)}
+    cases = {
+        "train": list(CASES), "profile": ["fused"], "stage3": list(STAGE3_CASES), "stage3_profile": ["fused"]
+    }  # fmt: skip
     return [
         (section, shape, arguments.case or cases.get(section, []))
         for section in arguments.section or SECTIONS
@@ -314,6 +281,8 @@ def run_part(report: Report, part: Part, limit_s: float) -> None:
         section_train(report, shape, name, cases, limit_s)
     elif section == "stage3":
         section_stage3(report, shape, name, cases, limit_s)
+    elif section == "stage3_profile":
+        section_stage3_profile(report, shape, name, cases)
     elif section == "profile":
         section_profile(report, shape, name, cases)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from common import DEVICE, Report, Shape, task_batch, timed_steps
+from common import DEVICE, Report, Shape, profiled, task_batch, timed_steps
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -110,3 +110,17 @@ def section_stage3(report: Report, shape: Shape, name: str, cases: list[str], li
                 replayed=len(getattr(gradients, "graphs", ())) or len(getattr(gradients, "seen", ())),
                 still_replaying=bool(getattr(gradients, "enabled", False)), **found,
             )  # fmt: skip
+
+
+def section_stage3_profile(report: Report, shape: Shape, name: str, cases: list[str]) -> None:
+    """Where the device time of such a step goes, launched kernel by kernel."""
+    for case in cases:
+        if report.over("stage3_profile", shape=name, case=case):
+            continue
+        with (
+            report.caught("stage3_profile", shape=name, case=case),
+            built(case, shape) as (student, gradients, refresh),
+        ):
+            batch = [task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case][3])]
+            eager = EagerGradients(gradients.step_function, DEVICE, "bfloat16")
+            profiled(report, "stage3_profile", name, case, student, eager, batch, refresh)

@@ -149,6 +149,9 @@ class Loop(Strict):
     """Rows of one optimizer step (global batch)."""
     micro_batch_rows: Count | None = None
     """Rows of one forward/backward; None: batch_rows. Gradients do not depend on it."""
+    micro_batch_tokens: Count | None = None
+    """Task stages: at most so many tokens of one forward/backward, padding included (but at least one row). Steps of
+    long rows then go through in smaller parts: half, a quarter, ... of the rows. Gradients do not depend on it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision of everything but quantizers and losses. auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"

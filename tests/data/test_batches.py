@@ -98,6 +98,29 @@ def test_rows_of_a_step_do_not_depend_on_the_micro_batch() -> None:
         assert all(t == taken[0] for t in taken)
 
 
+def test_token_limit_of_a_micro_batch() -> None:
+    rows = examples(50)
+    free = TaskBatches(rows, batch_rows=16, seed=0, pad_id=0)
+    limited = TaskBatches(rows, batch_rows=16, micro_batch_tokens=300, seed=0, pad_id=0)
+    widths = set()
+    for step in range(free.steps_per_epoch):
+        (whole,), parts = free.micro_batches(step), limited.micro_batches(step)
+        assert [i for b in parts for i in b.indices] == whole.indices
+        assert sum(b.weight for b in parts) == pytest.approx(1.0, abs=1e-12)
+        assert all(b.input_ids_BT.numel() <= 300 for b in parts)
+        rows_fit = 300 // whole.input_ids_BT.shape[1]
+        size = next(2**n for n in (4, 3, 2, 1, 0) if 2**n <= rows_fit)
+        assert [b.rows for b in parts[:-1]] == [size] * (len(parts) - 1)
+        widths.add(size)
+    assert len(widths) > 1  # short steps go through in larger parts than long ones
+    # A row longer than the limit goes through alone
+    alone = TaskBatches(rows, batch_rows=16, micro_batch_tokens=4, seed=0, pad_id=0).micro_batches(0)
+    assert [b.rows for b in alone] == [1] * 16
+    # The limit does not raise micro_batch_rows
+    both = TaskBatches(rows, batch_rows=16, micro_batch_rows=3, micro_batch_tokens=10**6, seed=0, pad_id=0)
+    assert [b.rows for b in both.micro_batches(0)] == [3, 3, 3, 3, 3, 1]
+
+
 def test_mean_loss_does_not_depend_on_the_micro_batch() -> None:
     """The weighted sum of per-micro-batch means over answer tokens is the step's mean."""
     rows = examples(40)

@@ -48,6 +48,66 @@ def test_generation_equals_the_slow_twin(model: Any, tokenizer: Any, batch_rows:
         assert (prediction.index, prediction.label, prediction.scores) == (n, None, ())
 
 
+def test_batches_fit_a_gpus_memory(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llama.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    row = 3 * 20 * token + 16 * config.vocab_size
+    memory = int(5 * row / module.CACHE_SHARE) + 1
+    assert [module.rows_that_fit(llama, 20, most, memory) for most in (4, 9)] == [4, 5]
+    assert module.rows_that_fit(llama, 40, 9, memory) < 5
+    assert module.rows_that_fit(llama, 10**9, 9, memory) == 1
+    # The batches that come of it hold every row, and give the same answers
+    examples = encode(tokenizer)
+    whole = generate(llama, tokenizer, TASK, examples, batch_rows=5, device="cpu", pad_id=1)
+    sizes = []
+    own = llama.generate
+
+    def counted(**kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        return own(**kwargs)
+
+    monkeypatch.setattr(llama, "generate", counted)
+    longest = max(len(e.prompt_ids) for e in examples) + TASK.max_new_tokens
+    two = 2 * (3 * longest * token + 16 * config.vocab_size)
+    monkeypatch.setattr(module, "memory_bytes", lambda _: int(two / module.CACHE_SHARE) + 1)
+    assert generate(llama, tokenizer, TASK, examples, batch_rows=5, device="cpu", pad_id=1) == whole
+    assert sizes[0] == 2
+    assert sum(sizes) == 5
+
+
+def test_sampling_in_rounds_continues_rows_where_they_were(
+    llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a temperature near 0 a draw is the best token, so rounds must give what one round gives."""
+    import copy
+
+    examples = encode(tokenizer)
+    free = [slow_greedy(llama, e.prompt_ids, set(), 9) for e in examples]
+    stopping = copy.deepcopy(llama)
+    stopping.generation_config.eos_token_id = [free[0][3], free[1][0]]
+    lengths = []
+    own = stopping.generate
+
+    def counted(**kwargs: Any) -> Any:
+        lengths.append((kwargs["input_ids"].shape, stopping.generation_config.max_new_tokens))
+        return own(**kwargs)
+
+    monkeypatch.setattr(stopping, "generate", counted)
+    options: dict[str, Any] = {"batch_rows": 5, "device": "cpu", "pad_id": 1}
+    whole = generate(stopping, tokenizer, TASK, examples, **options)
+    lengths.clear()
+    drawn = module.sample(
+        stopping, tokenizer, TASK, examples, temperature=1e-6, seed=0, rounds=[2, 5, 50], **options
+    )
+    assert drawn == whole
+    assert [count for _, count in lengths] == [2, 3, 4]
+    assert [shape[0] for shape, _ in lengths] == sorted((shape[0] for shape, _ in lengths), reverse=True)
+    assert (
+        lengths[2][0][0] < lengths[1][0][0] < 5
+    )  # one row ends with its first token, another with its fourth
+    assert lengths[1][0][1] <= max(len(e.prompt_ids) for e in examples) + 2
+
+
 def test_generation_stops_at_eos(llama: Any, tokenizer: Any) -> None:
     """With an eos that the model is known to write after a few tokens, answers end there."""
     import copy

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bitdistill.kernels import head, matmul, norm_quantize, relation, weights
+from bitdistill.kernels import head, matmul, norm_quantize, relation, stack, weights
 
 F32, BF16, I8, I32, I64 = "*fp32", "*bf16", "*i8", "i32", "*i64"
 FORWARD = {
@@ -20,7 +20,6 @@ FORWARD = {
     "codes_ptr": I8,
     "scale_ptr": F32,
     "rrms_ptr": F32,
-    "n_rows": I32,
     "n_columns": I32,
     "x_stride": I32,
     "eps": "fp32",
@@ -94,21 +93,38 @@ KERNELS = {
     ),
     "norm": (
         norm_quantize._forward_kernel,
-        FORWARD,
-        {"NORM": True, "ACT": 0, "ROWS": 2, "BLOCK": 1024},
-        4,
+        {**FORWARD, "x_ptr": F32},
+        {"NORM": True, "ACT": 0, "MAIN": 512, "REST": 64, "VECTOR": 4, "INTERPRETED": False},
+        1,
     ),
     "gate": (
         norm_quantize._forward_kernel,
         FORWARD,
-        {"NORM": True, "ACT": 1, "ROWS": 1, "BLOCK": 2048},
-        4,
+        {"NORM": True, "ACT": 1, "MAIN": 1024, "REST": 512, "VECTOR": 8, "INTERPRETED": False},
+        2,
+    ),
+    "norm_backward": (
+        norm_quantize._backward_kernel,
+        {**BACKWARD, "x_ptr": F32, "out_ptr": F32},
+        {"NORM": True, "ACT": 0, "MAIN": 512, "REST": 64, "VECTOR": 4},
+        1,
     ),
     "backward": (
         norm_quantize._backward_kernel,
         BACKWARD,
-        {"NORM": True, "ACT": 1, "ROWS": 1, "BLOCK": 2048},
-        8,
+        {"NORM": True, "ACT": 1, "MAIN": 1024, "REST": 512, "VECTOR": 8},
+        4,
+    ),
+    "stack": (
+        stack._stack_kernel,
+        {
+            **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr"), BF16),
+            "scale_ptr": F32,
+            "out_ptr": BF16,
+            **dict.fromkeys(("n_rows", "first_size", "second_size", "third_size"), I32),
+        },
+        {"ROWS": stack.ROWS, "BLOCK": stack.BLOCK},
+        4,
     ),
     "wide_backward": (
         norm_quantize._wide_backward_kernel,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bitdistill.kernels import matmul, norm_quantize, twins, weights
+from bitdistill.kernels import matmul, norm_quantize, stack, twins, weights
 from bitdistill.quant.ternary import quantize_activations, ternarize
 
 from .conftest import DEVICE
 
-SHAPES = [(1, 1), (3, 5), (7, 64), (5, 130), (4, 1000)]
+SHAPES = [(1, 1), (3, 5), (7, 64), (5, 130), (9, 576), (4, 1000), (3, 1536)]
 
 
 def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -41,6 +42,49 @@ def test_ties_zeros_tiny_values_and_strides_are_the_reference_exactly() -> None:
         want_codes, want_scale = quantize_activations(x)
         assert torch.equal(codes, want_codes)
         assert torch.equal(scale, want_scale[:, 0])
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float32 fma with one rounding: the product is exact in float64, and its sum with c in long double."""
+    exact = a.astype(np.float64) * b.astype(np.float64)
+    return (exact.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float32)
+
+
+def corrected_quotient(p: np.ndarray, amax: np.ndarray) -> np.ndarray:
+    """`norm_quantize._codes` on a GPU, up to the rounding to an integer."""
+    inverse = np.float32(1.0) / amax
+    q = p * inverse
+    for _ in range(2):
+        q = fma(fma(-q, amax, p), inverse, q)
+    return q
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="needs a long double of 64 bits or more")
+def test_the_corrected_quotient_is_the_ieee_one() -> None:
+    """The interpreter's fma rounds twice, so kernels divide there, and this is the check without a GPU."""
+    rng = np.random.default_rng(0)
+    count = 2_000_000
+    amax = rng.uniform(1, 2, count).astype(np.float32)
+    amax[: count // 4] = np.nextafter(np.float32(2), np.float32(1)) - rng.integers(
+        0, 99, count // 4
+    ) * np.float32(2**-23)
+    amax = np.ldexp(amax, rng.integers(-16, 90, count)).astype(np.float32)
+    y = (amax * rng.uniform(-1, 1, count)).astype(np.float32)
+    # Half of them beside the borders between two codes
+    border = (rng.integers(-254, 255, count // 2) / 2 / 127 * amax[: count // 2]).astype(np.float32)
+    y[: count // 2] = border + np.spacing(border) * rng.integers(-3, 4, count // 2)
+    y = np.clip(y, -amax, amax)
+    p = y * np.float32(127)
+    got, want = corrected_quotient(p, amax), p / amax
+    usual = np.abs(p) > 1e-30  # below, remainders underflow
+    assert usual.mean() > 0.99
+    assert np.array_equal(got[usual], want[usual])
+    assert np.array_equal(np.rint(got), np.rint(want))
+    # Ties of every code, whatever amax
+    ties = np.arange(-254, 255, dtype=np.float32) / 2
+    for scale in (127, 127e-7, 127e20, 1.27 * np.pi):
+        p = ties * np.float32(scale)
+        assert np.array_equal(corrected_quotient(p, np.float32([scale])), p / np.float32(scale))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -101,7 +145,7 @@ def straight_through(
 @pytest.mark.parametrize("twin", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu_tanh"])
-@pytest.mark.parametrize(("n", "i"), [*SHAPES, (9, 4100)])
+@pytest.mark.parametrize(("n", "i"), [*SHAPES, (5, 4100), (5, 12300)])
 def test_backward_equals_autograd_in_float64(n: int, i: int, activation: str, norm: bool, twin: bool) -> None:
     module = twins if twin else norm_quantize
     x = randn(n, i if activation == "none" else 2 * i)
@@ -174,3 +218,16 @@ def test_table_refuses_what_the_kernels_cannot_read() -> None:
     codes = torch.empty(4, 4, dtype=torch.int8, device=DEVICE)
     with pytest.raises(ValueError, match="float32"):
         weights.TernaryTable.of([(weight.bfloat16(), codes, torch.empty(4, device=DEVICE))])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 130), (64, 300, 7), (576, 192, 192)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_gradients_equal_the_twin(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    parts = [randn(7, size, seed=n).to(dtype) for n, size in enumerate(sizes)]
+    parts[0] = torch.cat([parts[0]] * 2, dim=1)[:, : sizes[0]]  # not contiguous
+    scale = torch.cat([torch.full((size,), 0.3 + n, device=DEVICE) for n, size in enumerate(sizes)])
+    got, want = stack.stack_scaled(parts, scale), twins.stack_scaled(parts, scale)
+    if DEVICE.type == "cuda" or dtype == torch.float32:
+        assert torch.equal(got, want)
+    else:  # the interpreter cuts bfloat16 off instead of rounding
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=0)

@@ -45,6 +45,18 @@ def test_wrong_products_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "self-check of product" in str(why_wrong(DEVICE, SIZES))
 
 
+def test_codes_that_are_off_by_one_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = norm_quantize.norm_quantize
+
+    def wrong(*arguments: Any) -> tuple[Tensor, ...]:
+        codes, scale, rrms = right(*arguments)
+        codes[3, 5] ^= 1
+        return codes, scale, rrms
+
+    monkeypatch.setattr(norm_quantize, "norm_quantize", wrong)
+    assert why_wrong(DEVICE, SIZES) == "self-check of codes: 1 int8 codes or scales differ"
+
+
 def test_wrong_gradients_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     right = norm_quantize.norm_quantize_backward
 
@@ -65,7 +77,7 @@ def test_results_that_are_not_finite_and_exceptions_are_faults(monkeypatch: pyte
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(norm_quantize, "norm_quantize", broken)
-    assert why_wrong(DEVICE, SIZES) == "self-check of rows: RuntimeError: no such instruction"
+    assert why_wrong(DEVICE, SIZES) == "self-check of codes: RuntimeError: no such instruction"
 
 
 def test_a_stage_falls_back_and_says_so_once(

@@ -143,6 +143,7 @@ def test_checkpointing_and_smaller_micro_batches_need_less():
         return estimate.stages(made, layout(layers=8), Work(100, 16.0, 128), None, "h200")[0].peak_bytes
 
     assert peak() > peak(micro_batch_rows=8) > peak(micro_batch_rows=8, gradient_checkpointing=True)
+    assert peak() == peak(micro_batch_tokens=32 * 128) > peak(micro_batch_tokens=8 * 128)
 
 
 def test_a_given_base_costs_no_stage_2():

@@ -14,7 +14,7 @@ from bitdistill.cli.main import app
 from bitdistill.errors import ArtifactError, Interrupted, RecipeError
 from bitdistill.report import paired, sweep_results, sweep_tables
 from bitdistill.sweep.run import run_sweep
-from bitdistill.sweep.spec import expand, load_sweep
+from bitdistill.sweep.spec import expand, load_sweep, only_rows
 from tests.stages.conftest import _one_thread, work  # noqa: F401
 
 SWEEP = """
@@ -133,6 +133,30 @@ def test_rows_decide_the_stages(work: Path) -> None:  # noqa: F811
     assert pipeline.wanted_stages(None, pipeline.ROWS) == set(pipeline.STAGES)
     with pytest.raises(RecipeError, match="row 'stud': expected some of"):
         pipeline.wanted_stages(None, ["stud"])
+
+
+def test_rows_can_be_made_one_after_the_other(work: Path) -> None:  # noqa: F811
+    path = spec(work, SWEEP.replace("set: {bitnet_sft: null}", "rows: [teacher, bitnet_sft, bitdistill]"))
+    sweep, units, out = load_sweep(path), expand(load_sweep(path), path.parent)[:1], work / "out.json"
+
+    def rows_after(*names: str) -> list[str]:
+        chosen = only_rows(units, names)
+        found = run_sweep(sweep, chosen, out, order=[u.id for u in units], quiet=True)
+        return [row.name for row in found.runs[0].rows]
+
+    assert rows_after("bitdistill") == ["bitdistill"]
+    assert rows_after("teacher") == ["teacher", "bitdistill"]
+    assert set(sweep_results.read(out).runs[0].costs) == {"sft", "pretrain", "distill"}
+    assert rows_after("teacher", "bitnet_sft", "bitdistill") == ["teacher", "bitnet_sft", "bitdistill"]
+    # Rows of another recipe do not stay beside new ones
+    others = expand(sweep, path.parent, overrides=["sft.epochs=2"])[:1]
+    found = run_sweep(sweep, only_rows(others, ["teacher"]), out, order=[u.id for u in units], quiet=True)
+    assert [row.name for row in found.runs[0].rows] == ["teacher"]
+    with pytest.raises(RecipeError, match="--row students: expected some of teacher"):
+        only_rows(units, ["students"])
+    teachers = expand(sweep.model_copy(update={"rows": ("teacher",)}), path.parent)
+    with pytest.raises(RecipeError, match="no run of this sweep has it"):
+        only_rows(teachers, ["bitnet_sft"])
 
 
 def test_a_link_to_a_run_that_is_gone_is_made_anew(work: Path) -> None:  # noqa: F811

@@ -118,7 +118,7 @@ def _print_stages(plan: Plan, console: Console) -> None:
         s.name for s in plan.stages if device.memory_bytes is not None and s.peak_bytes > device.memory_bytes
     ]
     if short:
-        advice = "set loop.micro_batch_rows smaller or loop.gradient_checkpointing: true"
+        advice = "set loop.micro_batch_rows or loop.micro_batch_tokens smaller, or loop.gradient_checkpointing: true"
         console.print(Text(f"Does not fit {device.name}: {', '.join(short)}; {advice}"))
     if recipe_uses_hub(plan):
         console.print(Text("Hub data are read at run time and need: pip install 'bitdistill[hub]'"))

@@ -34,6 +34,14 @@ def sweep(
             show_default=False,
         ),
     ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Only these models of each run: teacher, bitnet_sft, bitdistill. Repeat.",
+            show_default=False,
+        ),
+    ] = None,
     set_: Overrides = None,
     local: Annotated[
         Path | None,
@@ -47,6 +55,15 @@ def sweep(
         Path | None,
         typer.Option(metavar="JSON", help="Results file.", show_default="results/sweeps/NAME.json"),
     ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Processes at a time on each GPU (without one: in all), instead of one run after the other.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the runs.")] = False,
     again: Annotated[
         bool, typer.Option("--again", help="Go through finished runs again (their stages are still kept).")
@@ -58,13 +75,14 @@ def sweep(
 
     Resumable: the same command goes on where it stopped.
     """
-    from bitdistill.sweep.spec import expand, load_sweep, read_local
+    from bitdistill.sweep.spec import expand, load_sweep, only_rows, read_local
 
     set_up_logging(quiet)
     loaded = load_sweep(spec)
     options: dict[str, Any] = {"overrides": set_ or [], "local": read_local(local) if local else None}
     every = expand(loaded, spec.resolve().parent, **options)
     units = expand(loaded, spec.resolve().parent, only=only, **options) if only else every
+    units = only_rows(units, row) if row else units
     target = out or Path("results/sweeps") / f"{loaded.name}.json"
     if dry_run:
         from bitdistill.planning.check import check_data
@@ -73,17 +91,20 @@ def sweep(
             check_data(unit.recipe, scoring=True)
         _show_units(units, target, json_)
         return
-    from bitdistill.sweep.run import run_sweep
+    common: dict[str, Any] = {
+        "order": [unit.id for unit in every], "command": command_line(), "again": again
+    }  # fmt: skip
+    if parallel is None:
+        from bitdistill.sweep.run import run_sweep
 
-    found = run_sweep(
-        loaded,
-        units,
-        target,
-        order=[unit.id for unit in every],
-        command=command_line(),
-        quiet=quiet,
-        again=again,
-    )
+        found = run_sweep(loaded, units, target, quiet=quiet, **common)
+    else:
+        from bitdistill.sweep.parallel import Place, run_parallel, visible_gpus
+
+        place = Place(visible_gpus() if any(u.recipe.device != "cpu" for u in units) else (), parallel)
+        found = run_parallel(
+            loaded, units, target, spec=spec, overrides=set_ or [], local=local, place=place, **common
+        )
     mine = {(unit.recipe_name, unit.cell, unit.seed) for unit in units}
     failed = [r for r in found.runs if (r.recipe, r.cell, r.seed) in mine and r.status == "failed"]
     if json_:

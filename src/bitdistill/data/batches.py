@@ -131,6 +131,9 @@ class TaskBatches:
         examples: encoded rows.
         batch_rows: rows of one optimizer step.
         micro_batch_rows: rows of one forward/backward; None: batch_rows.
+        micro_batch_tokens: at most so many tokens of one forward/backward, padding included; steps whose longest row
+            makes it more go through in parts of a power of two rows, so that few shapes occur. A row alone may be
+            longer.
         seed: of the order.
         pad_id: token id of the padding; its value reaches no loss.
         bucket_multiple: micro-batches are padded to a multiple of this.
@@ -148,6 +151,7 @@ class TaskBatches:
         *,
         batch_rows: int,
         micro_batch_rows: int | None = None,
+        micro_batch_tokens: int | None = None,
         seed: int,
         pad_id: int,
         bucket_multiple: int = 8,
@@ -158,6 +162,7 @@ class TaskBatches:
             raise DataError("training rows: none; check data.train and data.limit_train")
         self.batch_rows = batch_rows
         self.micro_batch_rows = min(micro_batch_rows or batch_rows, batch_rows)
+        self.micro_batch_tokens = micro_batch_tokens
         self.seed, self.pad_id, self.bucket_multiple = seed, pad_id, bucket_multiple
         self.buckets = sorted(buckets) if buckets is not None else None
         self.packing = packing
@@ -201,8 +206,14 @@ class TaskBatches:
         """The micro-batches of an optimizer step; their weights sum to 1."""
         rows = self.rows(step)
         total = int(self._answers[rows].sum())
-        size = self.micro_batch_rows
+        size = self._micro_batch_size(int(self._lengths[rows].max()))
         return [self._assemble(rows[start : start + size], total) for start in range(0, len(rows), size)]
+
+    def _micro_batch_size(self, longest: int) -> int:
+        if self.micro_batch_tokens is None:
+            return self.micro_batch_rows
+        fitting = max(1, self.micro_batch_tokens // self._padded_length(longest))
+        return self.micro_batch_rows if fitting >= self.micro_batch_rows else 1 << (fitting.bit_length() - 1)
 
     def _order(self, epoch: int) -> list[NDArray[np.int64]]:
         rng = _generator(self.seed, epoch)

@@ -21,6 +21,8 @@ from bitdistill.eval.metrics import Score, perplexity_score
 from bitdistill.eval.prediction import Prediction
 from bitdistill.models.forward import final_hidden, logits_at
 
+CACHE_SHARE = 0.4
+"""Share of a GPU's memory that the rows of a batch may take; more rows than that go in further batches."""
 HEAD_ELEMENTS = 2**26
 """Logits made at a time (256 MiB of float32), whatever the vocabulary."""
 
@@ -41,10 +43,13 @@ def generate(
     Rows are padded on the left with an attention mask and their own positions, so each answer is the one it
     would be alone (up to float rounding).
 
+    Args:
+        batch_rows: at most; on a GPU less where caches of so many rows would not fit its memory.
+
     Returns:
         Predictions in the order of `examples`; text without special tokens, stripped.
     """
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False})
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False}, ())
 
 
 @torch.inference_mode()
@@ -59,11 +64,18 @@ def sample(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
+    rounds: Sequence[int] = (),
 ) -> list[Prediction]:
-    """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine."""
+    """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine.
+
+    Args:
+        rounds: numbers of new tokens, rising, after which the rows that are not finished meet in new batches. A batch
+            runs until its longest answer ends; with rounds at usual lengths few rows wait for that. The
+            distribution is the same.
+    """
     torch.manual_seed(seed)
     choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice)
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds)
 
 
 def _generate(
@@ -75,33 +87,74 @@ def _generate(
     device: torch.device | str,
     pad_id: int,
     choice: dict[str, Any],
+    rounds: Sequence[int],
 ) -> list[Prediction]:
+    stops = sorted(stop_ids(model, tokenizer))
+    answers: list[list[int]] = [[] for _ in examples]
+    unfinished = list(range(len(examples)))
+    done = 0
+    for end in [*(r for r in rounds if r < task.max_new_tokens), task.max_new_tokens]:
+        prompts = [(*examples[n].prompt_ids, *answers[n]) for n in unfinished]
+        new = _continue(model, prompts, end - done, batch_rows, torch.device(device), pad_id, stops, choice)
+        for n, ids in zip(unfinished, new, strict=True):
+            answers[n] += ids
+        # Where a batch ends early, its rows are padded
+        unfinished = [n for n, ids in zip(unfinished, new, strict=True) if not set(ids) & {*stops, pad_id}]
+        done = end
+    return [Prediction(n, None, (), decode_answer(tokenizer, ids, stops)) for n, ids in enumerate(answers)]
+
+
+def _continue(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    batch_rows: int,
+    device: torch.device,
+    pad_id: int,
+    stops: list[int],
+    choice: dict[str, Any],
+) -> list[list[int]]:
+    """At most `count` new tokens of each prompt; after a stop token comes padding."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
-        num_beams=1,
-        max_new_tokens=task.max_new_tokens,
-        eos_token_id=sorted(stop_ids(model, tokenizer)),
-        pad_token_id=pad_id,
-        use_cache=True,
-        **choice,
+        num_beams=1, max_new_tokens=count, eos_token_id=stops, pad_token_id=pad_id, use_cache=True, **choice
     )
-    order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
-    texts = [""] * len(examples)
-    for start in range(0, len(order), batch_rows):
-        batch = order[start : start + batch_rows]
-        prompts = [examples[n].prompt_ids for n in batch]
-        width = max(map(len, prompts))
+    left = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    found: list[list[int]] = [[] for _ in prompts]
+    memory = memory_bytes(device)
+    while left:
+        width = len(prompts[left[0]])
+        rows = batch_rows if memory is None else rows_that_fit(model, width + count, batch_rows, memory)
+        batch, left = left[:rows], left[rows:]
         ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        for row, n in enumerate(batch):
+            ids[row, width - len(prompts[n]) :] = torch.tensor(prompts[n])
+            mask[row, width - len(prompts[n]) :] = 1
         with only_config(model, config):
             output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         for n, new in zip(batch, output[:, width:].tolist(), strict=True):
-            texts[n] = decode_answer(tokenizer, new, config.eos_token_id)
-    return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
+            found[n] = new
+    return found
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU, None for a CPU. The whole card's, not what is free: what is sampled must not depend on that."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def rows_that_fit(model: Any, length: int, most: int, memory: int) -> int:
+    """Rows of one batch of generation: 1 to `most`, as many as CACHE_SHARE of `memory` bytes holds.
+
+    Counted are keys and values of `length` tokens three times (a cache grows by copying: the old one, the new one, and
+    what the allocator keeps of the last step) and four float32 copies of a row's logits.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size()
+    return max(1, min(most, int(CACHE_SHARE * memory) // (3 * length * token + 16 * config.vocab_size)))
 
 
 @contextlib.contextmanager

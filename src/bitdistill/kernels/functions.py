@@ -38,7 +38,7 @@ def _grad_hat(scaled_NO: Tensor, codes_OI: Tensor, int8_backward: bool) -> Tenso
 
 
 class TernaryProjections(torch.autograd.Function):
-    """y [N, O] = quantize(norm(x)) (stacked codes)^T with scales.
+    """y [N, O] = quantize(norm(x)) (stacked codes)^T with scales, as a tuple of each matrix' part [N, O_p].
 
     Arguments: x [N, I]; gain [I] or None (no norm); eps; gain_offset; codes int8 [O, I]; row_scale float32 [O];
     compute dtype; whether dL/dx is an int8 product; then the latent weights, whose rows are stacked in `codes`.
@@ -57,21 +57,20 @@ class TernaryProjections(torch.autograd.Function):
         dtype: torch.dtype,
         int8_backward: bool,
         *weights: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
         ctx.save_for_backward(x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O)
         ctx.gain_offset, ctx.weight_dtype = gain_offset, weights[0].dtype
         ctx.int8_backward = int8_backward
         ctx.rows = [w.shape[0] for w in weights]
-        return ops.int8_product(x_codes, x_scale, codes_OI, row_scale_O, dtype)
+        y = ops.int8_product(x_codes, x_scale, codes_OI, row_scale_O, dtype)
+        return (y,) if len(weights) == 1 else y.split(ctx.rows, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad_NO,) = grads
         x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O = ctx.saved_tensors
-        dtype = grad_NO.dtype
         one = len(ctx.rows) == 1
-        scaled = grad_NO if one else (grad_NO.to(torch.float32) * row_scale_O).to(dtype)
+        scaled = grads[0] if one else ops.stack_scaled(list(grads), row_scale_O)
         grad_hat = _grad_hat(scaled, codes_OI, ctx.int8_backward)
         grad_scale = row_scale_O[:1] if one else torch.ones_like(row_scale_O[:1])
         grad_x, grad_gain, x_hat = ops.norm_quantize_backward(

@@ -16,16 +16,22 @@ Shape legend: N rows, I features, P programs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2}
-WIDE = 4096
+WIDE = 12288
 """Columns of the longest row that the backward kernel keeps in registers."""
+WIDE_ROWS, WIDE_BLOCK = 2, 2048
+"""Rows and columns at a time of longer ones."""
+WARPS = 16
+"""Warps of a multiprocessor that the backward kernel's programs are counted for."""
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 half to even
-_EPSILON = tl.constexpr(1e-5)
+_EPSILON_BITS = tl.constexpr(0x3727C5AC)  # of float32(1e-5)
 _ROOT = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 _CUBE = tl.constexpr(0.044715)
 
@@ -51,46 +57,112 @@ def _activation_grad(gate, KIND: tl.constexpr):
 
 
 @triton.jit
+def _hidden(x_row, columns, inside, n_columns, ACT: tl.constexpr):
+    """gate, up and act(gate) * up of a row's columns; x three times without an activation."""
+    gate = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    h = gate
+    if ACT != 0:
+        up = tl.load(x_row + n_columns + columns, mask=inside, other=0.0).to(tl.float32)
+        h = _activation(gate, ACT) * up
+    return gate, up, h
+
+
+@triton.jit
+def _gain(gain_ptr, columns, inside, gain_offset):
+    return tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32) + gain_offset
+
+
+@triton.jit
+def _magnitude(y):
+    """Bits of max |y|. As integers they are in the order of the numbers, with infinity and then NaN above all, so a
+    row that holds one does not come out finite (a float maximum passes NaN over)."""
+    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
+def _codes(y, amax, inverse, INTERPRETED: tl.constexpr):
+    """rint((y * 127) / amax) in the low byte. |y * 127 / amax| is at most 127 and a rounding error: no clamp.
+
+    The quotient is IEEE's without its instruction, which costs a dozen others and a branch: with the reciprocal
+    correctly rounded, one correction brings q within an unit in the last place, and the next one is then correctly
+    rounded (Markstein, 1990; Cornea et al., 1999). Where y is so small that a remainder underflows, the code is 0.
+    """
+    p = y * 127.0
+    if INTERPRETED:  # its fma rounds twice
+        q = tl.div_rn(p, p * 0.0 + amax)
+    else:
+        q = p * inverse
+        q = tl.fma(tl.fma(-q, amax, p), inverse, q)
+        q = tl.fma(tl.fma(-q, amax, p), inverse, q)
+    return (q + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     gain_ptr,
     codes_ptr,
     scale_ptr,
     rrms_ptr,
-    n_rows,
     n_columns,
     x_stride,
     eps,
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    at = rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    y = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if ACT != 0:
-        up = tl.load(x_ptr + at + n_columns, mask=inside, other=0.0).to(tl.float32)
-        y = _activation(y, ACT) * up
+    """A row a program; its columns are MAIN and, if that is not all, REST more, both powers of two."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    codes_row = codes_ptr + row * n_columns
+    columns = tl.max_contiguous(tl.arange(0, MAIN), VECTOR)
+    inside = columns < n_columns
+    _, _, y = _hidden(x_row, columns, inside, n_columns, ACT)
+    if REST != 0:
+        more = MAIN + tl.max_contiguous(tl.arange(0, REST), VECTOR)
+        more_inside = more < n_columns
+        _, _, z = _hidden(x_row, more, more_inside, n_columns, ACT)
     if NORM:
-        mean = tl.div_rn(tl.sum(y * y, 1), tl.zeros([ROWS], tl.float32) + n_columns)
-        rrms = tl.rsqrt(mean + eps)
-        gain = tl.load(gain_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32) + gain_offset
-        y = (y * rrms[:, None]) * gain[None, :]
-        tl.store(rrms_ptr + rows, rrms, mask=rows < n_rows)
-    amax = tl.maximum(tl.max(tl.abs(y), 1), _EPSILON)
-    # tl.max passes NaN over; a row that holds one (or an infinity) must not come out finite.
-    poison = tl.sum(y * 0.0, 1)
-    # |y * 127 / amax| is at most 127 and a rounding error, so codes stay within int8 without a clamp.
-    codes = (tl.div_rn(y * 127.0, tl.broadcast_to(amax[:, None], [ROWS, BLOCK])) + _MAGIC) - _MAGIC
-    scale = tl.div_rn(amax, tl.full([ROWS], 127.0, tl.float32)) + poison
-    tl.store(
-        codes_ptr + rows.to(tl.int64)[:, None] * n_columns + columns[None, :], codes.to(tl.int8), mask=inside
-    )
-    tl.store(scale_ptr + rows, scale, mask=rows < n_rows)
+        squares = tl.sum(y * y, 0)
+        if REST != 0:
+            squares += tl.sum(z * z, 0)
+        rrms = tl.rsqrt(tl.div_rn(squares, tl.full([], 0.0, tl.float32) + n_columns) + eps)
+        y = (y * rrms) * _gain(gain_ptr, columns, inside, gain_offset)
+        if REST != 0:
+            z = (z * rrms) * _gain(gain_ptr, more, more_inside, gain_offset)
+        tl.store(rrms_ptr + row, rrms)
+    bits = _magnitude(y)
+    if REST != 0:
+        bits = tl.maximum(bits, _magnitude(z))
+    amax = tl.maximum(bits, _EPSILON_BITS).to(tl.float32, bitcast=True)
+    inverse = tl.div_rn(1.0, amax)
+    tl.store(codes_row + columns, _codes(y, amax, inverse, INTERPRETED), mask=inside)
+    if REST != 0:
+        tl.store(codes_row + more, _codes(z, amax, inverse, INTERPRETED), mask=more_inside)
+    tl.store(scale_ptr + row, tl.div_rn(amax, 127.0))
+
+
+@triton.jit
+def _store_x_hat(x_hat_row, codes_row, scale, columns, inside):
+    codes = tl.load(codes_row + columns, mask=inside, other=0).to(tl.float32)
+    tl.store(x_hat_row + columns, (codes * scale).to(x_hat_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_grad(out_row, grad, gate, up, gate_scale, up_scale, columns, inside, n_columns, ACT: tl.constexpr):
+    kind = out_row.dtype.element_ty
+    if ACT != 0:
+        d_gate = grad * up * _activation_grad(gate, ACT) * gate_scale
+        d_up = grad * _activation(gate, ACT) * up_scale
+        tl.store(out_row + columns, d_gate.to(kind), mask=inside)
+        tl.store(out_row + n_columns + columns, d_up.to(kind), mask=inside)
+    else:
+        tl.store(out_row + columns, grad.to(kind), mask=inside)
 
 
 @triton.jit
@@ -112,52 +184,77 @@ def _backward_kernel(
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK)
-    in_row = columns < n_columns
+    """Every P-th row a program, in registers as a whole; the gain's gradient is summed over them there."""
+    columns = tl.max_contiguous(tl.arange(0, MAIN), VECTOR)
+    inside = columns < n_columns
+    gain_grad = tl.zeros([MAIN], tl.float32)
+    if REST != 0:
+        more = MAIN + tl.max_contiguous(tl.arange(0, REST), VECTOR)
+        more_inside = more < n_columns
+        more_gain_grad = tl.zeros([REST], tl.float32)
     grad_scale = tl.load(grad_scale_ptr)
-    if NORM:
-        gain = tl.load(gain_ptr + columns, mask=in_row, other=0.0).to(tl.float32) + gain_offset
-        gain_grad = tl.zeros([BLOCK], tl.float32)
+    gate_scale = grad_scale
+    up_scale = grad_scale
+    out_stride = n_columns
     if ACT != 0:
         gate_scale = tl.load(out_scale_ptr)
         up_scale = tl.load(out_scale_ptr + 1)
-    blocks = (n_rows + ROWS - 1) // ROWS
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        rows = block * ROWS + tl.arange(0, ROWS)
-        inside = (rows < n_rows)[:, None] & in_row[None, :]
-        at = rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
-        dense = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
-
-        scale = tl.load(scale_ptr + rows, mask=rows < n_rows, other=0.0)
-        codes = tl.load(codes_ptr + dense, mask=inside, other=0).to(tl.float32)
-        tl.store(x_hat_ptr + dense, (codes * scale[:, None]).to(x_hat_ptr.dtype.element_ty), mask=inside)
-
-        grad = tl.load(grad_ptr + dense, mask=inside, other=0.0).to(tl.float32) * grad_scale
-        h = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if ACT != 0:
-            gate = h
-            up = tl.load(x_ptr + at + n_columns, mask=inside, other=0.0).to(tl.float32)
-            h = _activation(gate, ACT) * up
+        out_stride = 2 * n_columns
+    for number in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row = tl.full([], 0, tl.int64) + number
+        grad_row, x_row = grad_ptr + row * n_columns, x_ptr + row * x_stride
+        codes_row, x_hat_row, out_row = (
+            codes_ptr + row * n_columns,
+            x_hat_ptr + row * n_columns,
+            out_ptr + row * out_stride,
+        )
+        grad = tl.load(grad_row + columns, mask=inside, other=0.0).to(tl.float32) * grad_scale
+        gate, up, h = _hidden(x_row, columns, inside, n_columns, ACT)
+        if REST != 0:
+            more_grad = tl.load(grad_row + more, mask=more_inside, other=0.0).to(tl.float32) * grad_scale
+            more_gate, more_up, more_h = _hidden(x_row, more, more_inside, n_columns, ACT)
+        scale = tl.load(scale_ptr + row)
+        _store_x_hat(x_hat_row, codes_row, scale, columns, inside)
+        if REST != 0:
+            _store_x_hat(x_hat_row, codes_row, scale, more, more_inside)
         if NORM:
-            rrms = tl.load(rrms_ptr + rows, mask=rows < n_rows, other=0.0)
-            h = h * rrms[:, None]
-            gain_grad += tl.sum(grad * h, 0)
-            grad = grad * gain[None, :]
-            along = tl.sum(grad * h, 1) / n_columns
-            grad = (grad - h * along[:, None]) * rrms[:, None]
-        if ACT != 0:
-            d_gate = grad * up * _activation_grad(gate, ACT) * gate_scale
-            d_up = grad * _activation(gate, ACT) * up_scale
-            wide = rows.to(tl.int64)[:, None] * (2 * n_columns) + columns[None, :]
-            tl.store(out_ptr + wide, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(out_ptr + wide + n_columns, d_up.to(out_ptr.dtype.element_ty), mask=inside)
-        else:
-            tl.store(out_ptr + dense, grad.to(out_ptr.dtype.element_ty), mask=inside)
+            rrms = tl.load(rrms_ptr + row)
+            h = h * rrms
+            gain_grad += grad * h
+            grad = grad * _gain(gain_ptr, columns, inside, gain_offset)
+            along = tl.sum(grad * h, 0)
+            if REST != 0:
+                more_h = more_h * rrms
+                more_gain_grad += more_grad * more_h
+                more_grad = more_grad * _gain(gain_ptr, more, more_inside, gain_offset)
+                along += tl.sum(more_grad * more_h, 0)
+            along = along / n_columns
+            grad = (grad - h * along) * rrms
+            if REST != 0:
+                more_grad = (more_grad - more_h * along) * rrms
+        _store_grad(out_row, grad, gate, up, gate_scale, up_scale, columns, inside, n_columns, ACT)
+        if REST != 0:
+            _store_grad(
+                out_row,
+                more_grad,
+                more_gate,
+                more_up,
+                gate_scale,
+                up_scale,
+                more,
+                more_inside,
+                n_columns,
+                ACT,
+            )
     if NORM:
-        tl.store(gain_grad_ptr + tl.program_id(0) * n_columns + columns, gain_grad, mask=in_row)
+        own = gain_grad_ptr + tl.program_id(0).to(tl.int64) * n_columns
+        tl.store(own + columns, gain_grad, mask=inside)
+        if REST != 0:
+            tl.store(own + more, more_gain_grad, mask=more_inside)
 
 
 @triton.jit
@@ -252,18 +349,30 @@ def _wide_backward_kernel(
         tl.debug_barrier()
 
 
-def _forward_tile(columns: int) -> tuple[int, int, int]:
-    """Rows at a time, padded row length, warps."""
-    block = triton.next_power_of_2(columns)
-    return max(1, 2048 // block), block, 4 if block <= 2048 else 8 if block <= 4096 else 16
+@dataclass(frozen=True)
+class Tile:
+    """How a row lies in the registers of a program."""
+
+    main: int
+    rest: int
+    """Columns: two powers of two, the second 0 if the first is enough. One power of two would leave up to half of
+    the lanes idle (576 columns in 1,024)."""
+    warps: int
 
 
-def _backward_tile(columns: int) -> tuple[int, int, int]:
-    """Rows and columns at a time, warps; rows of more columns than that go tile by tile."""
-    block = min(triton.next_power_of_2(columns), WIDE)
-    if columns > WIDE:
-        return 2, 2048, 8
-    return max(1, 2048 // block), block, 8 if block <= 2048 else 16
+def tile(columns: int, held: int = 24) -> Tile:
+    """At most `held` columns a thread (up to 16 warps), so that a row's values fit registers; one warp needs no
+    barriers for its sums. The gate's backward holds the most values a column, 121 registers of them with 12."""
+    main = 1 << (columns.bit_length() - 1)
+    rest = triton.next_power_of_2(columns - main) if columns > main else 0
+    warps = triton.next_power_of_2(triton.cdiv(main + rest, 32 * held))
+    return Tile(main, rest, min(warps, 16))
+
+
+def _vector(x_NX: Tensor) -> int:
+    """Neighbouring columns of a thread, the same for every tensor of a kernel: where some had more, values would
+    change threads through shared memory. 16 bytes of the widest tensor."""
+    return 16 // max(x_NX.element_size(), 2)
 
 
 def norm_quantize(
@@ -284,24 +393,25 @@ def norm_quantize(
     codes = torch.empty(n, columns, dtype=torch.int8, device=x_NX.device)
     scale = torch.empty(n, dtype=torch.float32, device=x_NX.device)
     rrms = torch.zeros_like(scale) if gain_I is None else torch.empty_like(scale)
-    rows, block, warps = _forward_tile(columns)
+    shape = tile(columns)
     if n:
-        _forward_kernel[(triton.cdiv(n, rows),)](
+        _forward_kernel[(n,)](
             x_NX,
             x_NX if gain_I is None else gain_I,
             codes,
             scale,
             rrms,
-            n,
             columns,
             x_NX.stride(0),
             eps,
             gain_offset,
             NORM=gain_I is not None,
             ACT=ACTIVATIONS[activation],
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=warps,
+            MAIN=shape.main,
+            REST=shape.rest,
+            VECTOR=_vector(x_NX),
+            INTERPRETED=not x_NX.is_cuda,
+            num_warps=shape.warps,
         )
     return codes, scale, rrms
 
@@ -337,34 +447,23 @@ def norm_quantize_backward(
         x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype, device=x_NX.device
     )
     x_hat = torch.empty_like(grad_NI)
-    rows, block, warps = _backward_tile(columns)
-    programs = min(triton.cdiv(max(n, 1), rows), 4 * _multiprocessors(x_NX.device))
+    wide, shape = columns > WIDE, tile(columns, 24 if activation == "none" else 12)
+    at_once = triton.cdiv(n, WIDE_ROWS) if wide else n
+    a_processor = 4 if wide else max(1, WARPS // shape.warps)
+    programs = max(1, min(at_once, a_processor * _multiprocessors(x_NX.device)))
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x_NX.device)
     if gain_I is None or n == 0:
         partial.zero_()
-    if n:
-        kernel = _wide_backward_kernel if columns > WIDE else _backward_kernel
-        kernel[(programs,)](
-            grad_NI,
-            grad_scale,
-            x_NX,
-            x_NX if gain_I is None else gain_I,
-            rrms_N,
-            codes_NI,
-            scale_N,
-            out_scale_2,
-            out,
-            partial,
-            x_hat,
-            n,
-            columns,
-            x_NX.stride(0),
-            gain_offset,
-            NORM=gain_I is not None,
-            ACT=ACTIVATIONS[activation],
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=warps,
+    arguments = (
+        grad_NI, grad_scale, x_NX, x_NX if gain_I is None else gain_I, rrms_N, codes_NI, scale_N, out_scale_2,
+        out, partial, x_hat, n, columns, x_NX.stride(0), gain_offset,
+    )  # fmt: skip
+    kind = {"NORM": gain_I is not None, "ACT": ACTIVATIONS[activation]}
+    if n and wide:
+        _wide_backward_kernel[(programs,)](*arguments, **kind, ROWS=WIDE_ROWS, BLOCK=WIDE_BLOCK, num_warps=8)
+    elif n:
+        _backward_kernel[(programs,)](
+            *arguments, **kind, MAIN=shape.main, REST=shape.rest, VECTOR=_vector(x_NX), num_warps=shape.warps
         )
     return out, partial.sum(0), x_hat
 

@@ -82,3 +82,18 @@ def int8_product(
 @int8_product.register_fake
 def _(x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype) -> object:
     return x_NI.new_empty(x_NI.shape[0], w_OI.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("bitdistill::stack_scaled", mutates_args=())
+def stack_scaled(parts: list[Tensor], scale_O: Tensor) -> Tensor:
+    """Parts side by side, each times its scale; see `stack.py`."""
+    if scale_O.is_cuda:
+        from bitdistill.kernels import stack as kernels
+
+        return kernels.stack_scaled(parts, scale_O)
+    return twins.stack_scaled(parts, scale_O)
+
+
+@stack_scaled.register_fake
+def _(parts: list[Tensor], scale_O: Tensor) -> object:
+    return parts[0].new_empty(parts[0].shape[0], scale_O.shape[0])

@@ -39,8 +39,10 @@ def why_wrong(device: torch.device, sizes: Sizes) -> str | None:
     """What is wrong with the kernels on this device, or None when they agree with their twins."""
     started = time.perf_counter()
     checks = {
+        "codes": _codes,
         "rows": _rows,
         "gate": _gate,
+        "stack": _stack,
         "product": _product,
         "weights": _weights,
         "losses": _losses,
@@ -86,6 +88,32 @@ def _both_ways(x: Tensor, gain: Tensor, activation: str) -> str | None:
     )
     worst = max(_error(got, want) for got, want in pairs)
     return None if worst < GRADIENT_ERROR else f"gradients are off by {worst:.2g}"
+
+
+def _codes(device: torch.device, sizes: Sizes) -> str | None:
+    """Without a norm nothing may differ: rows at random, and every border between two codes."""
+    from bitdistill.kernels import norm_quantize as kernels
+    from bitdistill.quant.ternary import quantize_activations
+
+    borders = torch.arange(-254, 255, device=device) / 254.0
+    for x in (_randn(device, ROWS, sizes.hidden), borders * (_randn(device, ROWS, 1).abs() + 0.01)):
+        codes, scale, _ = kernels.norm_quantize(x, None, 0.0, 0.0, "none")
+        want_codes, want_scale = quantize_activations(x)
+        differ = int((codes != want_codes).sum()) + int((scale != want_scale[:, 0]).sum())
+        if differ:
+            return f"{differ} int8 codes or scales differ"
+    return None
+
+
+def _stack(device: torch.device, sizes: Sizes) -> str | None:
+    from bitdistill.kernels import stack
+
+    parts = [_randn(device, ROWS, size).bfloat16() for size in (sizes.hidden, sizes.head, sizes.head)]
+    scale = torch.cat(
+        [torch.full((p.shape[1],), s, device=device) for p, s in zip(parts, (0.3, 2.0, 5.0), strict=True)]
+    )
+    error = _error(stack.stack_scaled(parts, scale), twins.stack_scaled(parts, scale))
+    return None if error < GRADIENT_ERROR else f"gradients are off by {error:.2g}"
 
 
 def _rows(device: torch.device, sizes: Sizes) -> str | None:

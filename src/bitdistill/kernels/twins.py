@@ -5,6 +5,8 @@ Arguments and results are those of `norm_quantize.py` and `matmul.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,3 +79,8 @@ def int8_product(
 ) -> Tensor:
     """y [N, O] = float32(x w^T) * (x_scale * w_scale), rounded to `dtype`."""
     return (integer_matmul(x_NI, w_OI) * (x_scale_N[:, None] * w_scale_O[None, :])).to(dtype)
+
+
+def stack_scaled(parts: Sequence[Tensor], scale_O: Tensor) -> Tensor:
+    """[N, O]: parts side by side, each times its scale, rounded to the parts' dtype."""
+    return (torch.cat(list(parts), dim=-1).to(torch.float32) * scale_O).to(parts[0].dtype)

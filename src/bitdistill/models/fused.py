@@ -72,7 +72,7 @@ class Projections:
     def compute(self, x: Tensor) -> list[Tensor]:
         stack = self.stack
         dtype = out_dtype_of(x)
-        y = TernaryProjections.apply(
+        parts = TernaryProjections.apply(
             x.reshape(-1, x.shape[-1]),
             *_norm_arguments(self.norm),
             stack.codes,
@@ -81,10 +81,10 @@ class Projections:
             stack.int8_backward,
             *[layer.weight for layer in stack.layers],
         )
-        parts = list(y.reshape(*x.shape[:-1], y.shape[-1]).split(stack.rows, dim=-1))
+        shaped = [part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts]
         return [
             part if layer.bias is None else part + layer.bias.to(dtype)
-            for layer, part in zip(stack.layers, parts, strict=True)
+            for layer, part in zip(stack.layers, shaped, strict=True)
         ]
 
     def part(self, x: Tensor, index: int) -> Tensor:

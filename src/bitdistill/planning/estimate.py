@@ -168,6 +168,9 @@ class _Context:
         ternary = name not in ("sft", "augment")
         tokens = int(work.rows * work.tokens_per_row * epochs)
         rows = loop.micro_batch_rows or loop.batch_rows
+        largest = max(rows * work.max_length, 1)
+        if loop.micro_batch_tokens is not None:
+            largest = min(largest, max(loop.micro_batch_tokens, work.max_length))
         flops = self.flops_per_token(work.tokens_per_row, train=True) * self.slowdown(ternary)
         flops += self.flops_per_token(work.tokens_per_row, train=False) if teacher else 0.0
         answers = rows * (8 if self.recipe.task.kind == "classification" else self.recipe.task.max_new_tokens)
@@ -175,9 +178,9 @@ class _Context:
         subln = {"sft": "none", "augment": "none", "distill": self.recipe.refine.subln}.get(name, "none")
         if name == "bitnet_sft" and self.recipe.bitnet_sft is not None:
             subln = self.recipe.bitnet_sft.subln
-        memory = self.memory(loop, rows * work.max_length, ternary=ternary, teacher=teacher, subln=subln)
+        memory = self.memory(loop, largest, ternary=ternary, teacher=teacher, subln=subln)
         if teacher and self.recipe.distill.hidden_weight:
-            memory["block outputs"] = self.teacher_outputs(rows * work.max_length)
+            memory["block outputs"] = self.teacher_outputs(largest)
         micro_steps = work.rows * epochs / rows
         seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
         return Stage(name, tokens, seconds, {**memory, "logits": logits})

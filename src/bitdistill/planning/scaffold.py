@@ -126,7 +126,7 @@ data:
 sft:
   epochs: 2
   optim: {{learning_rate: 5.0e-5}}
-  loop: {{batch_rows: 32}}
+  loop: {{batch_rows: 32, micro_batch_tokens: 16_384}}
 
 # Stage 2: the ternary model learns to write again, on any text. It is cached and reused by later tasks.
 # null leaves it out (quick, but costs accuracy). With a corpus, for example:
@@ -139,7 +139,7 @@ pretrain: null
 distill:
   epochs: 2
   optim: {{learning_rate: 2.0e-4}}
-  loop: {{batch_rows: 32}}
+  loop: {{batch_rows: 32, micro_batch_tokens: 16_384}}
   # lambda weighs the logits, gamma the attention relations (auto: balanced by gradient norms).
   {distill[1:-1].replace(", ", chr(10) + "  ")}
 
@@ -147,6 +147,7 @@ distill:
 bitnet_sft:
   epochs: 2
   optim: {{learning_rate: 2.0e-4}}
+  loop: {{batch_rows: 32, micro_batch_tokens: 16_384}}
 """
 
 

@@ -21,6 +21,7 @@ from bitdistill.report import text
 from bitdistill.report.run_folder import ARTIFACT_OF, RunFolder, StageLog, read_log
 
 FORMAT: Literal["bitdistill-sweep-1"] = "bitdistill-sweep-1"
+ROW_ORDER = ("teacher", "bitnet_sft", "bitdistill")
 CURVE_POINTS = 120
 CURVE_KEYS = ("loss", "lm", "kl", "ce", "ld", "ad", "ad_ce_ratio", "grad_norm")
 
@@ -96,7 +97,16 @@ class SweepResults(_Record):
 
 
 def with_run(results: SweepResults, run: RunResult, order: Iterable[str]) -> SweepResults:
-    """The results with a run put in place of an older one, in the sweep's order."""
+    """The results with a run put in place of an older one, in the sweep's order.
+
+    Rows that only the older one has are kept if both are done and of the same recipe (`sweep --row`).
+    """
+    old = results.find(run.recipe, run.cell, run.seed)
+    if old is not None and old.digest == run.digest and old.status == run.status == "done":
+        rows = {row.name: row for row in (*old.rows, *run.rows)}
+        names = [name for name in (*ROW_ORDER, *rows) if name in rows]
+        costs = {**old.costs, **run.costs}
+        run = run.model_copy(update={"rows": [rows[n] for n in dict.fromkeys(names)], "costs": costs})
     kept = [r for r in results.runs if (r.recipe, r.cell, r.seed) != (run.recipe, run.cell, run.seed)]
     places = {name: index for index, name in enumerate(order)}
     runs = sorted([*kept, run], key=lambda r: places.get(f"{r.recipe}/{r.cell}/{r.seed}", len(places)))

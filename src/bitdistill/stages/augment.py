@@ -36,6 +36,8 @@ WRITTEN_ROWS = "rows.jsonl.zst"
 """File of the artifact."""
 LENGTH_SHARE = 0.99
 """Rows may be written as long as this share of the training rows is."""
+ROUNDS = (0.5, 0.8, 0.95)
+"""Rows that are not finished when this share of the training rows would be go on in new batches."""
 WORDS = (5, 40)
 """Sentences of other texts that are taken have so many words."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
@@ -158,13 +160,16 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
     written = writer_task(task)
     known = tasks.encode(written, [_turned(task, r) for r in train], tokenizer, run.recipe.data.max_length)
     lengths = sorted(len(e.answer_ids) for e in known)
-    longest = lengths[min(len(lengths) - 1, int(LENGTH_SHARE * len(lengths)))]
+    *rounds, longest = (
+        lengths[min(len(lengths) - 1, int(m * len(lengths)))] for m in (*ROUNDS, LENGTH_SHARE)
+    )
     written = written.model_copy(update={"max_new_tokens": longest})
     fields = tasks.template_fields(task)
     examples = tasks.encode(written, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
     predictions = sample(
         model.eval(), tokenizer, written, examples, temperature=config.temperature, seed=seed,
         batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),
+        rounds=sorted(set(rounds)),
     )  # fmt: skip
     seen = {tuple(str(row.fields[f]).strip() for f in fields) for row in train}
     for row, prediction in zip(rows, predictions, strict=True):

@@ -116,7 +116,11 @@ class Run:
         dumped.pop("cache_dir", None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
-        for later in ("packing", "int8_backward"):  # artifacts from before these keys stay valid
+        for later in (
+            "packing",
+            "int8_backward",
+            "micro_batch_tokens",
+        ):  # artifacts from before these keys stay valid
             if not dumped.get("loop", {}).get(later, True):
                 del dumped["loop"][later]
         return dumped
@@ -244,6 +248,7 @@ class Run:
             examples,
             batch_rows=loop.batch_rows,
             micro_batch_rows=loop.micro_batch_rows or loop.batch_rows,
+            micro_batch_tokens=loop.micro_batch_tokens,
             seed=self.recipe.seed,
             pad_id=pad_id,
             buckets=buckets,

@@ -48,11 +48,11 @@ def run_sweep(
         StorageError: the file system refused.
         ArtifactError: `out` is there and is no sweep's results, or another sweep's.
     """
-    found = _opened(sweep, out, command)
+    found = open_results(sweep, out, command)
     reuse: dict[Path, Reuse] = {}
     for number, unit in enumerate(units, start=1):
         before = found.find(unit.recipe_name, unit.cell, unit.seed)
-        if before is not None and not again and _is_done(before, unit):
+        if before is not None and not again and is_done(before, unit):
             log.info("sweep: %s is done (%d of %d)", unit.id, number, len(units))
             continue
         log.info("sweep: %s (%d of %d)", unit.id, number, len(units))
@@ -65,7 +65,12 @@ def run_sweep(
     return found
 
 
-def _opened(sweep: Sweep, out: Path, command: str) -> SweepResults:
+def open_results(sweep: Sweep, out: Path, command: str) -> SweepResults:
+    """The sweep's results so far; empty ones if there are none.
+
+    Raises:
+        ArtifactError: `out` is there and is no sweep's results, or another sweep's.
+    """
     head = {key: getattr(sweep, key) for key in ("name", "title", "note", "figure", "x_label", "reference")}
     if not out.is_file():
         return SweepResults(**head, command=command)
@@ -75,20 +80,14 @@ def _opened(sweep: Sweep, out: Path, command: str) -> SweepResults:
     return before.model_copy(update={**head, "command": command})
 
 
-def _is_done(before: RunResult, unit: Unit) -> bool:
+def is_done(before: RunResult, unit: Unit) -> bool:
+    """Whether a result is of the same recipe and holds every row."""
     names = {row.name for row in before.rows}
     return before.status == "done" and before.digest == unit.digest and set(unit.rows) <= names
 
 
-def _run_one(
-    sweep: Sweep,
-    unit: Unit,
-    reuse: Reuse,
-    command: str,
-    quiet: bool,
-    run: Callable[..., pipeline.RunResult],
-) -> RunResult:
-    about: dict[str, Any] = {
+def _about(unit: Unit) -> dict[str, Any]:
+    return {
         "recipe": unit.recipe_name,
         "cell": unit.cell,
         "label": unit.label,
@@ -101,6 +100,22 @@ def _run_one(
         "settings": unit.settings,
         "digest": unit.digest,
     }
+
+
+def failed_result(unit: Unit, error: str) -> RunResult:
+    """The record of a run that left none."""
+    return RunResult(**_about(unit), status="failed", error=error)
+
+
+def _run_one(
+    sweep: Sweep,
+    unit: Unit,
+    reuse: Reuse,
+    command: str,
+    quiet: bool,
+    run: Callable[..., pipeline.RunResult],
+) -> RunResult:
+    about = _about(unit)
     started = time.monotonic()
     try:
         made = run(
@@ -122,7 +137,8 @@ def _run_one(
         if type(error).__name__ != "OutOfMemoryError":
             raise
         log.error("sweep: %s failed: out of memory", unit.id)
-        message = f"out of memory ({str(error).splitlines()[0]}); set loop.micro_batch_rows smaller"
+        advice = "set loop.micro_batch_rows or loop.micro_batch_tokens smaller"
+        message = f"out of memory ({str(error).splitlines()[0]}); {advice}"
         return RunResult(**about, status="failed", error=message, wall_s=_since(started))
     reuse.add(made.run_dir)
     folder = read_run(made.run_dir)

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -261,7 +261,26 @@ def _digest(recipe: Recipe) -> str:
         tree.pop(place)
     if tree["augment"] is None:  # results from before this section stay valid
         del tree["augment"]
+    for section in tree.values():  # and those from before this key
+        loop = section.get("loop") if isinstance(section, dict) else None
+        if loop is not None and loop["micro_batch_tokens"] is None:
+            del loop["micro_batch_tokens"]
     return hash_json(tree)
+
+
+def only_rows(units: Sequence[Unit], names: Sequence[str]) -> list[Unit]:
+    """The units with no other rows than these; units without any of them are left out.
+
+    Raises:
+        RecipeError: a row that there is not, or none of these in any unit.
+    """
+    for name in names:
+        if name not in get_args(RowName):
+            raise RecipeError(f"--row {name}: expected some of {', '.join(get_args(RowName))}")
+    kept = [(unit, tuple(row for row in unit.rows if row in names)) for unit in units]
+    if not any(rows for _, rows in kept):
+        raise RecipeError(f"--row {', '.join(names)}: no run of this sweep has it")
+    return [replace(unit, rows=rows) for unit, rows in kept if rows]
 
 
 def _matches(unit: Unit, pattern: str) -> bool:

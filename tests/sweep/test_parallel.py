@@ -1,0 +1,273 @@
+"""Sweeps with several processes: what becomes a job, when it starts, and that results are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bitdistill.report import sweep_results
+from bitdistill.sweep import parallel
+from bitdistill.sweep.parallel import Job, Place, Scheduler, plan_jobs
+from bitdistill.sweep.run import run_sweep
+from bitdistill.sweep.spec import Unit, expand, load_sweep
+from tests.stages.conftest import _one_thread, work  # noqa: F401
+
+SWEEP = """
+name: losses
+recipes: [recipe.yaml]
+seeds: [0, 1]
+set: {pretrain.seed: 0}
+cells:
+  - {name: both, rows: [teacher, bitnet_sft, bitdistill]}
+  - {name: ce, set: {distill.lambda: 0, distill.gamma: 0}}
+  - {name: other-base, set: {pretrain.objective: lm}, seeds: [0]}
+  - {name: teacher, rows: [teacher], set: {sft.epochs: 3}, seeds: [0]}
+"""
+
+
+def units_of(folder: Path, text: str = SWEEP) -> tuple[Path, list[Unit]]:
+    path = folder / "sweep.yaml"
+    path.write_text(text, "utf-8")
+    return path, expand(load_sweep(path), path.parent)
+
+
+def test_shared_stages_are_jobs_of_their_own(work: Path) -> None:  # noqa: F811
+    _, units = units_of(work)
+    jobs = plan_jobs(units, on_gpu=True)
+    last = [job for job in jobs if job.until is None]
+    shared = [job for job in jobs if job.until is not None]
+    assert [job.unit.id for job in last] == [unit.id for unit in units]
+    # Two bases (KL, LM), two teachers (by seed; three epochs are the last unit's own), two baselines
+    assert [job.until for job in shared] == ["pretrain"] * 2 + ["sft"] * 2 + ["bitnet_sft"] * 2
+    assert [job.alone for job in shared] == [True] * 2 + [False] * 4
+    needs = {job.unit.id.partition("/")[2]: {n.split("-seed")[0] for n in job.needs} for job in last}
+    assert needs["both/0"] - needs["ce/0"] == {shared[4].name}
+    assert needs["ce/0"] & needs["ce/1"] == {shared[0].name}
+    assert needs["other-base/0"] & needs["ce/0"] == {shared[2].name}
+    assert needs["teacher/0"] == set()
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+@dataclass
+class Fake:
+    """A process that ends after some steps with a status."""
+
+    left: int
+    status: int = 0
+    stopped: bool = False
+
+    def poll(self) -> int | None:
+        self.left -= 1
+        return None if self.left >= 0 and not self.stopped else self.status
+
+    def terminate(self) -> None:
+        self.stopped = True
+
+    def kill(self) -> None:
+        raise AssertionError("it had ended")
+
+
+def scheduled(
+    jobs: list[Job], place: Place, verdicts: dict[str, list[str]] | None = None
+) -> tuple[list[tuple[str, int]], list[dict[int, list[str]]]]:
+    """Starts (job, device) in their order, and what ran on each device after every step."""
+    starts: list[tuple[str, int]] = []
+    history: list[dict[int, list[str]]] = []
+    verdicts = verdicts or {}
+
+    def launch(job: Job, device: int) -> Fake:
+        starts.append((job.name, device))
+        return Fake(2 + len(job.name) % 2)
+
+    def ended(job: Job, status: int) -> str:
+        return verdicts[job.name].pop(0) if verdicts.get(job.name) else "done"
+
+    scheduler = Scheduler(jobs, place, launch, ended)
+    for _ in range(200):
+        going = scheduler.step()
+        history.append(
+            {
+                d: [j.name for j in jobs if j.state == "running" and j.device == d]
+                for d in range(place.devices)
+            }
+        )
+        if not going:
+            return starts, history
+    raise AssertionError("it never ends")
+
+
+def jobs_of(unit: Unit) -> list[Job]:
+    return [
+        Job("last-a", unit, None, frozenset({"base", "teacher-a"})),
+        Job("last-b", unit, None, frozenset({"base", "teacher-b"})),
+        Job("base", unit, "pretrain", alone=True),
+        Job("teacher-a", unit, "sft"),
+        Job("teacher-b", unit, "sft"),
+        Job("teacher-c", unit, "sft"),
+    ]
+
+
+@pytest.mark.parametrize(("gpus", "slots"), [("", 1), ("0", 2), ("0,1", 2), ("4,7", 3)])
+def test_jobs_wait_for_what_they_need_and_devices_are_not_overfull(work: Path, gpus: str, slots: int) -> None:  # noqa: F811
+    _, units = units_of(work)
+    place = Place(tuple(gpus.split(",")) if gpus else (), slots)
+    starts, history = scheduled(jobs_of(units[0]), place)
+    order = [name for name, _ in starts]
+    assert sorted(order) == ["base", "last-a", "last-b", "teacher-a", "teacher-b", "teacher-c"]
+    assert order[0] == "base"
+    for a, b in (("base", "last-a"), ("teacher-a", "last-a"), ("base", "last-b"), ("teacher-b", "last-b")):
+        assert order.index(a) < order.index(b)
+    for running in history:
+        for names in running.values():
+            assert len(names) <= slots
+            assert "base" not in names or len(names) == 1
+
+
+def test_a_job_gets_a_second_try_alone_and_failures_do_not_hold_others_up(work: Path) -> None:  # noqa: F811
+    _, units = units_of(work)
+    jobs = jobs_of(units[0])
+    starts, history = scheduled(
+        jobs, Place(("0",), 2), {"teacher-a": ["again", "failed"], "teacher-b": ["done"]}
+    )
+    assert [name for name, _ in starts].count("teacher-a") == 2
+    assert {job.name: job.state for job in jobs} == {
+        "last-a": "done", "last-b": "done", "base": "done",
+        "teacher-a": "failed", "teacher-b": "done", "teacher-c": "done",
+    }  # fmt: skip
+    second = [running[0] for running in history if "teacher-a" in running[0]][-1]
+    assert second == ["teacher-a"]
+
+
+def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    environment = parallel._environment(Place(("3", "5"), 2), 1)
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]) == ("5", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert parallel._environment(Place((), 2), 0)["OMP_NUM_THREADS"] == "1"
+
+
+def test_memory_errors_are_told_from_others(tmp_path: Path) -> None:
+    lines = tmp_path / "a.log"
+    lines.write_text("Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to\nerror: a bug\n")
+    assert parallel._out_of_memory(lines, None)
+    lines.write_text("sft 10/20\rsft 20/20\nerror: no such file\n")
+    assert not parallel._out_of_memory(lines, None)
+    assert parallel._last_line(lines) == "error: no such file"
+    assert parallel._last_line(tmp_path / "none") == ""
+    result = sweep_results.RunResult(
+        recipe="r", cell="c", label="c", seed=0, digest="", status="failed", error="out of memory (x)"
+    )
+    assert parallel._out_of_memory(tmp_path / "none", result)
+
+
+SMALL = """
+name: losses
+recipes: [recipe.yaml]
+set: {bitnet_sft: null, pretrain.seed: 0, threads: 1}
+cells:
+  - {name: both}
+  - {name: ce, set: {distill.lambda: 0, distill.gamma: 0}}
+  - {name: broken, set: {data.train: none.jsonl}}
+"""
+
+
+def command(path: Path, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "bitdistill.cli.main",
+        "sweep",
+        str(path),
+        "--out",
+        str(out),
+        "--parallel",
+        "2",
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_results_are_those_of_one_process(work: Path) -> None:  # noqa: F811
+    path, units = units_of(work, SMALL)
+    out = work / "out.json"
+    done = subprocess.run(command(path, out), capture_output=True, text=True, check=False)
+    assert done.returncode == 6, done.stderr[-2000:]  # one run failed
+    found = sweep_results.read(out)
+    assert [(r.cell, r.status) for r in found.runs] == [
+        ("both", "done"),
+        ("ce", "done"),
+        ("broken", "failed"),
+    ]
+    assert "none.jsonl" in found.runs[2].error
+    assert "base-" in " ".join(p.name for p in (work / "runs").iterdir())
+    # A teacher and a base were made once: the runs hold links
+    for cell in ("both", "ce"):
+        (run,) = (work / "runs").glob(f"*--{cell}-*")
+        assert (run / "teacher").is_symlink()
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = run_sweep(
+            load_sweep(path), expand(load_sweep(path), path.parent, overrides=[f"output_dir={work}/again"])[:2],
+            work / "alone.json", order=[u.id for u in units], quiet=True,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for mine, theirs in zip(alone.runs, found.runs, strict=False):
+        assert [(r.name, r.predictions_sha256) for r in mine.rows] == [
+            (r.name, r.predictions_sha256) for r in theirs.rows
+        ]
+        assert f"--only {theirs.recipe}/{theirs.cell}/0" in theirs.rows[-1].command
+    # Again: what is done is left alone, what failed is tried once more
+    again = subprocess.run(command(path, out, "--json"), capture_output=True, text=True, check=False)
+    assert json.loads(again.stdout)["failed"] == ["tiny/broken/0"]
+    assert "both/0 is done" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_stops_every_process_after_a_checkpoint(work: Path) -> None:  # noqa: F811
+    path, _ = units_of(
+        work, SMALL.replace("pretrain.seed: 0", "pretrain.seed: 0, pretrain.budget_tokens: 50_000_000")
+    )
+    out = work / "out.json"
+    process = subprocess.Popen(command(path, out), stderr=subprocess.PIPE, text=True)
+    logs = work / "runs/sweep-losses"
+
+    def training() -> bool:
+        return any("pretrain " in file.read_text("utf-8", "replace") for file in logs.glob("base-*.log"))
+
+    deadline = time.monotonic() + 120
+    while not training() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert training()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said[-2000:]
+    (log,) = logs.glob("base-*.log")
+    assert "a checkpoint is saved" in log.read_text("utf-8", "replace")
+    alive = subprocess.run(
+        ["pgrep", "-f", "bitdistill.sweep.paralle[l]"], capture_output=True, text=True, check=False
+    )
+    assert str(logs) not in alive.stdout
+
+
+def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parallel.visible_gpus({}) == ("0", "1")
+    assert parallel.visible_gpus({"CUDA_VISIBLE_DEVICES": "5,7"}) == ("5", "7")
+    assert parallel.visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b,GPU-c"}) == ("GPU-a", "GPU-b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert parallel.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
