@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bitdistill.errors import StorageError
 from bitdistill.report import sweep_results
 from bitdistill.sweep import parallel
 from bitdistill.sweep.parallel import Job, Place, Scheduler, plan_jobs
@@ -146,6 +147,31 @@ def test_a_job_gets_a_second_try_alone_and_failures_do_not_hold_others_up(work: 
     assert second == ["teacher-a"]
 
 
+def test_no_process_is_left_when_results_cannot_be_written(
+    work: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, units = units_of(work)
+    started: list[Fake] = []
+
+    def launch(*_: object, **__: object) -> Fake:
+        started.append(Fake(10**6 if len(started) % 2 else 1, status=1))
+        return started[-1]
+
+    def full(*_: object) -> None:
+        raise StorageError("no space left on device")
+
+    monkeypatch.setattr(parallel.subprocess, "Popen", launch)
+    monkeypatch.setattr(parallel.store, "write", full)
+    with pytest.raises(StorageError, match="no space"):
+        parallel.run_parallel(
+            load_sweep(path), units, work / "out.json", spec=path, overrides=[], local=None,
+            order=[u.id for u in units], place=Place((), 9),
+        )  # fmt: skip
+    assert len(started) > 1
+    assert all(process.stopped or process.left < 0 for process in started)
+
+
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
@@ -257,7 +283,7 @@ def test_a_signal_stops_every_process_after_a_checkpoint(work: Path) -> None:  #
     (log,) = logs.glob("base-*.log")
     assert "a checkpoint is saved" in log.read_text("utf-8", "replace")
     alive = subprocess.run(
-        ["pgrep", "-f", "bitdistill.sweep.paralle[l]"], capture_output=True, text=True, check=False
+        ["pgrep", "-af", "bitdistill.sweep.paralle[l]"], capture_output=True, text=True, check=False
     )
     assert str(logs) not in alive.stdout
 

@@ -104,9 +104,8 @@ def with_run(results: SweepResults, run: RunResult, order: Iterable[str]) -> Swe
     old = results.find(run.recipe, run.cell, run.seed)
     if old is not None and old.digest == run.digest and old.status == run.status == "done":
         rows = {row.name: row for row in (*old.rows, *run.rows)}
-        names = [name for name in (*ROW_ORDER, *rows) if name in rows]
-        costs = {**old.costs, **run.costs}
-        run = run.model_copy(update={"rows": [rows[n] for n in dict.fromkeys(names)], "costs": costs})
+        ordered = sorted(rows.values(), key=lambda row: ROW_ORDER.index(row.name))
+        run = run.model_copy(update={"rows": ordered, "costs": {**old.costs, **run.costs}})
     kept = [r for r in results.runs if (r.recipe, r.cell, r.seed) != (run.recipe, run.cell, run.seed)]
     places = {name: index for index, name in enumerate(order)}
     runs = sorted([*kept, run], key=lambda r: places.get(f"{r.recipe}/{r.cell}/{r.seed}", len(places)))

@@ -14,12 +14,10 @@ import json
 import logging
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +29,7 @@ from bitdistill.report import sweep_results as store
 from bitdistill.report.sweep_results import RunResult, SweepResults
 from bitdistill.sweep.run import failed_result, is_done, open_results, run_sweep
 from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, only_rows, read_local
+from bitdistill.train.loop import Signals
 
 log = logging.getLogger("bitdistill")
 SHARED = ("pretrain", "sft", "augment", "bitnet_sft")
@@ -96,7 +95,7 @@ def plan_jobs(units: Sequence[Unit], *, on_gpu: bool) -> list[Job]:
     for unit in units:
         needs = set()
         wanted = wanted_stages(None, unit.rows)
-        for stage in SHARED if len(unit.rows) > 1 or unit.rows[0] != "teacher" else ():
+        for stage in () if unit.rows == ("teacher",) else SHARED:  # a teacher alone is all of its run
             if stage not in wanted or not _has(unit.recipe, stage):
                 continue
             name = f"{unit.recipe_name}--{stage}-{_signature(unit.recipe, stage)}"
@@ -256,7 +255,7 @@ def run_parallel(
         )  # fmt: skip
         orders = folder / f"{job.name}.job.json"
         orders.write_text(json.dumps(asdict(told), indent=1) + "\n", "utf-8")
-        log.info("sweep: %s starts%s", _about(job), f" on GPU {place.gpus[device]}" if place.gpus else "")
+        log.info("sweep: %s starts%s", _named(job), f" on GPU {place.gpus[device]}" if place.gpus else "")
         started[job.name] = time.monotonic()
         with (folder / f"{job.name}.log").open("ab") as lines:
             return subprocess.Popen(
@@ -271,7 +270,7 @@ def run_parallel(
         result = None if job.until else _result(folder / f"{job.name}.json", job.unit)
         ok = status == 0 and (job.until is not None or (result is not None and result.status == "done"))
         if not ok and not job.alone and _out_of_memory(folder / f"{job.name}.log", result):
-            log.warning("sweep: %s ran out of memory beside others; once more, alone", _about(job))
+            log.warning("sweep: %s ran out of memory beside others; once more, alone", _named(job))
             return "again"
         if job.until is None:
             if result is None:
@@ -280,23 +279,25 @@ def run_parallel(
             found = store.with_run(found, result, order)
             store.write(out, found)
         say = log.info if ok else log.error
-        say("sweep: %s %s after %.1f minutes", _about(job), "is done" if ok else "failed", took)
+        say("sweep: %s %s after %.1f minutes", _named(job), "is done" if ok else "failed", took)
         return "done" if ok else "failed"
 
     scheduler = Scheduler(plan_jobs(todo, on_gpu=bool(place.gpus)), place, launch, ended)
-    with _signals() as received:
-        while scheduler.step():
-            if received:
-                scheduler.stop()
-                raise Interrupted(
-                    f"sweep: stopped by signal {received[0]}; the same command goes on from the checkpoints",
-                    received[0],
-                )
-            time.sleep(POLL_S)
+    with Signals().installed() as signals:
+        try:
+            while scheduler.step():
+                if signals.received is not None:
+                    raise Interrupted(
+                        f"sweep: stopped by signal {signals.received}; the same command goes on from the checkpoints",
+                        signals.received,
+                    )
+                time.sleep(POLL_S)
+        finally:  # also when the results cannot be written: no job is left behind
+            scheduler.stop()
     return found
 
 
-def _about(job: Job) -> str:
+def _named(job: Job) -> str:
     return job.unit.id if job.until is None else f"{job.unit.id}, {job.until}"
 
 
@@ -331,19 +332,6 @@ def _last_line(path: Path, lines: int = 1) -> str:
         return ""
     kept = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     return " ".join(kept[-lines:])
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    received: list[int] = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda n, _: received.append(n))
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_job(order: Order) -> None:

@@ -62,7 +62,7 @@ class FitResult:
     final_loss: float
 
 
-class _Signals:
+class Signals:
     """SIGINT and SIGTERM ask the loop to save and stop; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class _Signals:
         self.received = number
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[_Signals]:
+    def installed(self) -> Iterator[Signals]:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -133,7 +133,7 @@ def fit(
         checkpoint.save(checkpoint_root, progress.step, model, optimizer, {**vars(progress), **extra}, key)
 
     model.train()
-    with _Signals().installed() as signals, tracker, gradients.stream():
+    with Signals().installed() as signals, tracker, gradients.stream():
         tracker.advance(progress.step)
         while progress.step < total_steps:
             started = time.perf_counter()
