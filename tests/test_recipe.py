@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bitdistill import recipe as recipes
-from bitdistill.config import Recipe
+from bitdistill.config import Loop, Recipe
 from bitdistill.errors import RecipeError
 from bitdistill.recipe import builtin_task, dump_recipe, load_recipe, parse_yaml, recipe_hash, run_dir
 
@@ -346,3 +346,19 @@ def test_no_torch_is_imported():
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_rows_at_a_time():
+    loop = Loop(batch_rows=48, micro_batch_tokens=1000)
+    assert [loop.rows_at_a_time(n) for n in (1, 20, 21, 62, 63, 500, 501, 2000)] == [
+        48,
+        48,
+        32,
+        16,
+        8,
+        2,
+        1,
+        1,
+    ]
+    assert Loop(batch_rows=48, micro_batch_rows=12, micro_batch_tokens=1000).rows_at_a_time(20) == 12
+    assert Loop(batch_rows=8, micro_batch_rows=12).rows_at_a_time(10**6) == 8

@@ -150,8 +150,8 @@ class Loop(Strict):
     micro_batch_rows: Count | None = None
     """Rows of one forward/backward; None: batch_rows. Gradients do not depend on it."""
     micro_batch_tokens: Count | None = None
-    """Task stages: at most so many tokens of one forward/backward, padding included (but at least one row). Steps of
-    long rows then go through in smaller parts: half, a quarter, ... of the rows. Gradients do not depend on it."""
+    """At most so many tokens of one forward/backward, padding included (but at least one row). Steps of long rows then
+    go through in smaller parts, a power of two of rows each. Gradients do not depend on it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision of everything but quantizers and losses. auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"
@@ -176,6 +176,15 @@ class Loop(Strict):
     checkpoint_every_s: Positive = 300.0
     on_nonfinite: Literal["skip", "stop"] = "skip"
     """A non-finite loss or gradient: skip the update (at most 10 in a row) or stop."""
+
+    def rows_at_a_time(self, length: int) -> int:
+        """Rows of one forward/backward where the longest has `length` tokens, padding included. With a bound on tokens
+        a power of two or all, so that few shapes occur."""
+        rows = min(self.micro_batch_rows or self.batch_rows, self.batch_rows)
+        if self.micro_batch_tokens is None:
+            return rows
+        fitting = max(1, self.micro_batch_tokens // length)
+        return rows if fitting >= rows else 1 << (fitting.bit_length() - 1)
 
 
 class SftConfig(Strict):

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bitdistill.config import Loop
 from bitdistill.data.tasks import Example
 from bitdistill.errors import DataError
 
@@ -131,9 +132,7 @@ class TaskBatches:
         examples: encoded rows.
         batch_rows: rows of one optimizer step.
         micro_batch_rows: rows of one forward/backward; None: batch_rows.
-        micro_batch_tokens: at most so many tokens of one forward/backward, padding included; steps whose longest row
-            makes it more go through in parts of a power of two rows, so that few shapes occur. A row alone may be
-            longer.
+        micro_batch_tokens: tokens of one forward/backward (see `Loop.rows_at_a_time`).
         seed: of the order.
         pad_id: token id of the padding; its value reaches no loss.
         bucket_multiple: micro-batches are padded to a multiple of this.
@@ -161,8 +160,9 @@ class TaskBatches:
         if not examples:
             raise DataError("training rows: none; check data.train and data.limit_train")
         self.batch_rows = batch_rows
-        self.micro_batch_rows = min(micro_batch_rows or batch_rows, batch_rows)
-        self.micro_batch_tokens = micro_batch_tokens
+        self._loop = Loop(
+            batch_rows=batch_rows, micro_batch_rows=micro_batch_rows, micro_batch_tokens=micro_batch_tokens
+        )
         self.seed, self.pad_id, self.bucket_multiple = seed, pad_id, bucket_multiple
         self.buckets = sorted(buckets) if buckets is not None else None
         self.packing = packing
@@ -206,14 +206,8 @@ class TaskBatches:
         """The micro-batches of an optimizer step; their weights sum to 1."""
         rows = self.rows(step)
         total = int(self._answers[rows].sum())
-        size = self._micro_batch_size(int(self._lengths[rows].max()))
+        size = self._loop.rows_at_a_time(self._padded_length(int(self._lengths[rows].max())))
         return [self._assemble(rows[start : start + size], total) for start in range(0, len(rows), size)]
-
-    def _micro_batch_size(self, longest: int) -> int:
-        if self.micro_batch_tokens is None:
-            return self.micro_batch_rows
-        fitting = max(1, self.micro_batch_tokens // self._padded_length(longest))
-        return self.micro_batch_rows if fitting >= self.micro_batch_rows else 1 << (fitting.bit_length() - 1)
 
     def _order(self, epoch: int) -> list[NDArray[np.int64]]:
         rng = _generator(self.seed, epoch)

@@ -168,8 +168,8 @@ class _Context:
         ternary = name not in ("sft", "augment")
         tokens = int(work.rows * work.tokens_per_row * epochs)
         rows = loop.micro_batch_rows or loop.batch_rows
-        largest = max(rows * work.max_length, 1)
-        if loop.micro_batch_tokens is not None:
+        largest = rows * work.max_length
+        if loop.micro_batch_tokens is not None:  # shorter rows fill it
             largest = min(largest, max(loop.micro_batch_tokens, work.max_length))
         flops = self.flops_per_token(work.tokens_per_row, train=True) * self.slowdown(ternary)
         flops += self.flops_per_token(work.tokens_per_row, train=False) if teacher else 0.0
@@ -207,8 +207,7 @@ class _Context:
         config = self.recipe.pretrain
         assert config is not None
         teacher = config.objective != "lm"
-        rows = config.loop.micro_batch_rows or config.loop.batch_rows
-        tokens = rows * config.sequence_length
+        tokens = config.loop.rows_at_a_time(config.sequence_length) * config.sequence_length
         head = 6 * self.layout.hidden * self.layout.vocab
         flops = (self.flops_per_token(config.sequence_length, train=True) + head) * self.slowdown(True)
         flops += self.flops_per_token(config.sequence_length, train=False) + head / 3 if teacher else 0.0

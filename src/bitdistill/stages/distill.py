@@ -329,7 +329,12 @@ def probe(run: Run, student: Any, teacher: Any, tokenizer: Any, *, full: bool) -
     """Figures of every layer on the first training batches (see layer_probe.measure)."""
     config = run.recipe.distill
     loop = config.loop.model_copy(
-        update={"batch_rows": layer_probe.BATCH_ROWS, "micro_batch_rows": None, "packing": False}
+        update={
+            "batch_rows": layer_probe.BATCH_ROWS,
+            "micro_batch_rows": None,
+            "micro_batch_tokens": None,
+            "packing": False,
+        }
     )
     batches = run.task_batches(run.train_examples(tokenizer), loop, pad_token_id(tokenizer), compiling=False)
     count = min(layer_probe.BATCHES, batches.steps_per_epoch)

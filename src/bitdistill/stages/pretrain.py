@@ -166,7 +166,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         shards,
         sequence_length=config.sequence_length,
         batch_rows=loop.batch_rows,
-        micro_batch_rows=loop.micro_batch_rows or loop.batch_rows,
+        micro_batch_rows=loop.rows_at_a_time(config.sequence_length),
         seed=_seed(run),
     )
     total_steps = _total_steps(config)
@@ -189,7 +189,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
         if fused:
             before_step = kernels.FusedAfterWarmup(student, stack, before_step, loop.int8_backward)
-            rows = loop.micro_batch_rows or loop.batch_rows
+            rows = loop.rows_at_a_time(config.sequence_length)
             stack.enter_context(fastest_attention(student.config, rows, config.sequence_length, run.device))
         before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)
         return fit(
