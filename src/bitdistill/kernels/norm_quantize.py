@@ -6,7 +6,7 @@ Forward, a row at a time, float32 throughout:
     y = h * rsqrt(mean(h^2) + eps) * g     if there is a norm (g: its gain, plus 1 in Gemma's convention)
     q = rint((y * 127) / amax(|y|)),  scale = amax / 127
 
-Division and rounding are IEEE (div_rn; half to even by adding 1.5 * 2^23), so codes and scales are those of
+Division and rounding are IEEE (see `_codes`; half to even by adding 1.5 * 2^23), so codes and scales are those of
 `quant.ternary.quantize_activations` on the same y. torch.compile's own kernels divide approximately and turn
 / 127 into a product. Backward is the straight-through estimator, then the norm, then the gate; it also gives
 x_hat = q * scale for the weights' gradient. The slow twins are in `kernels/twins.py`.
