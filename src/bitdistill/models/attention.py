@@ -23,6 +23,8 @@ from bitdistill.errors import ModelError
 
 log = logging.getLogger("bitdistill")
 CAUSAL_NAME = "bitdistill_causal"
+TIMED_TOKENS = 32_768
+"""Backends are timed on so many tokens: a batch whose kernels end before the next ones are launched tells nothing."""
 """Registered as an attention, not as a mask: transformers makes no mask for a name it has no mask for."""
 
 
@@ -109,8 +111,9 @@ def fastest_attention(
     """Context in which sdpa prefers the faster of FlashAttention and cuDNN for batches of one shape.
 
     Which of the two is faster depends on GPU, head size and length, so both are timed, forward and backward, on the
-    model's own shape. A backend that fails or whose gradients are apart from the other's is not taken. All backends
-    stay allowed: this is an order, not a restriction.
+    model's own shape, with rows enough that the GPU's time is measured and not the time of launching. A backend that
+    fails or whose gradients are apart from the other's is not taken. All backends stay allowed: this is an order, not
+    a restriction.
     """
     if device.type != "cuda" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         return contextlib.nullcontext()  # windows need mask tensors, which are not what is timed here
@@ -118,7 +121,9 @@ def fastest_attention(
     found: dict[SDPBackend, tuple[float, list[Tensor]]] = {}
     for backend in (flash, cudnn):
         try:
-            found[backend] = _timed_attention(config, min(rows, 8), tokens, device, backend)
+            found[backend] = _timed_attention(
+                config, max(rows, TIMED_TOKENS // tokens), tokens, device, backend
+            )
         except RuntimeError as error:
             log.debug("attention: %s is left out: %s", backend.name, str(error).splitlines()[0])
     order = [flash, cudnn, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
