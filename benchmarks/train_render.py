@@ -37,10 +37,13 @@ def read_lines(paths: list[Path]) -> list[Line]:
     found = []
     for path in paths:
         machine: Line = {}
+        run = 0
         for text in path.read_text("utf-8").splitlines():
             line = json.loads(text) if text.startswith("{") else {}
             if line.get("section") == "machine":
+                run += 1
                 machine = {k: line.get(k) for k in ("gpu", "torch", "triton", "transformers", "command")}
+                machine["run"] = f"{path.stem} {run}"
             elif line:
                 found.append({**line, **machine})
     return found
@@ -48,11 +51,30 @@ def read_lines(paths: list[Path]) -> list[Line]:
 
 def latest(lines: list[Line], section: str) -> dict[tuple[str, str], Line]:
     """The last line without error of each shape and case."""
-    return {
-        (line["shape"], line["case"]): line
-        for line in lines
-        if line["section"] == section and "step_ms" in line
-    }
+    return {(line["shape"], line["case"]): line for line in timed(lines, section)}
+
+
+def timed(lines: list[Line], section: str) -> list[Line]:
+    return [line for line in lines if line["section"] == section and "step_ms" in line]
+
+
+def run_of(line: Line) -> tuple[Any, ...]:
+    """Lines of one process on one machine are alike in this."""
+    return line.get("gpu"), line.get("command"), line.get("run")
+
+
+def against(lines: list[Line], ours: Line, case: str) -> tuple[float | None, float | None]:
+    """`ours` against another case: in the last run that has both, and `ours` against the other's fastest run.
+
+    Both on one GPU model; None where there is none. Speeds of the same code differ from machine to machine and with
+    what an autotuner chose, so a peer's slow run must not make us look fast.
+    """
+    alike = [x for x in lines if (x["shape"], x.get("gpu")) == (ours["shape"], ours.get("gpu"))]
+    others = [x for x in alike if x["case"] == case]
+    mine = {run_of(x): x["tokens_s"] for x in alike if x["case"] == ours["case"]}
+    beside = [mine[run_of(x)] / x["tokens_s"] for x in others if run_of(x) in mine]
+    fastest = max((x["tokens_s"] for x in others), default=None)
+    return (beside[-1] if beside else None, None if fastest is None else ours["tokens_s"] / fastest)
 
 
 def train_table(found: dict[tuple[str, str], Line]) -> list[str]:
@@ -78,34 +100,44 @@ def train_table(found: dict[tuple[str, str], Line]) -> list[str]:
     return lines
 
 
-def goals_table(found: dict[tuple[str, str], Line]) -> list[str]:
-    """fused_lm against the others, each only within one GPU model."""
-    lines = ["| shape | ours (LM loss) against | ratio | goal | |", "| --- | --- | --- | --- | --- |"]
+def ratio_cell(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def goals_table(lines: list[Line]) -> list[str]:
+    """fused_lm against the others; the lower ratio counts."""
+    rows = [
+        "| shape | ours (LM loss) against | in one run | ours against its fastest run | goal | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    found = latest(lines, "train")
     for shape in SHAPES:
         ours = found.get((shape, "fused_lm"))
         for case, (about, goals) in GOALS.items():
-            other = found.get((shape, case))
-            if ours is None or other is None or ours.get("gpu") != other.get("gpu"):
+            if ours is None:
                 continue
-            ratio = ours["tokens_s"] / other["tokens_s"]
-            verdict = "met" if ratio >= goals[shape] else "missed"
-            lines.append(f"| {shape} | {about} | {ratio:.2f} | {goals[shape]:.2f} | {verdict} |")
-    return lines
+            beside, fastest = against(timed(lines, "train"), ours, case)
+            if fastest is None:
+                continue
+            met = beside is not None and min(fastest, beside) >= goals[shape]
+            verdict = "met" if met else "missed"
+            cells = [shape, about, ratio_cell(beside), ratio_cell(fastest), f"{goals[shape]:.2f}", verdict]
+            rows.append("| " + " | ".join(cells) + " |")
+    return rows
 
 
-def stage3_table(found: dict[tuple[str, str], Line]) -> list[str]:
-    lines = [
-        "| shape | step | ms a step | real tokens/s | peak GB | against the unfused loop |",
-        "| --- | --- | --- | --- | --- | --- |",
+def stage3_table(lines: list[Line]) -> list[str]:
+    rows = [
+        "| shape | step | ms a step | real tokens/s | peak GB | against unfused, one run | against its fastest run |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (shape, case), line in found.items():
-        plain = found.get((shape, "unfused"))
-        same = plain is not None and plain.get("gpu") == line.get("gpu")
-        ratio = f"{line['tokens_s'] / plain['tokens_s']:.2f}" if plain is not None and same else ""
-        lines.append(
-            f"| {shape} | {case} | {line['step_ms']:.1f} | {line['tokens_s']:,.0f} | {line['peak_gb']:.1f} | {ratio} |"
+    for (shape, case), line in latest(lines, "stage3").items():
+        beside, fastest = against(timed(lines, "stage3"), line, "unfused")
+        rows.append(
+            f"| {shape} | {case} | {line['step_ms']:.1f} | {line['tokens_s']:,.0f} | {line['peak_gb']:.1f} "
+            f"| {ratio_cell(beside)} | {ratio_cell(fastest)} |"
         )
-    return lines
+    return rows
 
 
 def page(lines: list[Line]) -> str:
@@ -128,7 +160,10 @@ def page(lines: list[Line]) -> str:
         "",
         "## Against the goals",
         "",
-        *goals_table(train),
+        "A peer's speed differs from run to run (torchao's products are autotuned). So there are two ratios, and the",
+        "lower one counts: in the last run that timed both, and our last run against the peer's fastest on such a GPU.",
+        "",
+        *goals_table(lines),
         "",
         "## Whole steps on full rows (stage 2)",
         "",
@@ -136,7 +171,7 @@ def page(lines: list[Line]) -> str:
         "",
         "## Teacher and student on short rows (stage 3: 128 rows of at most 48 tokens)",
         "",
-        *stage3_table(stage3),
+        *stage3_table(lines),
         "",
     ]
     if failed:
