@@ -80,7 +80,9 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             step: Any = unfused_step(student, teacher, layer)
         else:
             # gamma fixed: nothing is measured, so every step may be replayed
-            step = DistillStep(student, teacher, DistillConfig(gamma=GAMMA), [layer], fused=kernels)
+            step = DistillStep(
+                student, teacher, DistillConfig(gamma=GAMMA), [layer], fused=kernels, compiling=compiling
+            )
             stack.enter_context(causal_only(student, teacher))
         if compiling:
             compile_blocks(student, skip=[layer])

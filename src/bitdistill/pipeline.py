@@ -49,6 +49,8 @@ class RunResult:
 
     run_dir: Path
     rows: list[ResultRow] = field(default_factory=list)
+    base: Path | None = None
+    """The ternary base of stage 2: in the cache, or where the recipe says."""
     packed: Path | None = None
     formats: dict[str, Path] = field(default_factory=dict)
     report: Path | None = None
@@ -97,6 +99,7 @@ def run(
         measure(start, "refined")
     if "pretrain" in wanted and recipe.pretrain is not None:
         start, start_key = pretrain(this, start), this.keys["pretrain"]
+        result.base = start
         measure(start, "base")
     written = augment(this) if "augment" in wanted and recipe.augment is not None else None
     if "distill" in wanted:

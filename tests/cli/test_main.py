@@ -271,3 +271,10 @@ def test_completion_script():
              "COMP_WORDS": "bitdistill pl", "COMP_CWORD": "1"},
     )  # fmt: skip
     assert done.stdout.split() == ["plan"]
+
+
+def test_a_base_is_copied_only_where_it_can_be(folder):
+    done = command("pretrain", "recipe.yaml", "--out", "copy", cwd=folder)
+    assert done.returncode == 3
+    assert "pretrain is null" in done.stderr
+    assert not (folder / "runs").exists()

@@ -26,6 +26,7 @@ from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
 from bitdistill.stages import common, kernels, sft
+from bitdistill.stages.export import export_base
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
 from tests.stages.conftest import recipe, write_rows
@@ -225,6 +226,44 @@ def test_given_base_of_another_model_is_refused(work: Path) -> None:
         pipeline.run(recipe(work, "name=b", f"pretrain.base={base}"), until="pretrain", quiet=True)
     with pytest.raises(ArtifactError, match="no artifact here"):
         pipeline.run(recipe(work, "name=c", f"pretrain.base={work}/model"), until="pretrain", quiet=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_copied_base_serves_elsewhere(work: Path, dtype: str) -> None:
+    result = pipeline.run(recipe(work), until="pretrain", quiet=True)
+    assert result.base is not None
+    copy = export_base(result.base, work / "copy", dtype)
+    assert export_base(result.base, copy, dtype) == copy  # there already, and the same
+    exact, rounded = latents(result.base), latents(copy)
+    same_key = artifact.read_manifest(copy)["key"] == artifact.read_manifest(result.base)["key"]
+    assert same_key == (dtype == "float32")
+    for name, tensor in exact.items():
+        assert rounded[name].dtype == tensor.dtype == torch.float32
+        want = tensor if dtype == "float32" else tensor.half().float()
+        assert torch.equal(rounded[name], want)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (result.base, copy)]
+    assert sizes[1] < (1.01 if dtype == "float32" else 0.6) * sizes[0]
+    shutil.rmtree(work / "cache")
+    other = pipeline.run(recipe(work, "name=other", f"pretrain.base={copy}"), until="distill", quiet=True)
+    assert other.base == copy
+    started = artifact.read_manifest(other.run_dir / "student")["inputs"]["start"]
+    assert started == artifact.read_manifest(copy)["key"]
+
+
+def test_a_copy_replaces_nothing(work: Path) -> None:
+    result = pipeline.run(recipe(work), until="pretrain", quiet=True)
+    assert result.base is not None
+    kept = work / "mine"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        export_base(result.base, kept, "float16")
+    export_base(result.base, work / "copy", "float16")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        export_base(result.base, work / "copy", "float32")
+    with pytest.raises(ArtifactError, match="a ternary base is needed"):
+        export_base(result.run_dir / "refined", work / "new", "float16")
+    assert (kept / "thesis.txt").read_text() == "years of work"
 
 
 def test_corrupt_teacher_is_noticed_before_it_teaches(work: Path) -> None:

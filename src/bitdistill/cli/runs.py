@@ -55,11 +55,54 @@ def refine(
     run_until(recipe, set_, redo, json_, quiet, until=StageName.refine)
 
 
+class LatentDtype(StrEnum):
+    """Storage of a base's copy."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 def pretrain(
-    recipe: RecipePath, set_: Overrides = None, redo: Redo = None, json_: AsJson = False, quiet: Quiet = False
+    recipe: RecipePath,
+    set_: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write a copy of the base here, for another machine: pretrain.base names it there.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        LatentDtype, typer.Option(help="Of --out: float32 is exact, float16 half as large.")
+    ] = LatentDtype.float32,
+    redo: Redo = None,
+    json_: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Stage 2: continued pre-training on a corpus; gives a ternary base that later tasks reuse."""
-    run_until(recipe, set_, redo, json_, quiet, until=StageName.pretrain)
+    if out is not None:
+        _check_copy(recipe, set_, out)
+    result = run_until(recipe, set_, redo, json_, quiet, until=StageName.pretrain)
+    if out is not None and result.base is not None:
+        from bitdistill.stages.export import export_base
+
+        export_base(result.base, out, dtype.value)
+        if not json_:
+            stderr().print(f"    copy  {out}", highlight=False)
+
+
+def _check_copy(recipe: Path, set_: list[str] | None, out: Path) -> None:
+    """What would stop the copy, before anything is trained."""
+    from bitdistill import artifact
+    from bitdistill.errors import ArtifactError, RecipeError
+    from bitdistill.recipe import load_recipe
+
+    if load_recipe(recipe, set_ or []).pretrain is None:
+        raise RecipeError(f"{recipe}: pretrain is null, so there is no base to copy to --out")
+    if out.exists() and not artifact.exists(out):
+        raise ArtifactError(f"{out}: is there already and holds something else; name another folder")
 
 
 def distill(
@@ -148,6 +191,7 @@ def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageNam
             {
                 "run_dir": str(result.run_dir),
                 "rows": [row.model_dump(mode="json") for row in result.rows],
+                "base": None if result.base is None else str(result.base),
                 "packed": None if result.packed is None else str(result.packed),
                 "formats": {name: str(path) for name, path in result.formats.items()},
                 "report": None if result.report is None else str(result.report),

@@ -65,6 +65,20 @@ def pack(model: Any, float_dtype: str) -> Any:
     return packed.eval()
 
 
+def round_latents(model: torch.nn.Module, float_dtype: str) -> None:
+    """Round every parameter of a latent student to `float_dtype`, in place; they stay float32.
+
+    Raises:
+        ModelError: a value does not fit `float_dtype`.
+    """
+    dtype = _float_dtype(float_dtype)
+    for name, parameter in model.named_parameters():
+        rounded = parameter.data.to(dtype).to(parameter.dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            raise ModelError(f"{name}: a value does not fit {float_dtype}; use float32")
+        parameter.data = rounded
+
+
 def _float_dtype(name: str) -> torch.dtype:
     try:
         return _FLOAT_DTYPES[name]

@@ -6,13 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitdistill import artifact
 from bitdistill.config import ExportConfig
+from bitdistill.errors import ArtifactError
 from bitdistill.interop.gguf_export import export_gguf
 from bitdistill.interop.ollama import export_ollama
 from bitdistill.interop.transformers_bitnet import export_transformers
-from bitdistill.models.student import load_student, pack
-from bitdistill.stages.common import Run
+from bitdistill.models.student import load_student, pack, round_latents, save_student
+from bitdistill.quant.linear import BitLinear
+from bitdistill.quant.ternary import ternarize
+from bitdistill.stages.common import Run, log
 
 
 def write_packed(
@@ -42,6 +47,55 @@ EXPORTERS: dict[str, Callable[[Path, Path, ExportConfig], Path]] = {
     "gguf": export_gguf,
     "ollama": export_ollama,
 }
+
+
+def export_base(base: Path, folder: Path, float_dtype: str) -> Path:
+    """A copy of a ternary base, to keep or to hand on; elsewhere `pretrain.base` names it.
+
+    float16 halves it. Rounded latents are other latents, a few of which change their code (the share is logged), so
+    such a copy has a key of its own, and so has what is distilled from it.
+
+    Args:
+        base: a ternary base's folder.
+        folder: written; what is there is never replaced.
+        float_dtype: storage of the latents: float32 (bit-exact), float16 or bfloat16.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ArtifactError: `base` is no ternary base, or something else is at `folder`.
+        ModelError: a latent does not fit `float_dtype`.
+        StorageError: the file system refused a write.
+    """
+    manifest = artifact.verify(base)
+    if manifest.get("kind") != "base":
+        raise ArtifactError(f"{base}: kind {manifest.get('kind')!r}, a ternary base is needed")
+    key = str(manifest["key"])
+    if float_dtype != "float32":
+        key = artifact.hash_json({"base": key, "float_dtype": float_dtype})
+    if folder.exists():
+        if artifact.exists(folder) and artifact.read_manifest(folder).get("key") == key:
+            log.info("pretrain: %s holds this base, kept", folder)
+            return folder
+        raise ArtifactError(f"{folder}: is there already and holds something else; name another folder")
+    model, tokenizer, _ = load_student(base)
+    codes = _codes(model)
+    round_latents(model, float_dtype)
+    changed = sum(int((a != b).sum()) for a, b in zip(codes, _codes(model), strict=True))
+    if changed:
+        share = changed / sum(a.numel() for a in codes)
+        log.info("pretrain: %s changes %.4f %% of the ternary codes", float_dtype, 100 * share)
+    kept = ("stage", "inputs", "training", "branched_from")
+    save_student(
+        model, tokenizer, folder, kind="base", plan=manifest["plan"], recipe=manifest["recipe"],
+        extra={"key": key, **{name: manifest[name] for name in kept if name in manifest}}, float_dtype=float_dtype,
+    )  # fmt: skip
+    return folder
+
+
+def _codes(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [ternarize(m.weight.detach())[0] for m in model.modules() if isinstance(m, BitLinear)]
 
 
 def export(run: Run, latent: Path, latent_key: str, name: str) -> Path:
