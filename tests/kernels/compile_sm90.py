@@ -147,6 +147,21 @@ KERNELS = {
         {"GROUP": 8, "WHOLE_I": True, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 64},
         4,
     ),
+    "persistent": (
+        matmul._persistent_kernel,
+        {
+            "x_descriptor": "tensordesc<i8[128, 128]>",
+            "w_descriptor": "tensordesc<i8[256, 128]>",
+            "y_descriptor": "tensordesc<bf16[128, 256]>",
+            "x_scale_ptr": F32,
+            "w_scale_ptr": F32,
+            "n_rows": I32,
+            "n_out": I32,
+            "n_in": I32,
+        },
+        {"GROUP": 8, "PROGRAMS": 132, "BLOCK_N": 128, "BLOCK_O": 256, "BLOCK_I": 128},
+        8,
+    ),
     "scale": (
         matmul._scale_kernel,
         {
@@ -191,7 +206,7 @@ def main() -> None:
             signature={n: types.get(n, "constexpr") for n in names},
             constexprs={(names.index(n),): value for n, value in constants.items()},
             # What a launch finds by itself for aligned tensors and even sizes
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t != "fp32"},
+            attrs={(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] in "*i"},
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
         ptx = compiled.asm["ptx"]
