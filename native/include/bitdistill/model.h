@@ -173,8 +173,12 @@ class Model : public std::enable_shared_from_this<Model> {
   // y = linear(x) for each product, all in one parallel region; x has n rows.
   void project(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
                Scratch& s) const;
+  // project(norm(s.x))
+  void project_normed(const std::vector<float>& norm, std::int64_t n, const std::vector<Product>& products,
+                      Scratch& s) const;
+  // `norm`, if any, is the RMSNorm that a row goes through first; all products are then ternary.
   void run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
-                    QuantizedRows& quantized) const;
+                    const std::vector<float>* norm, QuantizedRows& quantized) const;
   void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits, std::int32_t* best) const;
   void rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits, std::int32_t* best) const;
 

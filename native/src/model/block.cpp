@@ -46,19 +46,34 @@ void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std:
       continue;
     }
     const std::int64_t width = product.linear->spec.in;
+    if (product.linear->ternary) {
+      run_products(x, ldx, n, {product}, &product.linear->subln, s.own);
+      continue;
+    }
     s.sub.resize(static_cast<std::size_t>(n * width));
     parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t r = begin; r < end; ++r) {
         rmsnorm(x + r * ldx, product.linear->subln.data(), width, config().norm_eps, s.sub.data() + r * width);
       }
     });
-    run_products(s.sub.data(), width, n, {product}, s.own);
+    run_products(s.sub.data(), width, n, {product}, nullptr, s.own);
   }
-  if (!shared.empty()) run_products(x, ldx, n, shared, s.quantized);
+  if (!shared.empty()) run_products(x, ldx, n, shared, nullptr, s.quantized);
+}
+
+void Model::project_normed(const std::vector<float>& norm, std::int64_t n, const std::vector<Product>& products,
+                           Scratch& s) const {
+  const auto width = static_cast<std::int64_t>(norm.size());
+  bool plain = true;
+  for (const Product& product : products) plain &= product.linear->ternary && product.linear->subln.empty();
+  if (plain) return run_products(s.x.data(), width, n, products, &norm, s.quantized);
+  s.normed.resize(static_cast<std::size_t>(n * width));
+  norm_rows(s.x.data(), norm, n, s.normed.data());
+  project(s.normed.data(), width, n, products, s);
 }
 
 void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
-                         QuantizedRows& quantized) const {
+                         const std::vector<float>* norm, QuantizedRows& quantized) const {
   std::int64_t groups = 0, work = 0;
   bool ternary = false;
   for (const Product& product : products) {
@@ -69,8 +84,13 @@ void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const
   }
   if (ternary) {
     quantized.resize(n, products[0].linear->spec.in);
-    parallel(n, 1, 8 * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t r = begin; r < end; ++r) quantize_into(quantized, r, x + r * ldx);
+    // A row is normalized and quantized in one go, while it is in a near cache; the normalized rows are never all there.
+    parallel(n, 1, (norm == nullptr ? 8 : 12) * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
+      std::vector<float> row(norm == nullptr ? 0 : norm->size());
+      for (std::int64_t r = begin; r < end; ++r) {
+        if (norm == nullptr) quantize_into(quantized, r, x + r * ldx);
+        else rmsnorm_quantize_into(quantized, r, x + r * ldx, norm->data(), config().norm_eps, row.data());
+      }
     });
   }
   parallel(groups, 1, work, [&](std::int64_t begin, std::int64_t end, int) {
@@ -125,16 +145,14 @@ void Model::attention_block(std::size_t layer, const std::vector<Row>& all, cons
   const std::size_t hidden = config().hidden, queries = std::size_t{config().heads} * config().head_dim;
   const std::size_t keys = std::size_t{config().kv_heads} * config().head_dim;
   auto n = static_cast<std::int64_t>(all.size());
-  s.normed.resize(all.size() * hidden);
   s.q.resize(all.size() * queries);
   s.k.resize(all.size() * keys);
   s.v.resize(all.size() * keys);
-  norm_rows(s.x.data(), block.input_norm, n, s.normed.data());
-  project(s.normed.data(), static_cast<std::int64_t>(hidden), n,
-          {{&block.q, s.q.data(), static_cast<std::int64_t>(queries)},
-           {&block.k, s.k.data(), static_cast<std::int64_t>(keys)},
-           {&block.v, s.v.data(), static_cast<std::int64_t>(keys)}},
-          s);
+  project_normed(block.input_norm, n,
+                 {{&block.q, s.q.data(), static_cast<std::int64_t>(queries)},
+                  {&block.k, s.k.data(), static_cast<std::int64_t>(keys)},
+                  {&block.v, s.v.data(), static_cast<std::int64_t>(keys)}},
+                 s);
   rotate_and_store(layer, all, s);
   if (keep != nullptr) {
     rows.clear();
@@ -163,8 +181,7 @@ void Model::mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const {
   s.gate.resize(static_cast<std::size_t>(n * inner));
   s.up.resize(static_cast<std::size_t>(n * inner));
   const std::vector<float>& gain = config().four_norms ? block.pre_feedforward : block.post_attention;
-  norm_rows(s.x.data(), gain, n, s.normed.data());
-  project(s.normed.data(), hidden, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
+  project_normed(gain, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
   parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
     float* gate = s.gate.data() + begin * inner;
     const float* up = s.up.data() + begin * inner;
