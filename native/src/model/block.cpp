@@ -47,7 +47,11 @@ void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std:
     }
     const std::int64_t width = product.linear->spec.in;
     if (product.linear->ternary) {
-      run_products(x, ldx, n, {product}, &product.linear->subln, s.own);
+      const RowOf normed = [&](std::int64_t r, float* room) {
+        rmsnorm(x + r * ldx, product.linear->subln.data(), width, config().norm_eps, room);
+        return room;
+      };
+      run_products(nullptr, 0, n, {product}, &normed, s.own);
       continue;
     }
     s.sub.resize(static_cast<std::size_t>(n * width));
@@ -66,14 +70,20 @@ void Model::project_normed(const std::vector<float>& norm, std::int64_t n, const
   const auto width = static_cast<std::int64_t>(norm.size());
   bool plain = true;
   for (const Product& product : products) plain &= product.linear->ternary && product.linear->subln.empty();
-  if (plain) return run_products(s.x.data(), width, n, products, &norm, s.quantized);
+  if (plain) {
+    const RowOf normed = [&](std::int64_t r, float* room) {
+      rmsnorm(s.x.data() + r * width, norm.data(), width, config().norm_eps, room);
+      return room;
+    };
+    return run_products(nullptr, 0, n, products, &normed, s.quantized);
+  }
   s.normed.resize(static_cast<std::size_t>(n * width));
   norm_rows(s.x.data(), norm, n, s.normed.data());
   project(s.normed.data(), width, n, products, s);
 }
 
 void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
-                         const std::vector<float>* norm, QuantizedRows& quantized) const {
+                         const RowOf* row_of, QuantizedRows& quantized) const {
   std::int64_t groups = 0, work = 0;
   bool ternary = false;
   for (const Product& product : products) {
@@ -84,12 +94,11 @@ void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const
   }
   if (ternary) {
     quantized.resize(n, products[0].linear->spec.in);
-    // A row is normalized and quantized in one go, while it is in a near cache; the normalized rows are never all there.
-    parallel(n, 1, (norm == nullptr ? 8 : 12) * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
-      std::vector<float> row(norm == nullptr ? 0 : norm->size());
+    // A row is made and quantized in one go, while it is in a near cache; the rows are never all in memory.
+    parallel(n, 1, (row_of == nullptr ? 8 : 16) * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
+      std::vector<float> room(row_of == nullptr ? 0 : static_cast<std::size_t>(quantized.cols));
       for (std::int64_t r = begin; r < end; ++r) {
-        if (norm == nullptr) quantize_into(quantized, r, x + r * ldx);
-        else rmsnorm_quantize_into(quantized, r, x + r * ldx, norm->data(), config().norm_eps, row.data());
+        quantize_into(quantized, r, row_of == nullptr ? x + r * ldx : (*row_of)(r, room.data()));
       }
     });
   }
@@ -105,6 +114,12 @@ void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const
       else matmul(linear.dense, x, n, ldx, product.y, product.ldy, from, to);
       add_bias(linear, product.y, product.ldy, n, from, to);
     }
+  });
+}
+
+void Model::add_rows(const float* x, std::int64_t n, std::int64_t width, float* y) const {
+  parallel(n, 1, n * width, [&](std::int64_t begin, std::int64_t end, int) {
+    axpy(1.0f, x + begin * width, y + begin * width, (end - begin) * width);
   });
 }
 
@@ -171,7 +186,7 @@ void Model::attention_block(std::size_t layer, const std::vector<Row>& all, cons
   project(s.mixed.data(), static_cast<std::int64_t>(queries), n,
           {{&block.o, s.out.data(), static_cast<std::int64_t>(hidden)}}, s);
   if (config().four_norms) norm_rows(s.out.data(), block.post_attention, n, s.out.data());
-  axpy(1.0f, s.out.data(), s.x.data(), n * static_cast<std::int64_t>(hidden));
+  add_rows(s.out.data(), n, static_cast<std::int64_t>(hidden), s.x.data());
 }
 
 // x += down(act(gate(norm(x))) * up(norm(x)))
@@ -182,17 +197,31 @@ void Model::mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const {
   s.up.resize(static_cast<std::size_t>(n * inner));
   const std::vector<float>& gain = config().four_norms ? block.pre_feedforward : block.post_attention;
   project_normed(gain, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
-  parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
-    float* gate = s.gate.data() + begin * inner;
-    const float* up = s.up.data() + begin * inner;
-    if (config().activation == Activation::kSilu) silu_mul(gate, up, gate, (end - begin) * inner);
-    else if (config().activation == Activation::kGeluTanh) gelu_tanh_mul(gate, up, gate, (end - begin) * inner);
-    else relu2_mul(gate, up, gate, (end - begin) * inner);
-  });
-  if (!block.mlp_sub.empty()) norm_rows(s.gate.data(), block.mlp_sub, n, s.gate.data());
-  project(s.gate.data(), inner, n, {{&block.down, s.out.data(), hidden}}, s);
+  const auto activate = [&](std::int64_t row, std::int64_t count, float* y) {
+    const float* gate = s.gate.data() + row * inner;
+    const float* up = s.up.data() + row * inner;
+    if (config().activation == Activation::kSilu) silu_mul(gate, up, y, count * inner);
+    else if (config().activation == Activation::kGeluTanh) gelu_tanh_mul(gate, up, y, count * inner);
+    else relu2_mul(gate, up, y, count * inner);
+  };
+  const Product down = {&block.down, s.out.data(), hidden};
+  if (block.down.ternary && block.mlp_sub.empty()) {
+    const std::vector<float>& subln = block.down.subln;
+    const RowOf activated = [&](std::int64_t r, float* room) {
+      activate(r, 1, room);
+      if (!subln.empty()) rmsnorm(room, subln.data(), inner, config().norm_eps, room);
+      return room;
+    };
+    run_products(nullptr, 0, n, {down}, &activated, s.own);
+  } else {
+    parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
+      activate(begin, end - begin, s.gate.data() + begin * inner);
+    });
+    if (!block.mlp_sub.empty()) norm_rows(s.gate.data(), block.mlp_sub, n, s.gate.data());
+    project(s.gate.data(), inner, n, {down}, s);
+  }
   if (config().four_norms) norm_rows(s.out.data(), block.post_feedforward, n, s.out.data());
-  axpy(1.0f, s.out.data(), s.x.data(), n * hidden);
+  add_rows(s.out.data(), n, hidden, s.x.data());
 }
 
 }  // namespace bitdistill
