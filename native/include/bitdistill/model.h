@@ -173,8 +173,15 @@ class Model : public std::enable_shared_from_this<Model> {
   // y = linear(x) for each product, all in one parallel region; x has n rows.
   void project(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
                Scratch& s) const;
+  // project(norm(s.x))
+  void project_normed(const std::vector<float>& norm, std::int64_t n, const std::vector<Product>& products,
+                      Scratch& s) const;
+  // `row_of`, if any, makes a row in the room it is given, or says where it is; all products are then ternary, and x is
+  // not looked at.
+  using RowOf = std::function<const float*(std::int64_t row, float* room)>;
   void run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
-                    QuantizedRows& quantized) const;
+                    const RowOf* row_of, QuantizedRows& quantized) const;
+  void add_rows(const float* x, std::int64_t n, std::int64_t width, float* y) const;  // y += x
   void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits, std::int32_t* best) const;
   void rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits, std::int32_t* best) const;
 

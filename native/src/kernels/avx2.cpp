@@ -176,15 +176,97 @@ void unpack_group(Layout layout, const Group& group, uint8_t* tile) {
 
 constexpr int64_t kPairs = 64;
 
-// 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers. The sums have names,
-// leave their registers by plain stores, and are added to in assembly, because GCC otherwise spills or copies them
-// inside the loop. At T = 6 a step is 12 maddubs, 12 additions and 8 loads for 384 products: the limit of two maddubs
-// a cycle.
-#define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4) X(5)
+// 16 rows against T tokens: 2 T sums, 2 digits, 1 broadcast and 1 product of 16 registers; at T = 6 a step is 12
+// maddubs, 12 additions and 8 loads for 384 products. Zen 4 does not reach the two of each a cycle that its four pipes
+// would allow: an addition that waits for its product takes the product's pipe too often, in whatever order they stand
+// (7.4 cycles a step instead of 6).
+//
+// In assembly, because GCC spills or copies sums inside the loop. Four steps a round: the loop then ends after 16
+// rounds, which branch prediction learns; an end after 64 costs a wrong guess each time. The sums are widened where
+// they are.
+#define BITDISTILL_DIGITS(step)                     \
+  "vmovdqu 64*" #step "(%[tile]), %%ymm14\n\t"      \
+  "vmovdqu 64*" #step "+32(%[tile]), %%ymm15\n\t"
+#define BITDISTILL_TOKEN(step, address, low, high)                \
+  "vpbroadcastd 4*" #step "+" address ", %%ymm13\n\t"             \
+  "vpmaddubsw %%ymm13, %%ymm14, %%ymm12\n\t"                      \
+  "vpmaddubsw %%ymm13, %%ymm15, %%ymm13\n\t"                      \
+  "vpaddw %%ymm12, %%ymm" #low ", %%ymm" #low "\n\t"              \
+  "vpaddw %%ymm13, %%ymm" #high ", %%ymm" #high "\n\t"
+#define BITDISTILL_STEP(step)                                     \
+  BITDISTILL_DIGITS(step)                                         \
+  BITDISTILL_TOKEN(step, "0(%[x])", 0, 1)                         \
+  BITDISTILL_TOKEN(step, "0(%[x],%[stride])", 2, 3)               \
+  BITDISTILL_TOKEN(step, "0(%[x],%[stride],2)", 4, 5)             \
+  BITDISTILL_TOKEN(step, "0(%[x3])", 6, 7)                        \
+  BITDISTILL_TOKEN(step, "0(%[x3],%[stride])", 8, 9)              \
+  BITDISTILL_TOKEN(step, "0(%[x3],%[stride],2)", 10, 11)
+// The first step of a chunk begins the sums: nothing to clear, nothing to add.
+#define BITDISTILL_BEGIN(address, low, high)                      \
+  "vpbroadcastd " address ", %%ymm13\n\t"                         \
+  "vpmaddubsw %%ymm13, %%ymm14, %%ymm" #low "\n\t"                \
+  "vpmaddubsw %%ymm13, %%ymm15, %%ymm" #high "\n\t"
+#define BITDISTILL_NEXT(steps)                                    \
+  "add $64*" #steps ", %[tile]\n\t"                               \
+  "add $4*" #steps ", %[x]\n\t"                                   \
+  "add $4*" #steps ", %[x3]\n\t"
+#define BITDISTILL_WIDEN(i)                                       \
+  "vpmaddwd %%ymm15, %%ymm" #i ", %%ymm" #i "\n\t"                \
+  "vpaddd 32*" #i "(%[sums]), %%ymm" #i ", %%ymm" #i "\n\t"       \
+  "vmovdqa %%ymm" #i ", 32*" #i "(%[sums])\n\t"
+#define BITDISTILL_ALL(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+// Adds the products of `quads` quads (kPairs at most, at least one) of six tokens to sums[16 t + row].
+inline void gemm_six(const uint8_t*& tile, const int8_t*& x, int64_t stride, int64_t quads, int32_t* sums) {
+  const int8_t* x3 = x + 3 * stride;
+  int64_t rounds = (quads - 1) / 4, rest = (quads - 1) % 4;
+  asm volatile(
+      BITDISTILL_DIGITS(0)
+      BITDISTILL_BEGIN("0(%[x])", 0, 1)
+      BITDISTILL_BEGIN("0(%[x],%[stride])", 2, 3)
+      BITDISTILL_BEGIN("0(%[x],%[stride],2)", 4, 5)
+      BITDISTILL_BEGIN("0(%[x3])", 6, 7)
+      BITDISTILL_BEGIN("0(%[x3],%[stride])", 8, 9)
+      BITDISTILL_BEGIN("0(%[x3],%[stride],2)", 10, 11)
+      BITDISTILL_NEXT(1)
+      "test %[rest], %[rest]\n\t"
+      "jz 2f\n"
+      "1:\n\t"
+      BITDISTILL_STEP(0)
+      BITDISTILL_NEXT(1)
+      "dec %[rest]\n\t"
+      "jnz 1b\n"
+      "2:\n\t"
+      "test %[rounds], %[rounds]\n\t"
+      "jz 4f\n\t"
+      ".p2align 5\n"
+      "3:\n\t"
+      BITDISTILL_STEP(0) BITDISTILL_STEP(1) BITDISTILL_STEP(2) BITDISTILL_STEP(3)
+      BITDISTILL_NEXT(4)
+      "dec %[rounds]\n\t"
+      "jnz 3b\n"
+      "4:\n\t"
+      "vpcmpeqw %%ymm15, %%ymm15, %%ymm15\n\t"
+      "vpabsw %%ymm15, %%ymm15\n\t"  // ones
+      BITDISTILL_ALL(BITDISTILL_WIDEN)
+      : [tile] "+r"(tile), [x] "+r"(x), [x3] "+r"(x3), [rounds] "+r"(rounds), [rest] "+r"(rest)
+      : [stride] "r"(stride), [sums] "r"(sums)
+      : "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+        "xmm12", "xmm13", "xmm14", "xmm15");
+}
+#undef BITDISTILL_ALL
+#undef BITDISTILL_WIDEN
+#undef BITDISTILL_NEXT
+#undef BITDISTILL_BEGIN
+#undef BITDISTILL_STEP
+#undef BITDISTILL_TOKEN
+#undef BITDISTILL_DIGITS
+
+// Fewer than six tokens: the last ones.
+#define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4)
 #define BITDISTILL_DECLARE(t) __m256i a##t = _mm256_setzero_si256(), b##t = a##t;
 #define BITDISTILL_MULTIPLY(t)                                        \
   if constexpr (t < T) {                                              \
-    __m256i four = broadcast4(codes + t * stride), product;           \
+    __m256i four = broadcast4(x + t * stride), product;               \
     asm("vpmaddubsw %[four], %[low], %[product]\n\t"                  \
         "vpaddw %[product], %[a], %[a]\n\t"                           \
         "vpmaddubsw %[four], %[high], %[four]\n\t"                    \
@@ -192,36 +274,50 @@ constexpr int64_t kPairs = 64;
         : [a] "+x"(a##t), [b] "+x"(b##t), [product] "=&x"(product), [four] "+x"(four) \
         : [low] "x"(low), [high] "x"(high));                          \
   }
-#define BITDISTILL_STORE(t)                     \
-  if constexpr (t < T) {                        \
-    store32(narrow + 32 * t, a##t);             \
-    store32(narrow + 32 * t + 16, b##t);        \
+#define BITDISTILL_WIDEN(t)                                                                  \
+  if constexpr (t < T) {                                                                     \
+    store32(sums + 16 * t, _mm256_add_epi32(load32(sums + 16 * t), widen(a##t)));            \
+    store32(sums + 16 * t + 8, _mm256_add_epi32(load32(sums + 16 * t + 8), widen(b##t)));    \
   }
+template <int T>
+inline void gemm_few(const uint8_t*& tile, const int8_t*& x, int64_t stride, int64_t quads, int32_t* sums) {
+  BITDISTILL_TOKENS(BITDISTILL_DECLARE)
+  for (int64_t q = 0; q < quads; ++q, x += 4, tile += 64) {
+    const __m256i low = load32(tile), high = load32(tile + 32);
+    BITDISTILL_TOKENS(BITDISTILL_MULTIPLY)
+  }
+  BITDISTILL_TOKENS(BITDISTILL_WIDEN)
+}
+#undef BITDISTILL_WIDEN
+#undef BITDISTILL_MULTIPLY
+#undef BITDISTILL_DECLARE
+#undef BITDISTILL_TOKENS
+
 template <int T>
 void gemm_tile(const TernaryView& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                int64_t row_end, const uint8_t* tile) {
-  const int64_t quads = w.quads, stride = x.stride;
-  const int8_t* codes = x.codes + t0 * stride;
+  const int8_t* codes = x.codes + t0 * x.stride;
   alignas(32) int32_t sums[T * 16] = {};
-  for (int64_t q0 = 0; q0 < quads; q0 += kPairs) {
-    const int64_t q1 = q0 + kPairs < quads ? q0 + kPairs : quads;
-    BITDISTILL_TOKENS(BITDISTILL_DECLARE)
-    for (int64_t q = q0; q < q1; ++q, codes += 4, tile += 64) {
-      const __m256i low = load32(tile), high = load32(tile + 32);
-      BITDISTILL_TOKENS(BITDISTILL_MULTIPLY)
+  for (int64_t q = 0; q < w.quads; q += kPairs) {
+    const int64_t count = w.quads - q < kPairs ? w.quads - q : kPairs;
+    if constexpr (T == 6) gemm_six(tile, codes, x.stride, count, sums);
+    else gemm_few<T>(tile, codes, x.stride, count, sums);
+  }
+  if (out.sums == nullptr && w.row_scales == nullptr && row_end - row >= kGroupRows) {
+    for (int t = 0; t < T; ++t) {  // as store_group does
+      const __m256i surplus = _mm256_set1_epi32(x.sums[t0 + t]);
+      const __m256 product = _mm256_set1_ps(x.scales[t0 + t] * w.scale);
+      float* y = out.y + (t0 + t) * out.ld + row;
+      for (int h = 0; h < 2; ++h) {
+        const __m256i sum = _mm256_sub_epi32(load32(sums + 16 * t + 8 * h), surplus);
+        _mm256_storeu_ps(y + 8 * h, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), product));
+      }
     }
-    alignas(32) int16_t narrow[T * 32];
-    BITDISTILL_TOKENS(BITDISTILL_STORE)
-    for (int h = 0; h < 2 * T; ++h)
-      store32(sums + 8 * h, _mm256_add_epi32(load32(sums + 8 * h), widen(load32(narrow + 16 * h))));
+    return;
   }
   for (int t = 0; t < T; ++t)
     store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 1, w.scale, w.row_scales);
 }
-#undef BITDISTILL_STORE
-#undef BITDISTILL_MULTIPLY
-#undef BITDISTILL_DECLARE
-#undef BITDISTILL_TOKENS
 
 // So many groups meet a handful of tokens before the next tokens are read: activations stay in the first-level cache,
 // unpacked groups in the second.

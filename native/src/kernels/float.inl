@@ -260,7 +260,8 @@ inline void float_tile_4x2(const float* w, int64_t cols, const float* x, int64_t
     for (int64_t i = 8 * h; i < cols; i += kLanes) {
       const __m256 a = _mm256_loadu_ps(x + i), b = _mm256_loadu_ps(x + ldx + i);
       each<4>([&](auto r) BITDISTILL_INLINE {
-        const __m256 row = _mm256_loadu_ps(w + r * cols + i);
+        __m256 row = _mm256_loadu_ps(w + r * cols + i);
+        asm("" : "+x"(row));  // loaded once: GCC would load it for each token, and loads would be the limit
         sum[r][0] = _mm256_add_ps(sum[r][0], _mm256_mul_ps(row, a));
         sum[r][1] = _mm256_add_ps(sum[r][1], _mm256_mul_ps(row, b));
       });

@@ -32,6 +32,9 @@ struct Model::Attention {
   std::int64_t window;
   std::vector<KvSpan> spans;
   std::vector<float> scores, wide;  // [query head of the group][row][position]; widened keys or values
+  // [query head of the group][row]: the queries of a few rows and their outputs, side by side. In their places they are
+  // a power of two apart, so that sixteen of them share a few sets of the first-level cache.
+  std::vector<float> queries, outputs;
 
   Attention(const Model& m, std::size_t layer, const Scratch& scratch) : model(m), s(scratch) {
     const ModelConfig& config = m.config();
@@ -102,13 +105,24 @@ struct Model::Attention {
     scores.resize(static_cast<std::size_t>(n * group * count));
     const auto scores_of = [&](std::int64_t g, std::int64_t r) { return scores.data() + (g * count + r) * n; };
     const bool single = count == 1;
+    float* y = out;
+    if (single) {
+      std::fill_n(out, group * width, 0.0f);
+    } else {
+      queries.resize(static_cast<std::size_t>(group * count * width));
+      outputs.assign(queries.size(), 0.0f);
+      y = outputs.data();
+      for (std::int64_t g = 0; g < group; ++g) {
+        for (std::int64_t r = 0; r < count; ++r) {
+          std::copy_n(q + r * ld + g * width, width, queries.data() + (g * count + r) * width);
+        }
+      }
+    }
     each_part(true, single, [&](const FloatMatrix& keys, const float* scales, std::int64_t at) {
       if (single) {
         matmul(keys, q, group, width, scores.data() + at, n, 0, keys.rows);
       } else {
-        for (std::int64_t g = 0; g < group; ++g) {
-          matmul(keys, q + g * width, count, ld, scores_of(g, 0) + at, n, 0, keys.rows);
-        }
+        matmul(keys, queries.data(), group * count, width, scores.data() + at, n, 0, keys.rows);
       }
       for (std::int64_t i = 0; scales != nullptr && i < group * count; ++i) {
         for (std::int64_t t = 0; t < keys.rows; ++t) scores[static_cast<std::size_t>(i * n + at + t)] *= scales[t];
@@ -125,20 +139,26 @@ struct Model::Attention {
       for (std::int64_t i = 0; scales != nullptr && i < group * count; ++i) {
         for (std::int64_t t = 0; t < values.rows; ++t) scores[static_cast<std::size_t>(i * n + at + t)] *= scales[t];
       }
-      const auto some = [&](const Range& part, std::int64_t g, std::int64_t r, std::int64_t number, std::int64_t ldy) {
+      const auto some = [&](const Range& part, std::int64_t g, std::int64_t r, std::int64_t number) {
         if (part.count() == 0) return;
         const FloatMatrix inner = {part.count(), width, values.type,
                                    static_cast<const std::uint8_t*>(values.data) +
                                        (part.first - at) * width * float_bytes(values.type)};
-        mix(inner, scores_of(g, r) + part.first, number, n, out + g * width + r * ld, ldy);
+        mix(inner, scores_of(g, r) + part.first, number, n, y + (g * count + r) * width, width);
       };
-      if (single) return some({at, end}, 0, 0, group, width);
+      if (single) return some({at, end}, 0, 0, group);
       for (std::int64_t g = 0; g < group; ++g) {
-        for (std::int64_t r = 0; r < count; ++r) some(range(r).within(at, std::min(common.first, end)), g, r, 1, ld);
-        some(common.within(at, end), g, 0, count, ld);
-        for (std::int64_t r = 0; r < count; ++r) some(range(r).within(std::max(common.last, at), end), g, r, 1, ld);
+        for (std::int64_t r = 0; r < count; ++r) some(range(r).within(at, std::min(common.first, end)), g, r, 1);
+        some(common.within(at, end), g, 0, count);
+        for (std::int64_t r = 0; r < count; ++r) some(range(r).within(std::max(common.last, at), end), g, r, 1);
       }
     });
+    if (single) return;
+    for (std::int64_t g = 0; g < group; ++g) {
+      for (std::int64_t r = 0; r < count; ++r) {
+        std::copy_n(outputs.data() + (g * count + r) * width, width, out + r * ld + g * width);
+      }
+    }
   }
 
   void softmax(float* row, const Range& range) const {
@@ -150,7 +170,7 @@ struct Model::Attention {
 };
 
 void Model::attend(std::size_t layer, const std::vector<Row>& rows, Scratch& s) const {
-  s.mixed.assign(rows.size() * config().heads * config().head_dim, 0.0f);
+  s.mixed.resize(rows.size() * config().heads * config().head_dim);
   std::vector<std::int64_t> begins;
   std::int64_t positions = 0;
   for (std::size_t r = 0; r < rows.size(); ++r) {

@@ -46,19 +46,44 @@ void Model::project(const float* x, std::int64_t ldx, std::int64_t n, const std:
       continue;
     }
     const std::int64_t width = product.linear->spec.in;
+    if (product.linear->ternary) {
+      const RowOf normed = [&](std::int64_t r, float* room) {
+        rmsnorm(x + r * ldx, product.linear->subln.data(), width, config().norm_eps, room);
+        return room;
+      };
+      run_products(nullptr, 0, n, {product}, &normed, s.own);
+      continue;
+    }
     s.sub.resize(static_cast<std::size_t>(n * width));
     parallel(n, 1, 4 * n * width, [&](std::int64_t begin, std::int64_t end, int) {
       for (std::int64_t r = begin; r < end; ++r) {
         rmsnorm(x + r * ldx, product.linear->subln.data(), width, config().norm_eps, s.sub.data() + r * width);
       }
     });
-    run_products(s.sub.data(), width, n, {product}, s.own);
+    run_products(s.sub.data(), width, n, {product}, nullptr, s.own);
   }
-  if (!shared.empty()) run_products(x, ldx, n, shared, s.quantized);
+  if (!shared.empty()) run_products(x, ldx, n, shared, nullptr, s.quantized);
+}
+
+void Model::project_normed(const std::vector<float>& norm, std::int64_t n, const std::vector<Product>& products,
+                           Scratch& s) const {
+  const auto width = static_cast<std::int64_t>(norm.size());
+  bool plain = true;
+  for (const Product& product : products) plain &= product.linear->ternary && product.linear->subln.empty();
+  if (plain) {
+    const RowOf normed = [&](std::int64_t r, float* room) {
+      rmsnorm(s.x.data() + r * width, norm.data(), width, config().norm_eps, room);
+      return room;
+    };
+    return run_products(nullptr, 0, n, products, &normed, s.quantized);
+  }
+  s.normed.resize(static_cast<std::size_t>(n * width));
+  norm_rows(s.x.data(), norm, n, s.normed.data());
+  project(s.normed.data(), width, n, products, s);
 }
 
 void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const std::vector<Product>& products,
-                         QuantizedRows& quantized) const {
+                         const RowOf* row_of, QuantizedRows& quantized) const {
   std::int64_t groups = 0, work = 0;
   bool ternary = false;
   for (const Product& product : products) {
@@ -69,8 +94,12 @@ void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const
   }
   if (ternary) {
     quantized.resize(n, products[0].linear->spec.in);
-    parallel(n, 1, 8 * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t r = begin; r < end; ++r) quantize_into(quantized, r, x + r * ldx);
+    // A row is made and quantized in one go, while it is in a near cache; the rows are never all in memory.
+    parallel(n, 1, (row_of == nullptr ? 8 : 16) * n * quantized.cols, [&](std::int64_t begin, std::int64_t end, int) {
+      std::vector<float> room(row_of == nullptr ? 0 : static_cast<std::size_t>(quantized.cols));
+      for (std::int64_t r = begin; r < end; ++r) {
+        quantize_into(quantized, r, row_of == nullptr ? x + r * ldx : (*row_of)(r, room.data()));
+      }
     });
   }
   parallel(groups, 1, work, [&](std::int64_t begin, std::int64_t end, int) {
@@ -85,6 +114,12 @@ void Model::run_products(const float* x, std::int64_t ldx, std::int64_t n, const
       else matmul(linear.dense, x, n, ldx, product.y, product.ldy, from, to);
       add_bias(linear, product.y, product.ldy, n, from, to);
     }
+  });
+}
+
+void Model::add_rows(const float* x, std::int64_t n, std::int64_t width, float* y) const {
+  parallel(n, 1, n * width, [&](std::int64_t begin, std::int64_t end, int) {
+    axpy(1.0f, x + begin * width, y + begin * width, (end - begin) * width);
   });
 }
 
@@ -125,16 +160,14 @@ void Model::attention_block(std::size_t layer, const std::vector<Row>& all, cons
   const std::size_t hidden = config().hidden, queries = std::size_t{config().heads} * config().head_dim;
   const std::size_t keys = std::size_t{config().kv_heads} * config().head_dim;
   auto n = static_cast<std::int64_t>(all.size());
-  s.normed.resize(all.size() * hidden);
   s.q.resize(all.size() * queries);
   s.k.resize(all.size() * keys);
   s.v.resize(all.size() * keys);
-  norm_rows(s.x.data(), block.input_norm, n, s.normed.data());
-  project(s.normed.data(), static_cast<std::int64_t>(hidden), n,
-          {{&block.q, s.q.data(), static_cast<std::int64_t>(queries)},
-           {&block.k, s.k.data(), static_cast<std::int64_t>(keys)},
-           {&block.v, s.v.data(), static_cast<std::int64_t>(keys)}},
-          s);
+  project_normed(block.input_norm, n,
+                 {{&block.q, s.q.data(), static_cast<std::int64_t>(queries)},
+                  {&block.k, s.k.data(), static_cast<std::int64_t>(keys)},
+                  {&block.v, s.v.data(), static_cast<std::int64_t>(keys)}},
+                 s);
   rotate_and_store(layer, all, s);
   if (keep != nullptr) {
     rows.clear();
@@ -153,7 +186,7 @@ void Model::attention_block(std::size_t layer, const std::vector<Row>& all, cons
   project(s.mixed.data(), static_cast<std::int64_t>(queries), n,
           {{&block.o, s.out.data(), static_cast<std::int64_t>(hidden)}}, s);
   if (config().four_norms) norm_rows(s.out.data(), block.post_attention, n, s.out.data());
-  axpy(1.0f, s.out.data(), s.x.data(), n * static_cast<std::int64_t>(hidden));
+  add_rows(s.out.data(), n, static_cast<std::int64_t>(hidden), s.x.data());
 }
 
 // x += down(act(gate(norm(x))) * up(norm(x)))
@@ -163,19 +196,32 @@ void Model::mlp_block(std::size_t layer, std::int64_t n, Scratch& s) const {
   s.gate.resize(static_cast<std::size_t>(n * inner));
   s.up.resize(static_cast<std::size_t>(n * inner));
   const std::vector<float>& gain = config().four_norms ? block.pre_feedforward : block.post_attention;
-  norm_rows(s.x.data(), gain, n, s.normed.data());
-  project(s.normed.data(), hidden, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
-  parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
-    float* gate = s.gate.data() + begin * inner;
-    const float* up = s.up.data() + begin * inner;
-    if (config().activation == Activation::kSilu) silu_mul(gate, up, gate, (end - begin) * inner);
-    else if (config().activation == Activation::kGeluTanh) gelu_tanh_mul(gate, up, gate, (end - begin) * inner);
-    else relu2_mul(gate, up, gate, (end - begin) * inner);
-  });
-  if (!block.mlp_sub.empty()) norm_rows(s.gate.data(), block.mlp_sub, n, s.gate.data());
-  project(s.gate.data(), inner, n, {{&block.down, s.out.data(), hidden}}, s);
+  project_normed(gain, n, {{&block.gate, s.gate.data(), inner}, {&block.up, s.up.data(), inner}}, s);
+  const auto activate = [&](std::int64_t row, std::int64_t count, float* y) {
+    const float* gate = s.gate.data() + row * inner;
+    const float* up = s.up.data() + row * inner;
+    if (config().activation == Activation::kSilu) silu_mul(gate, up, y, count * inner);
+    else if (config().activation == Activation::kGeluTanh) gelu_tanh_mul(gate, up, y, count * inner);
+    else relu2_mul(gate, up, y, count * inner);
+  };
+  const Product down = {&block.down, s.out.data(), hidden};
+  if (block.down.ternary && block.mlp_sub.empty()) {
+    const std::vector<float>& subln = block.down.subln;
+    const RowOf activated = [&](std::int64_t r, float* room) {
+      activate(r, 1, room);
+      if (!subln.empty()) rmsnorm(room, subln.data(), inner, config().norm_eps, room);
+      return room;
+    };
+    run_products(nullptr, 0, n, {down}, &activated, s.own);
+  } else {
+    parallel(n, 1, 16 * n * inner, [&](std::int64_t begin, std::int64_t end, int) {
+      activate(begin, end - begin, s.gate.data() + begin * inner);
+    });
+    if (!block.mlp_sub.empty()) norm_rows(s.gate.data(), block.mlp_sub, n, s.gate.data());
+    project(s.gate.data(), inner, n, {down}, s);
+  }
   if (config().four_norms) norm_rows(s.out.data(), block.post_feedforward, n, s.out.data());
-  axpy(1.0f, s.out.data(), s.x.data(), n * hidden);
+  add_rows(s.out.data(), n, hidden, s.x.data());
 }
 
 }  // namespace bitdistill

@@ -125,6 +125,7 @@ void Model::run_pass(const std::vector<Row>& all, const std::vector<std::int64_t
     mlp_block(layer, static_cast<std::int64_t>(rows.size()), s);
   }
   const auto n = static_cast<std::int64_t>(rows.size());
+  s.normed.resize(rows.size() * config().hidden);
   norm_rows(s.x.data(), weights_->final_norm, n, s.normed.data());
   head(s.normed.data(), n, top, logits, best);
 }
