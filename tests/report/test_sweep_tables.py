@@ -105,6 +105,13 @@ def test_figures_draw_only_what_has_data() -> None:
     assert "kl" in drawn["s-r-pretrain"].title
     gaps = sweep_figures.of_sweep(results(run("a", 0, 0.8), run("b", 0, 0.7)))
     assert list(gaps) == ["s-gaps"]
+    assert gaps["s-gaps"].note.startswith("Points against teacher;")
+    runs = [run("a", 0, 0.8), run("b", 0, 0.7), run("b", 0, 0.7, recipe="q"), run("a", 0, 0.8, recipe="q")]
+    referred = sweep_figures.of_sweep(results(*runs, reference="a"))["s-gaps"]
+    assert re.search(r"against a; .* r, a against its teacher: -\d", referred.note)
+    names = re.findall(r"<text[^>]*>([^<]+)</text>|<tspan[^>]*>([^<]+)</tspan>", as_file(referred))
+    assert "(b)" in {word.strip() for pair in names for word in pair}  # a dot for b, and none for a
+    assert "(a)" not in {word.strip() for pair in names for word in pair}
     for figure in (*drawn.values(), *gaps.values()):
         ElementTree.fromstring(as_file(figure))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bitdistill.report import figures, panel, text
 from bitdistill.report.panel import Figure
 from bitdistill.report.sweep_results import RunResult, SweepResults
-from bitdistill.report.sweep_tables import Line, lines
+from bitdistill.report.sweep_tables import Line, gap_words, lines
 
 AXES_OF_STAGES = {"pretrain": ("kl", "lm", "loss"), "distill": ("ce", "loss"), "sft": ("loss",)}
 
@@ -76,12 +76,17 @@ def _scores(results: SweepResults, recipe: str, group: Sequence[Line], *, log: b
 
 
 def gap_figure(title: str, made: Sequence[Line]) -> Figure | None:
-    """Gaps with their interval over rows, a dot a line; None without any."""
-    shown = [line for line in made if line.gap is not None]
+    """Gaps with their interval over rows, a dot a line; None without any.
+
+    Where cells are held against one of them, that one's own gap to the teacher is in the note: it has another zero.
+    """
+    paired = [line for line in made if line.gap is not None]
+    shown = [line for line in paired if line.against != "teacher"] or paired
     if not shown:
         return None
+    apart = [line for line in paired if line not in shown and line.row == "bitdistill"]
     many = len({line.recipe for line in shown}) > 1
-    names = [f"{line.recipe} ({line.label}" if many else line.label for line in shown]
+    names = [f"{line.recipe} ({line.label})" if many else line.label for line in shown]
 
     def draw(axes: object) -> None:
         for index, line in enumerate(shown):
@@ -89,8 +94,12 @@ def gap_figure(title: str, made: Sequence[Line]) -> Figure | None:
             panel.interval(axes, index, line.gap.points, line.gap.low, line.gap.high)
         panel.zero(axes)
 
-    references = " or ".join(dict.fromkeys(line.against for line in shown))
+    labels = {line.cell: line.label for line in made if line.row == "bitdistill"}
+    references = " or ".join(dict.fromkeys(labels.get(line.against, line.against) for line in shown))
     note = f"Points against {references}; bar: 95% interval over rows, mean of the seeds."
+    for line in apart:
+        recipe = f"{line.recipe}, " if many else ""
+        note += f" {recipe}{line.label} against its teacher: {gap_words(line.gap)}."
     return panel.bars(f"{title}: gap", note, names, draw)
 
 
