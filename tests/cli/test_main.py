@@ -214,6 +214,7 @@ def test_run_hands_the_recipe_to_the_pipeline(folder, monkeypatch, capsys):
     assert printed == {
         "run_dir": "runs/t",
         "rows": [],
+        "base": None,
         "packed": "runs/t/packed",
         "formats": {},
         "report": None,
