@@ -53,29 +53,26 @@ def pack(model: Any, float_dtype: str) -> Any:
         )
     memo: dict[int, Any] = {id(layer): PackedBitLinear.from_bitlinear(layer) for layer in layers.values()}
     packed = copy.deepcopy(model, memo)
-    dtype = _float_dtype(float_dtype)
-    for name, parameter in packed.named_parameters():
-        rounded = parameter.data.to(dtype).to(torch.float32)
-        if not bool(torch.isfinite(rounded).all()):
-            raise ModelError(f"{name}: a value does not fit {float_dtype}; use export.float_dtype: float32")
-        parameter.data = rounded
+    round_parameters(packed, float_dtype)
     packed.config.dtype = torch.float32
     hf.attach(packed, plan, packed=True)
     packed.requires_grad_(False)
     return packed.eval()
 
 
-def round_latents(model: torch.nn.Module, float_dtype: str) -> None:
-    """Round every parameter of a latent student to `float_dtype`, in place; they stay float32.
+def round_parameters(model: torch.nn.Module, float_dtype: str) -> None:
+    """Round every parameter to `float_dtype`, in place; they stay float32.
 
     Raises:
         ModelError: a value does not fit `float_dtype`.
     """
     dtype = _float_dtype(float_dtype)
     for name, parameter in model.named_parameters():
-        rounded = parameter.data.to(dtype).to(parameter.dtype)
+        rounded = parameter.data.to(dtype).to(torch.float32)
         if not bool(torch.isfinite(rounded).all()):
-            raise ModelError(f"{name}: a value does not fit {float_dtype}; use float32")
+            raise ModelError(
+                f"{name}: a value does not fit {float_dtype}; use float32 (export.float_dtype or --dtype)"
+            )
         parameter.data = rounded
 
 

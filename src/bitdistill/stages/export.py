@@ -14,7 +14,7 @@ from bitdistill.errors import ArtifactError
 from bitdistill.interop.gguf_export import export_gguf
 from bitdistill.interop.ollama import export_ollama
 from bitdistill.interop.transformers_bitnet import export_transformers
-from bitdistill.models.student import load_student, pack, round_latents, save_student
+from bitdistill.models.student import load_student, pack, round_parameters, save_student
 from bitdistill.quant.linear import BitLinear
 from bitdistill.quant.ternary import ternarize
 from bitdistill.stages.common import Run, log
@@ -81,7 +81,7 @@ def export_base(base: Path, folder: Path, float_dtype: str) -> Path:
         raise ArtifactError(f"{folder}: is there already and holds something else; name another folder")
     model, tokenizer, _ = load_student(base)
     codes = _codes(model)
-    round_latents(model, float_dtype)
+    round_parameters(model, float_dtype)
     changed = sum(int((a != b).sum()) for a, b in zip(codes, _codes(model), strict=True))
     if changed:
         share = changed / sum(a.numel() for a in codes)
