@@ -115,11 +115,11 @@ MALFORMED = {
 def test_malformed_files_are_refused(tmp_path: Path, name: str) -> None:
     content, message = MALFORMED[name]
     (tmp_path / name).write_bytes(content)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(DataError, match=message) as caught:
         readers.read_rows(str(tmp_path / name))
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_truncated_parquet(tmp_path: Path) -> None:

@@ -130,9 +130,9 @@ def write(tmp_path):
 
 
 def test_a_local_plan_is_quick_and_counts_rows(write):
-    started = time.perf_counter()
+    started = time.process_time()  # neighbours do not count
     plan = make_plan(load_recipe(write()), "cpu")
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert [(s.key, s.checked, s.rows) for s in plan.data] == [("data.train", 100, 150)]
     by_name = {s.name: s for s in plan.stages}
     assert list(by_name) == ["sft", "distill", "bitnet_sft", "eval"]
