@@ -190,10 +190,10 @@ void int8(const Int8Matrix& m, const QuantizedRows& x, const OutputView& out, in
   kernels().int8_matmul(w, view(x), out, row_begin, row_end);
 }
 
-void int4(const Int4Matrix& m, const QuantizedRows& x, const OutputView& out, int64_t row_begin, int64_t row_end) {
+void int3(const Int3Matrix& m, const QuantizedRows& x, const OutputView& out, int64_t row_begin, int64_t row_end) {
   check(m.rows, m.cols, x.cols, row_begin, row_end);
   if (row_begin == row_end || x.tokens == 0) return;
-  kernels().int4_matmul({m.codes, m.rows, m.block_count(), m.row_scales.data()}, view(x), out, row_begin, row_end);
+  kernels().int3_matmul({m.codes, m.rows, m.block_count(), m.row_scales.data()}, view(x), out, row_begin, row_end);
 }
 
 }  // namespace
@@ -222,13 +222,17 @@ void matmul_i32(const Int8Matrix& matrix, const QuantizedRows& x, int32_t* y, in
                 int64_t row_end) {
   int8(matrix, x, {nullptr, y, ldy}, row_begin, row_end);
 }
-void matmul(const Int4Matrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
+void matmul(const Int3Matrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
             int64_t row_end) {
-  int4(matrix, x, {y, nullptr, ldy}, row_begin, row_end);
+  int3(matrix, x, {y, nullptr, ldy}, row_begin, row_end);
 }
-void matmul_i32(const Int4Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
+void matmul_i32(const Int3Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
                 int64_t row_end) {
-  int4(matrix, x, {nullptr, y, ldy}, row_begin, row_end);
+  int3(matrix, x, {nullptr, y, ldy}, row_begin, row_end);
+}
+int32_t bit_dot(const uint8_t* bits, int64_t blocks, const int8_t* x) { return kernels().bit_dot(bits, blocks, x); }
+void spread_columns(const int8_t* x, int64_t cols, int8_t* spread) {
+  for (int64_t i = 0; i < (cols + 255) / 256 * 256; ++i) spread[i / 256 * 256 + i % 8 * 32 + i % 256 / 8] = i < cols ? x[i] : 0;
 }
 void matmul(const FloatMatrix& matrix, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
             int64_t row_begin, int64_t row_end) {

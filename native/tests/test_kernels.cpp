@@ -20,6 +20,7 @@
 #include "bitdistill/threads.h"
 #include "guarded.h"
 #include "kernels/table.h"
+#include "model/head.h"
 
 using namespace bitdistill;
 
@@ -189,41 +190,67 @@ void check_int8(int64_t shapes) {
               static_cast<long long>(shapes));
 }
 
-void check_int4(int64_t shapes) {
-  const auto run = [](const Problem& p, Guarded::Side side) {  // codes -7..7
-    const int64_t blocks = (p.cols + 7) / 8, groups = (p.rows + 15) / 16, stride = (p.cols + 63) / 64 * 64 + 64;
-    Guarded codes(groups * blocks * 64, side), x(p.tokens * stride, side), y(p.tokens * p.rows * 4, side);
-    std::memset(codes.data, 0xff, groups * blocks * 64);  // rows and columns beyond the matrix must not count
+void check_int3(int64_t shapes) {
+  const auto run = [](const Problem& p, Guarded::Side side) {  // codes -4..3
+    const int64_t blocks = (p.cols + 31) / 32, groups = (p.rows + 15) / 16, stride = (p.cols + 63) / 64 * 64 + 64;
+    Guarded codes(groups * blocks * 192, side), x(p.tokens * stride, side), y(p.tokens * p.rows * 4, side);
+    std::memset(codes.data, 0xff, groups * blocks * 192);  // rows and columns beyond the matrix must not count
     std::memset(x.data, 0, p.tokens * stride);
     for (int64_t o = 0; o < p.rows; ++o)
       for (int64_t i = 0; i < p.cols; ++i) {
-        uint8_t& byte = codes.data[(o / 16 * blocks + i / 8) * 64 + 4 * (o % 16) + i % 4];
-        const int digit = p.codes[o * p.cols + i] + 7;
-        byte = static_cast<uint8_t>(i / 4 % 2 ? (byte & 0x0f) | digit << 4 : (byte & 0xf0) | digit);
+        uint8_t* at = codes.data + (o / 16 * blocks + i / 32) * 192 + 4 * (o % 16) + i % 4;
+        const int digit = p.codes[o * p.cols + i] + 4, place = static_cast<int>(i % 32 / 4);
+        const auto put = [](uint8_t& byte, int value, int shift, int bits) {
+          byte = static_cast<uint8_t>((byte & ~(((1 << bits) - 1) << shift)) | value << shift);
+        };
+        if (place < 6) put(at[place / 2 * 64], digit, 3 * (place % 2), 3);
+        if (place >= 6) put(at[(place - 6) * 64], digit & 3, 6, 2);
+        if (place >= 6) put(at[128], digit >> 2, place, 1);
       }
     std::vector<int32_t> sums(p.tokens);
     for (int64_t t = 0; t < p.tokens; ++t) {
       std::memcpy(x.data + t * stride, &p.x[t * p.cols], p.cols);
       for (int64_t i = 0; i < p.cols; ++i) sums[t] += p.x[t * p.cols + i];
     }
-    const Int4View w = {codes.data, p.rows, blocks, nullptr};
+    const Int3View w = {codes.data, p.rows, blocks, nullptr};
     const ActivationView a = {reinterpret_cast<const int8_t*>(x.data), stride, nullptr, sums.data(), p.tokens};
     auto* got = reinterpret_cast<int32_t*>(y.data);
-    kernels().int4_matmul(w, a, {nullptr, got, p.rows}, 0, p.rows);
+    kernels().int3_matmul(w, a, {nullptr, got, p.rows}, 0, p.rows);
     for (int64_t i = 0; i < p.tokens * p.rows; ++i)
-      if (got[i] != p.product[i]) fail(std::string(isa_name(current_isa())) + " int4 " + p.name());
+      if (got[i] != p.product[i]) fail(std::string(isa_name(current_isa())) + " int3 " + p.name());
   };
-  const auto code = [] { return static_cast<int>(g_random() % 15) - 7; };
+  const auto code = [] { return static_cast<int>(g_random() % 8) - 4; };
   const auto byte = [] { return static_cast<int8_t>(g_random()); };
   for (int64_t i = 0; i < shapes; ++i)
     run(Problem(uniform(1, 67), i < 300 ? i + 1 : uniform(1, 1024), uniform(1, 19), code, byte),
         i & 1 ? Guarded::kFront : Guarded::kBack);
-  for (const int extreme : {-7, 7})
+  for (const int extreme : {-4, 3})
     for (const int value : {-128, -127, 127})
-      for (const int64_t tokens : {2, 8})
-        run(Problem(16, tokens == 2 ? 65536 : 4096, tokens, [&] { return extreme; }, [&] { return value; }), Guarded::kBack);
-  std::printf("%s: int4, %lld shapes and extreme values up to K 65536\n", isa_name(current_isa()),
+      for (const int64_t tokens : {1, 2, 8})
+        run(Problem(16, tokens == 8 ? 4096 : 65536, tokens, [&] { return extreme; }, [&] { return value; }), Guarded::kBack);
+  std::printf("%s: int3, %lld shapes and extreme values up to K 65536\n", isa_name(current_isa()),
               static_cast<long long>(shapes));
+}
+
+void check_bit_dot() {
+  const auto run = [](int64_t cols, int value) {
+    const int64_t blocks = (cols + 255) / 256;
+    Guarded bits(32 * blocks, Guarded::kBack), spread(256 * blocks, Guarded::kBack), x(cols, Guarded::kBack);
+    int32_t expected = 0;
+    for (int64_t i = 0; i < 32 * blocks; ++i) bits.data[i] = static_cast<uint8_t>(value ? 0xff : g_random());
+    for (int64_t i = 0; i < cols; ++i) {
+      x.data[i] = static_cast<uint8_t>(value ? value : static_cast<int>(g_random()));
+      expected += (bits.data[i / 8] >> i % 8 & 1) * static_cast<int8_t>(x.data[i]);
+    }
+    auto* ordered = reinterpret_cast<int8_t*>(spread.data);
+    spread_columns(reinterpret_cast<int8_t*>(x.data), cols, ordered);
+    if (bit_dot(bits.data, blocks, ordered) != expected)
+      fail(std::string(isa_name(current_isa())) + " bit_dot of " + std::to_string(cols) + " columns");
+  };
+  for (int64_t cols = 1; cols <= 1024; ++cols) run(cols, 0);
+  for (const int64_t cols : {2560, 4097, 65536})
+    for (const int value : {0, -128, 127}) run(cols, value);
+  std::printf("%s: bit_dot, 1 to 1,024 columns, and extreme values up to 65536\n", isa_name(current_isa()));
 }
 
 std::vector<float> random_floats(int64_t n, float scale) {
@@ -231,6 +258,50 @@ std::vector<float> random_floats(int64_t n, float scale) {
   std::vector<float> v(n);
   for (float& f : v) f = normal(g_random);
   return v;
+}
+
+// Both upper ends of the 4-bit screen hold for every logit, the second is the lower one, and neither is loose.
+void check_head_bounds() {
+  ThreadPool pool(1);
+  for (const int64_t cols : {1, 31, 64, 257, 576, 640, 1024}) {
+    const int64_t rows = 301, tokens = 3;
+    std::vector<float> head = random_floats(rows * cols, 0.02f), hidden = random_floats(tokens * cols, 3.0f);
+    std::fill_n(head.begin() + cols, cols, 0.0f);                      // a row of zeros
+    std::fill_n(head.begin() + 2 * cols, cols, 0.5f);                  // of equals
+    head[static_cast<size_t>(3 * cols)] = 40.0f;                       // with an outlier
+    for (int64_t i = 0; i < cols; ++i) head[static_cast<size_t>(4 * cols + i)] = hidden[static_cast<size_t>(i)];
+    std::vector<float> file = head;  // pages are given back once they are read, as those of a mapped file
+    const LowBitHead screen({rows, cols, FloatType::kF32, file.data()}, 4, pool);
+    LowBitHead::Input input;
+    screen.prepare(hidden.data(), tokens, input);
+    std::vector<float> wide(tokens * rows), near(tokens * rows);
+    screen.product(input, true, wide.data(), 0, rows);
+    screen.product(input, false, near.data(), 0, rows);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::vector<float> lowered(wide.begin() + t * rows, wide.begin() + (t + 1) * rows);
+      screen.refine(input, t, -INFINITY, lowered.data(), 0, rows);
+      for (int64_t o = 0; o < rows; ++o) {
+        double exact = 0.0, row = 0.0, token = 0.0, largest = 0.0;
+        for (int64_t i = 0; i < cols; ++i) {
+          const double w = head[static_cast<size_t>(o * cols + i)], h = hidden[static_cast<size_t>(t * cols + i)];
+          exact += w * h, row += w * w, token += h * h, largest = std::max(largest, std::fabs(w));
+        }
+        if (largest == 0.0) largest = 7.0;  // the scale of such a row is 1
+        const double step = largest / 7.0 * std::sqrt(token), off = 1e-4 * std::sqrt(row * token) + 1e-6;
+        const double at = wide[t * rows + o], below = lowered[o], estimate = near[t * rows + o];
+        const double rounding = std::sqrt(row) * std::sqrt(token) / 50.0 + 0.05 * step + off;  // of the hidden state
+        const auto name = " of row " + std::to_string(o) + ", " + std::to_string(cols) + " columns";
+        if (at + off < exact || below + off < exact) fail("upper end" + name);
+        if (below > at + off) fail("refined upper end" + name);
+        if (at > exact + 2 * 8.5 * step * 0.62 + 12 * rounding) fail("loose upper end" + name);
+        if (std::fabs(estimate - exact) > 8.5 * step * 0.3 + 12 * rounding) fail("estimate" + name);
+      }
+      std::vector<float> kept(wide.begin() + t * rows, wide.begin() + (t + 1) * rows);
+      screen.refine(input, t, INFINITY, kept.data(), 0, rows);  // below the floor nothing is touched
+      if (std::memcmp(kept.data(), &wide[t * rows], rows * sizeof(float)) != 0) fail("refine below the floor");
+    }
+  }
+  std::printf("%s: upper ends of the 4-bit screen\n", isa_name(current_isa()));
 }
 
 // Every float kernel's output, to be compared bit for bit between instruction sets.
@@ -419,7 +490,9 @@ int main(int argc, char** argv) {
     check_ternary(shapes);
     check_saturation();
     check_int8(shapes / 4 + 300);
-    check_int4(shapes / 4 + 300);
+    check_int3(shapes / 4 + 300);
+    check_bit_dot();
+    check_head_bounds();
     check_floats();
     check_threads();
   }

@@ -121,18 +121,19 @@ struct Int8Matrix {
   int64_t group_bytes() const { return block_count() * kBlockBytes; }
 };
 
-// Row-wise quantized 4-bit matrix (screen of the output head): w_hat[o] = codes[o] * row_scales[o], codes -7 to 7.
-// Blocks of 64 bytes as above, two quads a block: byte 4 r + j of block b holds code + 7 of column 8 b + j of row r in
-// its low four bits, of column 8 b + 4 + j in its high ones.
-struct Int4Matrix {
+// Row-wise quantized 3-bit matrix (screen of the output head): w_hat[o] = codes[o] * row_scales[o], codes -4 to 3.
+// Three blocks of 64 bytes as above, A, B and C, hold eight quads. With d_p = code + 4 of column 32 b + 4 p + j of row r,
+// byte 4 r + j is
+//   A: d_0 + 8 d_1 + 64 (d_6 mod 4),   B: d_2 + 8 d_3 + 64 (d_7 mod 4),   C: d_4 + 8 d_5 + 64 (d_6 / 4) + 128 (d_7 / 4).
+struct Int3Matrix {
   int64_t rows = 0, cols = 0;
   std::vector<float> row_scales;
   const uint8_t* codes = nullptr;
   AlignedBuffer storage;
 
   int64_t group_count() const { return (rows + kGroupRows - 1) / kGroupRows; }
-  int64_t block_count() const { return (cols + 7) / 8; }
-  int64_t group_bytes() const { return block_count() * kBlockBytes; }
+  int64_t block_count() const { return (cols + 31) / 32; }  // of three
+  int64_t group_bytes() const { return block_count() * 3 * kBlockBytes; }
 };
 
 // kI8: whole numbers that the caller scales (cached keys and values); only `matmul` on floats takes it.
@@ -210,10 +211,15 @@ void matmul(const Int8Matrix& matrix, const QuantizedRows& x, float* y, int64_t 
 void matmul_i32(const Int8Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
                 int64_t row_end);
 
-void matmul(const Int4Matrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
+void matmul(const Int3Matrix& matrix, const QuantizedRows& x, float* y, int64_t ldy, int64_t row_begin,
             int64_t row_end);
-void matmul_i32(const Int4Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
+void matmul_i32(const Int3Matrix& matrix, const QuantizedRows& x, int32_t* y, int64_t ldy, int64_t row_begin,
                 int64_t row_end);
+
+// Sum of the x whose bit is set. `blocks` of 256 columns, 32 bytes of bits each: column 8 i + p of a block is bit p of
+// byte i, and stands at x[32 p + i]: `spread_columns` orders it so, with zeros from `cols` to the end of the block.
+int32_t bit_dot(const uint8_t* bits, int64_t blocks, const int8_t* x);
+void spread_columns(const int8_t* x, int64_t cols, int8_t* spread);
 
 // Float weights and float32 activations (row t at x + t * ldx); float32 accumulation.
 void matmul(const FloatMatrix& matrix, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,

@@ -183,7 +183,8 @@ class Model : public std::enable_shared_from_this<Model> {
                     const RowOf* row_of, QuantizedRows& quantized) const;
   void add_rows(const float* x, std::int64_t n, std::int64_t width, float* y) const;  // y += x
   void head(const float* hidden, std::int64_t n, const std::int64_t* top, float* logits, std::int32_t* best) const;
-  void rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits, std::int32_t* best) const;
+  void rescore(const float* hidden, std::int64_t token, float* part_tops, std::int64_t top, float* logits,
+               std::int32_t* best) const;
 
   std::unique_ptr<ThreadPool> pool_;
   std::unique_ptr<Weights> weights_;

@@ -5,7 +5,7 @@
 //   digits 0..2 x i8:  -512 <= pair <= 508, so int16 holds kPairs = 64: -32768 to 32512; then they are widened.
 //   4 * digits x i8:   |pair| <= 2048, so int16 holds 15 pairs; field 1 and 3 add 14 (7 blocks), and 14 * 512 + 14 *
 //                      2048 / 4 = 14336 fits when both sums are joined.
-//   4-bit codes 0..14 x i8: |pair| <= 2 * 14 * 128 = 3584; 8 pairs (4 blocks) are added.
+//   3-bit codes 0..7 x i8: |pair| <= 2 * 7 * 128 = 1792; 16 pairs (2 times 3 blocks) are added.
 // Widening: vpmaddwd with ones joins the two lanes of a row into int32 (2 * 32767 at most a step).
 // Zen 4: maddubs 2 a cycle, add/and 4 a cycle, shift 2 a cycle.
 
@@ -109,6 +109,9 @@ inline void base3_halves(const uint8_t* group, int64_t blocks, const int8_t* cod
     each<H>([&](auto h) BITDISTILL_INLINE { store32(sums + 16 * t + 8 * h, total[t][h]); });
   });
 }
+
+#include "bit_dot_256.inl"
+#include "int3_256.inl"
 
 #include "avx2_batch.inl"
 
@@ -400,27 +403,27 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
   }
 }
 
-// -------------------------------------------------------------------------------------------------- 4 bits
-
-constexpr int64_t kInt4Blocks = 4;  // between widenings, see above
+// -------------------------------------------------------------------------------------------------- 3 bits
 
 template <int T, int H>
-inline void int4_halves(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
-  const __m256i low4 = _mm256_set1_epi8(0x0f);
+inline void int3_halves(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
   __m256i total[T][H] = {};
-  for (int64_t b0 = 0; b0 < blocks; b0 += kInt4Blocks) {
-    const int64_t b1 = b0 + kInt4Blocks < blocks ? b0 + kInt4Blocks : blocks;
+  for (int64_t b0 = 0; b0 < blocks; b0 += Int3Quads::kChunk) {
+    const int64_t b1 = b0 + Int3Quads::kChunk < blocks ? b0 + Int3Quads::kChunk : blocks;
     __m256i sum[T][H] = {};
     for (int64_t b = b0; b < b1; ++b) {
-      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
+      each<3>([&](auto i) BITDISTILL_INLINE {
+        if (T == 1)
+          _mm_prefetch(reinterpret_cast<const char*>(group + b * 192 + 64 * i + kPrefetchBytes), _MM_HINT_T0);
+      });
       each<H>([&](auto h) BITDISTILL_INLINE {
-        const __m256i bytes = load32(group + b * 64 + 32 * h);
-        const __m256i low = _mm256_and_si256(bytes, low4);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low4);
-        each<T>([&](auto t) BITDISTILL_INLINE {
-          const int8_t* x = codes + t * stride + 8 * b;
-          sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(low, broadcast4(x)));
-          sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(high, broadcast4(x + 4)));
+        const Int3Quads quads(group + b * 192 + 32 * h);
+        each<8>([&](auto p) BITDISTILL_INLINE {
+          const __m256i digit = quads.template get<p>();
+          each<T>([&](auto t) BITDISTILL_INLINE {
+            const __m256i four = broadcast4(codes + t * stride + 32 * b + 4 * p);
+            sum[t][h] = _mm256_add_epi16(sum[t][h], _mm256_maddubs_epi16(digit, four));
+          });
         });
       });
     }
@@ -434,36 +437,36 @@ inline void int4_halves(const uint8_t* group, int64_t blocks, const int8_t* code
 }
 
 template <int T>
-inline void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+inline void int3_group(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                        int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * 3 * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
   int32_t sums[T * 16];
   if constexpr (T == 1) {
-    int4_halves<T, 2>(group, w.blocks, codes, x.stride, sums);
+    int3_halves<T, 2>(group, w.blocks, codes, x.stride, sums);
   } else if constexpr (T > 4) {
-    batch_group<Int4Quads, T>(group, w.blocks, codes, x.stride, sums);
+    batch_group<Int3Quads, T>(group, w.blocks, codes, x.stride, sums);
   } else {
-    int4_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
-    int4_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
+    int3_halves<T, 1>(group, w.blocks, codes, x.stride, sums);
+    int3_halves<T, 1>(group + 32, w.blocks, codes, x.stride, sums + 8);
   }
-  for (int t = 0; t < T; ++t) store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+  for (int t = 0; t < T; ++t) store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 4, 1.0f, w.row_scales);
 }
 
-void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+void int3_matmul(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                  int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
-    for (; t + 8 <= x.tokens; t += 8) int4_group<8>(w, x, out, t, row, row_end);
-    for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
-    for (; t + 2 <= x.tokens; t += 2) int4_group<2>(w, x, out, t, row, row_end);
-    if (t < x.tokens) int4_group<1>(w, x, out, t, row, row_end);
+    for (; t + 8 <= x.tokens; t += 8) int3_group<8>(w, x, out, t, row, row_end);
+    for (; t + 4 <= x.tokens; t += 4) int3_group<4>(w, x, out, t, row, row_end);
+    for (; t + 2 <= x.tokens; t += 2) int3_group<2>(w, x, out, t, row, row_end);
+    if (t < x.tokens) int3_group<1>(w, x, out, t, row, row_end);
   }
 }
 
 }  // namespace
 
 const KernelTable kAvx2Kernels = {Isa::kAvx2, ternary_gemv, 8, ternary_gemm, kTileGroups, int8_matmul,
-                                  int4_matmul, BITDISTILL_FLOAT_KERNELS};
+                                  int3_matmul, bit_dot_impl, BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -5,12 +5,12 @@
 // register of packed bytes, a digit, a broadcast. The sums have names and are added to in assembly, because GCC
 // otherwise spills or copies them inside the loop.
 //
-// int16 bounds as at the top of avx2.cpp: 64 pairs of digits 0..2, 8 of 4-bit codes.
+// int16 bounds as at the top of avx2.cpp: 64 pairs of digits 0..2, 16 of 3-bit codes.
 
 struct TwoBitQuads {
-  static constexpr int kQuads = 4, kChunk = 16;  // quads of a block; blocks between widenings
+  static constexpr int kQuads = 4, kBlocks = 1, kChunk = 16;  // quads of kBlocks; how often those between widenings
   __m256i bytes;
-  explicit TwoBitQuads(__m256i b) : bytes(b) {}
+  explicit TwoBitQuads(const uint8_t* block) : bytes(load32(block)) {}
   template <int P>
   __m256i get() const {
     return _mm256_and_si256(P == 0 ? bytes : _mm256_srli_epi16(bytes, 2 * P), _mm256_set1_epi8(3));
@@ -18,21 +18,11 @@ struct TwoBitQuads {
 };
 
 struct Base3Quads {
-  static constexpr int kQuads = 5, kChunk = 12;
+  static constexpr int kQuads = 5, kBlocks = 1, kChunk = 12;
   Digits digits;
-  explicit Base3Quads(__m256i b) : digits(base3_digits(b)) {}
+  explicit Base3Quads(const uint8_t* block) : digits(base3_digits(load32(block))) {}
   template <int P>
   __m256i get() const { return digits.d[P]; }
-};
-
-struct Int4Quads {
-  static constexpr int kQuads = 2, kChunk = 4;
-  __m256i bytes;
-  explicit Int4Quads(__m256i b) : bytes(b) {}
-  template <int P>
-  __m256i get() const {
-    return _mm256_and_si256(P == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(0x0f));
-  }
 };
 
 #define BITDISTILL_TOKENS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
@@ -54,8 +44,11 @@ void batch_half(const uint8_t* half, int64_t blocks, const int8_t* codes, int64_
     const int64_t b1 = b0 + Quads::kChunk < blocks ? b0 + Quads::kChunk : blocks;
     BITDISTILL_TOKENS(BITDISTILL_DECLARE)
     for (int64_t b = b0; b < b1; ++b) {
-      if constexpr (prefetch) _mm_prefetch(reinterpret_cast<const char*>(half + b * 64 + kPrefetchBytes), _MM_HINT_T0);
-      const Quads quads(load32(half + b * 64));
+      const uint8_t* block = half + b * Quads::kBlocks * kBlockBytes;
+      each<Quads::kBlocks>([&](auto i) BITDISTILL_INLINE {
+        if constexpr (prefetch) _mm_prefetch(reinterpret_cast<const char*>(block + 64 * i + kPrefetchBytes), _MM_HINT_T0);
+      });
+      const Quads quads(block);
       each<Quads::kQuads>([&](auto p) BITDISTILL_INLINE {
         const __m256i digit = quads.template get<p>();
         const int8_t* x = codes + 4 * (Quads::kQuads * b + p);

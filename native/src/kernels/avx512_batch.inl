@@ -4,9 +4,9 @@
 // the latency of dpbusd, and the masks and shifts run on pipes that it leaves free. A broadcast is part of the dpbusd.
 
 struct TwoBitQuads {
-  static constexpr int kQuads = 4;
+  static constexpr int kQuads = 4, kBlocks = 1;
   __m512i bytes;
-  explicit TwoBitQuads(__m512i b) : bytes(b) {}
+  explicit TwoBitQuads(const uint8_t* block) : bytes(load64(block)) {}
   template <int P>
   __m512i get() const {
     return _mm512_and_si512(P == 0 ? bytes : _mm512_srli_epi16(bytes, 2 * P), _mm512_set1_epi8(3));
@@ -14,10 +14,10 @@ struct TwoBitQuads {
 };
 
 struct Base3Quads {
-  static constexpr int kQuads = 5;
+  static constexpr int kQuads = 5, kBlocks = 1;
   __m512i fields, top;
-  explicit Base3Quads(__m512i b) {
-    split_base3(b, load64(kFieldTable.fields), load64(kFieldTable.fields + 64), &fields, &top);
+  explicit Base3Quads(const uint8_t* block) {
+    split_base3(load64(block), load64(kFieldTable.fields), load64(kFieldTable.fields + 64), &fields, &top);
   }
   template <int P>
   __m512i get() const {  // 81 and 162 are 1 and 2 in their low two bits
@@ -26,13 +26,21 @@ struct Base3Quads {
   }
 };
 
-struct Int4Quads {
-  static constexpr int kQuads = 2;
-  __m512i bytes;
-  explicit Int4Quads(__m512i b) : bytes(b) {}
+// Three blocks (Int3Matrix): get<p>() is d_p of sixteen rows.
+struct Int3Quads {
+  static constexpr int kQuads = 8, kBlocks = 3;
+  __m512i a, b, c;
+  explicit Int3Quads(const uint8_t* block) : a(load64(block)), b(load64(block + 64)), c(load64(block + 128)) {}
   template <int P>
   __m512i get() const {
-    return _mm512_and_si512(P == 0 ? bytes : _mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(0x0f));
+    const __m512i seven = _mm512_set1_epi8(7), three = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
+    if constexpr (P >= 6) {
+      return _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(P == 6 ? a : b, 6), three),
+                             _mm512_and_si512(_mm512_srli_epi16(c, P - 2), four));
+    } else {
+      const __m512i bytes = P < 2 ? a : P < 4 ? b : c;
+      return _mm512_and_si512(P % 2 == 0 ? bytes : _mm512_srli_epi16(bytes, 3), seven);
+    }
   }
 };
 
@@ -49,8 +57,11 @@ inline void batch_group(const uint8_t* group, int64_t blocks, const int8_t* code
   const int64_t stride = x.stride;
   BITDISTILL_TOKENS(BITDISTILL_DECLARE)
   for (int64_t b = 0; b < blocks; ++b) {
-    _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
-    const Quads quads(load64(group + b * 64));
+    const uint8_t* block = group + b * Quads::kBlocks * kBlockBytes;
+    each<Quads::kBlocks>([&](auto i) BITDISTILL_INLINE {
+      _mm_prefetch(reinterpret_cast<const char*>(block + 64 * i + kPrefetchBytes), _MM_HINT_T0);
+    });
+    const Quads quads(block);
     each<Quads::kQuads>([&](auto p) BITDISTILL_INLINE {
       const __m512i digit = quads.template get<p>();
       const int8_t* quad = codes + 4 * (Quads::kQuads * b + p);

@@ -313,45 +313,56 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
   }
 }
 
-// -------------------------------------------------------------------------------------------------- 4 bits
+// -------------------------------------------------------------------------------------------------- 3 bits
 
 template <int T>
-inline void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+inline void int3_group(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                        int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * 3 * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
   if constexpr (T > 4)
-    return batch_group<Int4Quads, T>(group, w.blocks, codes, x, out, t0, row, row_end, 7, 1.0f, w.row_scales);
-  const __m512i low4 = _mm512_set1_epi8(0x0f);
-  __m512i low[T] = {}, high[T] = {};
+    return batch_group<Int3Quads, T>(group, w.blocks, codes, x, out, t0, row, row_end, 4, 1.0f, w.row_scales);
+  constexpr int kChains = T < 4 ? 4 / T : 1;  // of dpbusd, to hide its latency
+  __m512i sum[kChains][T] = {};
   for (int64_t b = 0; b < w.blocks; ++b) {
-    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
-    const __m512i bytes = load64(group + b * 64);
-    const __m512i first = _mm512_and_si512(bytes, low4);
-    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low4);
-    each<T>([&](auto t) BITDISTILL_INLINE {
-      low[t] = _mm512_dpbusd_epi32(low[t], first, broadcast4(codes + t * x.stride + 8 * b));
-      high[t] = _mm512_dpbusd_epi32(high[t], second, broadcast4(codes + t * x.stride + 8 * b + 4));
+    const uint8_t* block = group + b * 3 * kBlockBytes;
+    each<3>([&](auto i) BITDISTILL_INLINE {
+      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(block + 64 * i + kPrefetchBytes), _MM_HINT_T0);
+    });
+    const Int3Quads quads(block);
+    each<8>([&](auto p) BITDISTILL_INLINE {
+      const __m512i digit = quads.template get<p>();
+      constexpr int chain = p % kChains;
+      each<T>([&](auto t) BITDISTILL_INLINE {
+        sum[chain][t] = _mm512_dpbusd_epi32(sum[chain][t], digit, broadcast4(codes + t * x.stride + 32 * b + 4 * p));
+      });
     });
   }
   each<T>([&](auto t) BITDISTILL_INLINE {
-    store_sums(out, x, _mm512_add_epi32(low[t], high[t]), t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+    __m512i total = sum[0][t];
+    each<kChains - 1>([&](auto c) BITDISTILL_INLINE { total = _mm512_add_epi32(total, sum[c + 1][t]); });
+    store_sums(out, x, total, t0 + t, row, row_end, 4, 1.0f, w.row_scales);
   });
 }
 
-void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+void int3_matmul(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                  int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
-    for (; t + 8 <= x.tokens; t += 8) int4_group<8>(w, x, out, t, row, row_end);
-    for (; t + 2 <= x.tokens; t += 2) int4_group<2>(w, x, out, t, row, row_end);
-    if (t < x.tokens) int4_group<1>(w, x, out, t, row, row_end);
+    for (; t + 8 <= x.tokens; t += 8) int3_group<8>(w, x, out, t, row, row_end);
+    for (; t + 4 <= x.tokens; t += 4) int3_group<4>(w, x, out, t, row, row_end);
+    for (; t + 2 <= x.tokens; t += 2) int3_group<2>(w, x, out, t, row, row_end);
+    if (t < x.tokens) int3_group<1>(w, x, out, t, row, row_end);
   }
 }
 
+inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+#include "bit_dot_256.inl"
+
 }  // namespace
 
-const KernelTable kAvx512VnniKernels = {Isa::kAvx512Vnni, ternary_gemv, 8, ternary_gemm, 2, int8_matmul, int4_matmul,
+const KernelTable kAvx512VnniKernels = {Isa::kAvx512Vnni, ternary_gemv, 8, ternary_gemm, 2, int8_matmul, int3_matmul,
+                                        bit_dot_impl,
                                         BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -33,6 +33,8 @@ inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<con
 inline void store32(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
 #include "base3_256.inl"
+#include "bit_dot_256.inl"
+#include "int3_256.inl"
 
 constexpr int64_t kPrefetchBytes = 2048;
 
@@ -186,45 +188,49 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
 }
 
 template <int T>
-inline void int4_half(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
-  const __m256i low4 = _mm256_set1_epi8(0x0f);
+inline void int3_half(const uint8_t* group, int64_t blocks, const int8_t* codes, int64_t stride, int32_t* sums) {
   __m256i sum[T][2] = {};
   for (int64_t b = 0; b < blocks; ++b) {
-    if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(group + b * 64 + kPrefetchBytes), _MM_HINT_T0);
-    const __m256i bytes = load32(group + b * 64);
-    const __m256i low = _mm256_and_si256(bytes, low4), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low4);
-    each<T>([&](auto t) BITDISTILL_INLINE {
-      const int8_t* x = codes + t * stride + 8 * b;
-      sum[t][0] = dpbusd(sum[t][0], low, broadcast4(x));
-      sum[t][1] = dpbusd(sum[t][1], high, broadcast4(x + 4));
+    const uint8_t* block = group + b * 3 * kBlockBytes;
+    each<3>([&](auto i) BITDISTILL_INLINE {
+      if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(block + 64 * i + kPrefetchBytes), _MM_HINT_T0);
+    });
+    const Int3Quads quads(block);
+    each<8>([&](auto p) BITDISTILL_INLINE {
+      const __m256i digit = quads.template get<p>();
+      constexpr int chain = p % 2;
+      each<T>([&](auto t) BITDISTILL_INLINE {
+        sum[t][chain] = dpbusd(sum[t][chain], digit, broadcast4(codes + t * stride + 32 * b + 4 * p));
+      });
     });
   }
   each<T>([&](auto t) BITDISTILL_INLINE { store32(sums + 16 * t, _mm256_add_epi32(sum[t][0], sum[t][1])); });
 }
 
 template <int T>
-void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+void int3_group(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                 int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * 3 * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
   int32_t sums[T * 16];
-  int4_half<T>(group, w.blocks, codes, x.stride, sums);
-  int4_half<T>(group + 32, w.blocks, codes, x.stride, sums + 8);
-  for (int t = 0; t < T; ++t) store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+  int3_half<T>(group, w.blocks, codes, x.stride, sums);
+  int3_half<T>(group + 32, w.blocks, codes, x.stride, sums + 8);
+  for (int t = 0; t < T; ++t) store_group(out, x, sums + 16 * t, t0 + t, row, row_end, 4, 1.0f, w.row_scales);
 }
 
-void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+void int3_matmul(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                  int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
-    for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
-    for (; t < x.tokens; ++t) int4_group<1>(w, x, out, t, row, row_end);
+    for (; t + 4 <= x.tokens; t += 4) int3_group<4>(w, x, out, t, row, row_end);
+    for (; t < x.tokens; ++t) int3_group<1>(w, x, out, t, row, row_end);
   }
 }
 
 }  // namespace
 
-const KernelTable kAvxVnniKernels = {Isa::kAvxVnni, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int4_matmul,
+const KernelTable kAvxVnniKernels = {Isa::kAvxVnni, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int3_matmul,
+                                     bit_dot_impl,
                                      BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -173,42 +173,74 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
               w.row_scales);
 }
 
+// d_p of four rows out of sixteen bytes of each of three blocks (Int3Matrix).
+template <int P>
+inline uint8x16_t int3_digit(uint8x16_t a, uint8x16_t b, uint8x16_t c) {
+  if constexpr (P >= 6) {
+    return vorrq_u8(vshrq_n_u8(P == 6 ? a : b, 6), vandq_u8(vshrq_n_u8(c, P - 2), vdupq_n_u8(4)));
+  } else {
+    const uint8x16_t bytes = P < 2 ? a : P < 4 ? b : c;
+    if constexpr (P % 2 == 0) return vandq_u8(bytes, vdupq_n_u8(7));
+    else return vandq_u8(vshrq_n_u8(bytes, 3), vdupq_n_u8(7));
+  }
+}
+
 template <int T>
-inline void int4_group(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
+inline void int3_group(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t t0, int64_t row,
                        int64_t row_end) {
-  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+  const uint8_t* group = w.codes + row / kGroupRows * w.blocks * 3 * kBlockBytes;
   const int8_t* codes = x.codes + t0 * x.stride;
   int32x4_t sum[T][4] = {};
   for (int64_t b = 0; b < w.blocks; ++b) {
-    int8x8_t eight[T];
-    each<T>([&](auto t) BITDISTILL_INLINE { eight[t] = vld1_s8(codes + t * x.stride + 8 * b); });
+    int8x16_t low[T], high[T];
+    each<T>([&](auto t) BITDISTILL_INLINE {
+      low[t] = vld1q_s8(codes + t * x.stride + 32 * b);
+      high[t] = vld1q_s8(codes + t * x.stride + 32 * b + 16);
+    });
     each<4>([&](auto i) BITDISTILL_INLINE {
-      const uint8x16_t bytes = vld1q_u8(group + b * 64 + 16 * i);
-      const int8x16_t low = as_signed(vandq_u8(bytes, vdupq_n_u8(15))), high = as_signed(vshrq_n_u8(bytes, 4));
-      each<T>([&](auto t) BITDISTILL_INLINE {
-        sum[t][i] = vdotq_lane_s32(vdotq_lane_s32(sum[t][i], low, eight[t], 0), high, eight[t], 1);
+      const uint8_t* block = group + b * 3 * kBlockBytes + 16 * i;
+      const uint8x16_t first = vld1q_u8(block), second = vld1q_u8(block + 64), third = vld1q_u8(block + 128);
+      each<8>([&](auto p) BITDISTILL_INLINE {
+        const uint8x16_t digit = int3_digit<p>(first, second, third);
+        each<T>([&](auto t) BITDISTILL_INLINE {
+          sum[t][i] = multiply<p % 4>(sum[t][i], digit, p < 4 ? low[t] : high[t]);
+        });
       });
     });
   }
   for (int t = 0; t < T; ++t) {
     int32_t sums[16];
     for (int i = 0; i < 4; ++i) vst1q_s32(sums + 4 * i, sum[t][i]);
-    store_group(out, x, sums, t0 + t, row, row_end, 7, 1.0f, w.row_scales);
+    store_group(out, x, sums, t0 + t, row, row_end, 4, 1.0f, w.row_scales);
   }
 }
 
-void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+void int3_matmul(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                  int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
     int64_t t = 0;
-    for (; t + 4 <= x.tokens; t += 4) int4_group<4>(w, x, out, t, row, row_end);
-    for (; t < x.tokens; ++t) int4_group<1>(w, x, out, t, row, row_end);
+    for (; t + 4 <= x.tokens; t += 4) int3_group<4>(w, x, out, t, row, row_end);
+    for (; t < x.tokens; ++t) int3_group<1>(w, x, out, t, row, row_end);
   }
+}
+
+int32_t bit_dot_impl(const uint8_t* bits, int64_t blocks, const int8_t* x) {
+  int32x4_t sum = vdupq_n_s32(0);
+  for (int64_t i = 0; i < 2 * blocks; ++i) {
+    const uint8x16_t bytes = vld1q_u8(bits + 16 * i);
+    const int8_t* place = x + 256 * (i / 2) + 16 * (i % 2);
+    each<8>([&](auto p) BITDISTILL_INLINE {
+      const uint8x16_t set = vtstq_u8(bytes, vdupq_n_u8(1 << p));
+      sum = vdotq_s32(sum, vandq_s8(vld1q_s8(place + 32 * p), as_signed(set)), vdupq_n_s8(1));
+    });
+  }
+  return vaddvq_s32(sum);
 }
 
 }  // namespace
 
-const KernelTable kNeonDotKernels = {Isa::kNeonDot, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int4_matmul,
+const KernelTable kNeonDotKernels = {Isa::kNeonDot, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int3_matmul,
+                                     bit_dot_impl,
                                      BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

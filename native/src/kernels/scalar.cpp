@@ -60,26 +60,43 @@ void int8_matmul(const Int8View& w, const ActivationView& x, const OutputView& o
   }
 }
 
-void int4_matmul(const Int4View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
+void int3_matmul(const Int3View& w, const ActivationView& x, const OutputView& out, int64_t row_begin,
                  int64_t row_end) {
   for (int64_t row = row_begin; row < row_end; row += kGroupRows) {
-    const uint8_t* group = w.codes + row / kGroupRows * w.blocks * kBlockBytes;
+    const uint8_t* group = w.codes + row / kGroupRows * w.blocks * 3 * kBlockBytes;
     for (int64_t t = 0; t < x.tokens; ++t) {
       int32_t sums[kGroupRows] = {};
       const int8_t* codes = x.codes + t * x.stride;
       for (int64_t b = 0; b < w.blocks; ++b)
         for (int64_t i = 0; i < kBlockBytes; ++i) {
-          const int byte = group[b * kBlockBytes + i];
-          sums[i / 4] += (byte & 15) * codes[8 * b + i % 4] + (byte >> 4) * codes[8 * b + 4 + i % 4];
+          const uint8_t* at = group + b * 3 * kBlockBytes + i;
+          const int first = at[0], second = at[64], third = at[128];
+          const int digits[8] = {first & 7,
+                                 first >> 3 & 7,
+                                 second & 7,
+                                 second >> 3 & 7,
+                                 third & 7,
+                                 third >> 3 & 7,
+                                 first >> 6 | (third >> 6 & 1) << 2,
+                                 second >> 6 | third >> 7 << 2};
+          for (int64_t p = 0; p < 8; ++p) sums[i / 4] += digits[p] * codes[32 * b + 4 * p + i % 4];
         }
-      store_group(out, x, sums, t, row, row_end, 7, 1.0f, w.row_scales);
+      store_group(out, x, sums, t, row, row_end, 4, 1.0f, w.row_scales);
     }
   }
 }
 
+int32_t bit_dot_impl(const uint8_t* bits, int64_t blocks, const int8_t* x) {
+  int32_t sum = 0;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t i = 0; i < 32; ++i)
+      for (int64_t p = 0; p < 8; ++p) sum += (bits[32 * b + i] >> p & 1) * x[256 * b + 32 * p + i];
+  return sum;
+}
+
 }  // namespace
 
-const KernelTable kScalarKernels = {Isa::kScalar, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int4_matmul,
+const KernelTable kScalarKernels = {Isa::kScalar, ternary_gemv, 4, ternary_gemm, 1, int8_matmul, int3_matmul, bit_dot_impl,
                                     BITDISTILL_FLOAT_KERNELS};
 
 }  // namespace bitdistill

@@ -17,21 +17,23 @@ inline void screen_row_of(const FloatView& m, int64_t row, const ScreenDither& d
     store(values + whole, v);
     best = vmax(vabs(v), best);
   }
-  const float amax = max_lanes(best), limit = static_cast<float>(d.levels);
-  float scale = amax / limit * d.margin;
+  const float amax = max_lanes(best);
+  float scale = amax / d.levels;
   if (!(scale >= 1.17549435e-38f)) scale = amax > 0.0f ? 1.17549435e-38f : 1.0f;  // no subnormal divisor
-  Vec size = {}, error = {}, mixed = {};
+  Vec size = {}, error = {}, mixed = {}, rest_mixed = {};
   for (int64_t i = 0; i < m.cols; i += kLanes) {
     const Vec x = load(values + i), u = load(d.u + i);
-    const Vec q = vmin(vmax(round_even(x / scale + u), splat(-limit)), splat(limit));
+    const Vec q = vmin(vmax(round_even(x / scale + u), splat(d.low)), splat(d.high));
     const BVec bytes = to_bytes(to_int(q));
     __builtin_memcpy(codes + i, &bytes, sizeof bytes);
     const Vec shown = (q - u) * scale, e = x - shown;
     size += shown * shown;
     error += e * e;
-    mixed += q * load(d.v + i);
+    const Vec even = splat(2.0f) * round_even(splat(0.5f) * q - splat(0.25f)) + splat(0.5f), v = load(d.v + i);
+    mixed += even * v;
+    rest_mixed += (q - even) * v;
   }
-  *out = {scale, sum_lanes(size), sum_lanes(error), sum_lanes(mixed)};
+  *out = {scale, sum_lanes(size), sum_lanes(error), sum_lanes(mixed), sum_lanes(rest_mixed)};
 }
 
 void screen_row_impl(const FloatView& m, int64_t row, const ScreenDither& d, float* values, int8_t* codes,

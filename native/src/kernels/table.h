@@ -24,8 +24,8 @@ struct Int8View {
   const float* row_scales;
 };
 
-// codes and code + 7 of two quads a byte, see Int4Matrix
-struct Int4View {
+// three blocks at a time, see Int3Matrix
+struct Int3View {
   const uint8_t* codes;
   int64_t rows, blocks;
   const float* row_scales;
@@ -53,10 +53,10 @@ struct FloatView {
 };
 
 // A row of the output head as low-bit codes (model/head.h): code = rint(w / scale + u), w_hat = (code - u) * scale.
-// u and v: zeros, or uniform in [-1/2, 1/2), padded to a multiple of 16 columns with zeros.
+// u and v: zeros or dither, padded to a multiple of 16 columns with zeros.
 struct ScreenDither {
-  int levels;  // largest code
-  float margin;  // scale = max|w| / levels * margin: above 1 where u could carry the largest value past `levels`
+  float levels;     // scale = max|w| / levels
+  float low, high;  // codes
   const float* u;
   const float* v;
 };
@@ -64,7 +64,8 @@ struct ScreenRow {
   float scale;
   float code_square;   // |w_hat|^2
   float error_square;  // |w - w_hat|^2
-  float mixed;         // sum of code * v
+  float mixed;         // sum of (code rounded down to even + 1/2) * v
+  float mixed_rest;    // sum of (code - that) * v
 };
 
 struct KernelTable {
@@ -80,8 +81,9 @@ struct KernelTable {
   int64_t gemm_tile_groups;
   void (*int8_matmul)(const Int8View&, const ActivationView&, const OutputView&, int64_t row_begin,
                       int64_t row_end);
-  void (*int4_matmul)(const Int4View&, const ActivationView&, const OutputView&, int64_t row_begin,
+  void (*int3_matmul)(const Int3View&, const ActivationView&, const OutputView&, int64_t row_begin,
                       int64_t row_end);
+  int32_t (*bit_dot)(const uint8_t* bits, int64_t blocks, const int8_t* x);
 
   // Float kernels; the same bits on every instruction set (float.inl).
   void (*float_matmul)(const FloatView&, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,

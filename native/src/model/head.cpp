@@ -21,6 +21,7 @@ constexpr float kUp = 1.001f;
 constexpr float kDeviations = 8.5f;
 constexpr float kUniformDeviation = 0.288675135f;  // 1 / sqrt(12)
 constexpr std::int64_t kPartRows = 256;            // words that a selection skips together
+constexpr std::int64_t kAhead = 8;                 // rows of fourth bits on their way from memory
 
 inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| <= 2^22, half to even
 
@@ -48,14 +49,22 @@ float largest(const float* x, std::int64_t n) {
   return *std::max_element(best, best + 8);
 }
 
-// Codes -7..7 of eight columns -> the four bytes of a row in a block.
-inline void place_int4(const std::int8_t* codes, std::uint8_t* to) {
-  std::uint32_t low, high;
-  std::memcpy(&low, codes, 4);
-  std::memcpy(&high, codes + 4, 4);
-  // code + 7 is 0..14, so neither sum carries into the next byte once the sign bits are gone.
-  low = (((low & 0x0f0f0f0fu) + 0x07070707u) & 0x0f0f0f0fu) | (((high & 0x0f0f0f0fu) + 0x07070707u) & 0x0f0f0f0fu) << 4;
-  std::memcpy(to, &low, 4);
+// Codes -8..7 of 32 columns -> the bytes of a row in three blocks (Int3Matrix), and 32 fourth bits.
+inline std::uint32_t place_int4(const std::int8_t* codes, std::uint8_t* to) {
+  std::uint32_t digit[8], rest = 0;
+  for (int p = 0; p < 8; ++p) {
+    std::uint32_t quad;
+    std::memcpy(&quad, codes + 4 * p, 4);
+    quad ^= 0x08080808u;                                               // code + 8 in the low four bits of each byte
+    rest |= ((quad & 0x01010101u) * 0x10204080u) >> 28 << 4 * p;       // gathers a bit a byte
+    digit[p] = quad >> 1 & 0x07070707u;
+  }
+  const std::uint32_t block[3] = {digit[0] | digit[1] << 3 | (digit[6] & 0x03030303u) << 6,
+                                  digit[2] | digit[3] << 3 | (digit[7] & 0x03030303u) << 6,
+                                  digit[4] | digit[5] << 3 | (digit[6] >> 2 & 0x01010101u) << 6 |
+                                      (digit[7] >> 2 & 0x01010101u) << 7};
+  for (int i = 0; i < 3; ++i) std::memcpy(to + i * kBlockBytes, block + i, 4);
+  return rest;
 }
 
 }  // namespace
@@ -71,7 +80,7 @@ LowBitHead::LowBitHead(const FloatMatrix& head, int bits, ThreadPool& pool) : bi
   v_ = u_;
   for (std::int64_t i = 0; four && i < head.cols; ++i) {
     const auto at = static_cast<std::size_t>(i);
-    u_[at] = dither(2 * static_cast<std::uint64_t>(i));
+    u_[at] = 2.0f * dither(2 * static_cast<std::uint64_t>(i)) - 0.5f;
     v_[at] = dither(2 * static_cast<std::uint64_t>(i) + 1);
     uv_ += static_cast<double>(u_[at]) * v_[at];
   }
@@ -82,14 +91,20 @@ LowBitHead::LowBitHead(const FloatMatrix& head, int bits, ThreadPool& pool) : bi
     matrix.storage = AlignedBuffer(static_cast<std::size_t>(matrix.group_count() * matrix.group_bytes()));
     matrix.codes = reinterpret_cast<decltype(matrix.codes)>(matrix.storage.data());
   };
-  four ? place(int4_) : place(int8_);
+  four ? place(int3_) : place(int8_);
   code_norms_ = per_row<float>(head.rows);
   (four ? offsets_ : error_norms_) = per_row<float>(head.rows);
+  if (four) {
+    rest_offsets_ = per_row<float>(head.rows);
+    rest_blocks_ = (head.cols + 255) / 256;
+    rest_ = AlignedBuffer(static_cast<std::size_t>(head.rows * rest_blocks_ * 32));
+  }
   const FloatView view = {head.data, head.rows, head.cols, head.type};
-  const ScreenDither rounding = {four ? 7 : 127, four ? 1.00001f : 1.0f, u_.data(), v_.data()};
+  // |w / s| <= 7 less a little keeps w / s + u, from -8.5 to 7.5, from rounding to -9 or 8.
+  const ScreenDither rounding = {four ? 6.9999f : 127.0f, four ? -8.0f : -127.0f, four ? 7.0f : 127.0f, u_.data(), v_.data()};
   pool.parallel_for(head.rows, kGroupRows, [&](std::int64_t begin, std::int64_t end, int) {
     std::vector<float> values(static_cast<std::size_t>(padded));
-    std::vector<std::int8_t> codes(values.size());
+    std::vector<std::int8_t> codes(static_cast<std::size_t>((padded + 31) / 32 * 32));
     const std::int64_t stride = head.cols * float_bytes(head.type), chunk = std::max((4 << 20) / stride, std::int64_t{1});
     for (std::int64_t row = begin; row < end; ++row) {
       ScreenRow found;
@@ -98,10 +113,16 @@ LowBitHead::LowBitHead(const FloatMatrix& head, int bits, ThreadPool& pool) : bi
       code_norms_[index] = std::sqrt(found.code_square) * kUp;
       std::fill(codes.begin() + head.cols, codes.end(), std::int8_t{0});
       if (four) {
-        int4_.row_scales[index] = found.scale;
+        code_norms_[index] += 0.5f * found.scale * std::sqrt(static_cast<float>(head.cols)) * kUp;  // |w3 - w4|
+        int3_.row_scales[index] = 2.0f * found.scale;
         offsets_[index] = found.mixed * found.scale;
-        std::uint8_t* to = int4_.storage.data() + row / kGroupRows * int4_.group_bytes() + 4 * (row % kGroupRows);
-        for (std::int64_t b = 0; b < int4_.block_count(); ++b) place_int4(codes.data() + 8 * b, to + b * kBlockBytes);
+        rest_offsets_[index] = found.mixed_rest * found.scale;
+        std::uint8_t* to = int3_.storage.data() + row / kGroupRows * int3_.group_bytes() + 4 * (row % kGroupRows);
+        std::uint8_t* rest = rest_.data() + row * rest_blocks_ * 32;
+        for (std::int64_t b = 0; b < int3_.block_count(); ++b) {
+          const std::uint32_t bits = place_int4(codes.data() + 32 * b, to + 3 * b * kBlockBytes);
+          std::memcpy(rest + 4 * b, &bits, 4);
+        }
       } else {
         int8_.row_scales[index] = found.scale;
         error_norms_[index] = std::sqrt(found.error_square) * kUp;
@@ -119,7 +140,7 @@ LowBitHead::LowBitHead(const FloatMatrix& head, int bits, ThreadPool& pool) : bi
 
 std::int64_t LowBitHead::bytes() const {
   const auto rows = static_cast<std::int64_t>(code_norms_.size());
-  const std::int64_t codes = bits_ == 8 ? int8_.group_count() * int8_.group_bytes() : int4_.group_count() * int4_.group_bytes();
+  const std::int64_t codes = bits_ == 8 ? int8_.group_count() * int8_.group_bytes() : int3_.group_count() * int3_.group_bytes();
   return codes + rows * 3 * static_cast<std::int64_t>(sizeof(float));
 }
 
@@ -156,28 +177,38 @@ void LowBitHead::quantize_token(const float* hidden, std::int64_t t, Input& inpu
   Token& token = input.tokens[at];
   if (bits_ == 8) {
     const float rounding = static_cast<float>(cols_ + 8) * 0x1p-22f * (size + left);
-    token = {0.0f, (size + rounding) * kUp, (left + rounding) * kUp, 0.0f};
+    token = {0.0f, (size + rounding) * kUp, (left + rounding) * kUp, 0.0f, 0.0f, 0.0f};
     return;
   }
-  // Row norms that enter the arithmetic are at most |w4| + s sqrt(n), the token's |h| + t sqrt(n).
+  // Row norms that enter the arithmetic are at most |w3| + 2 s sqrt(n), the token's |h| + t sqrt(n). Factors of a row's
+  // scale are halved: that of three bits is 2 s.
   const float root = std::sqrt(static_cast<float>(cols_));
   const float rounding = static_cast<float>(cols_ + 8) * 0x1p-22f * (size + scale * root);
   const float by_dither = kDeviations * kUniformDeviation * kUp;
-  token = {static_cast<float>(uv_ - mixed) * scale, by_dither * size + rounding * root, by_dither * scale + rounding,
-           -scale};
+  const auto half_sum = 0.5 * input.codes.sums[at];
+  token = {0.5f * static_cast<float>(half_sum + uv_ - mixed) * scale,
+           by_dither * size + rounding * root,
+           by_dither * scale + rounding,
+           -scale,
+           static_cast<float>(half_sum),
+           0.5f * by_dither * size};
 }
 
 void LowBitHead::prepare(const float* hidden, std::int64_t n, Input& input) const {
   input.codes.resize(n, cols_);
   input.tokens.resize(static_cast<std::size_t>(n));
-  for (std::int64_t t = 0; t < n; ++t) quantize_token(hidden + t * cols_, t, input);
+  input.spread.resize(static_cast<std::size_t>(n * rest_blocks_ * 256));
+  for (std::int64_t t = 0; t < n; ++t) {
+    quantize_token(hidden + t * cols_, t, input);
+    if (bits_ == 4) spread_columns(input.codes.row(t), cols_, input.spread.data() + t * rest_blocks_ * 256);
+  }
 }
 
 void LowBitHead::product(const Input& input, bool upper, float* y, std::int64_t begin, std::int64_t end) const {
   const std::int64_t ldy = rows();
-  bits_ == 8 ? matmul(int8_, input.codes, y, ldy, begin, end) : matmul(int4_, input.codes, y, ldy, begin, end);
+  bits_ == 8 ? matmul(int8_, input.codes, y, ldy, begin, end) : matmul(int3_, input.codes, y, ldy, begin, end);
   if (bits_ == 8 && !upper) return;
-  const float* scales = bits_ == 8 ? error_norms_.data() : int4_.row_scales.data();
+  const float* scales = bits_ == 8 ? error_norms_.data() : int3_.row_scales.data();
   const float* norms = code_norms_.data();
   for (std::int64_t t = 0; t < input.codes.tokens; ++t) {
     const Token& token = input.tokens[static_cast<std::size_t>(t)];
@@ -191,7 +222,42 @@ void LowBitHead::product(const Input& input, bool upper, float* y, std::int64_t 
       for (std::int64_t o = begin; o < end; ++o) {
         row[o] = row[o] + (scales[o] * by_scale + offsets[o] * by_offset + norms[o] * by_norm);
       }
+      if (upper) continue;
+      for (std::int64_t o = begin; o < end; ++o) row[o] += rest_of(input, t, o);
     }
+  }
+}
+
+// w4.h4 - w3.h4
+float LowBitHead::rest_of(const Input& input, std::int64_t t, std::int64_t row) const {
+  const Token& token = input.tokens[static_cast<std::size_t>(t)];
+  const auto at = static_cast<std::size_t>(row);
+  const auto sum = static_cast<float>(bit_dot(rest(row), rest_blocks_, input.spread.data() + t * rest_blocks_ * 256));
+  return 0.5f * int3_.row_scales[at] * input.codes.scales[static_cast<std::size_t>(t)] * (sum - token.rest_shift) +
+         token.offset_factor * rest_offsets_[at];
+}
+
+void LowBitHead::refine(const Input& input, std::int64_t t, float floor, float* y, std::int64_t begin,
+                        std::int64_t end) const {
+  if (bits_ == 8) return;
+  const float by_scale = input.tokens[static_cast<std::size_t>(t)].rest_factor;
+  thread_local std::vector<std::int32_t> reach;  // all of them first, so that their bits can be asked for ahead
+  reach.resize(static_cast<std::size_t>(end - begin + kAhead));
+  std::size_t count = 0;
+  for (std::int64_t o = begin; o < end; ++o) {
+    reach[count] = static_cast<std::int32_t>(o);
+    count += !(y[o] < floor);
+  }
+  std::fill_n(reach.begin() + static_cast<std::ptrdiff_t>(count), kAhead, static_cast<std::int32_t>(begin));
+  const auto ask = [&](std::int64_t row) {
+    // Every other line: processors fetch pairs of lines, and more requests than they keep track of are lost.
+    for (std::int64_t block = 0; block < rest_blocks_; block += 4) __builtin_prefetch(rest(row) + 32 * block);
+  };
+  for (std::size_t i = 0; i < static_cast<std::size_t>(kAhead); ++i) ask(reach[i]);
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t o = reach[i];
+    ask(reach[i + kAhead]);
+    y[o] += rest_of(input, t, o) - int3_.row_scales[static_cast<std::size_t>(o)] * by_scale;
   }
 }
 
@@ -217,8 +283,7 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
       }
     });
     for (std::int64_t r = 0; screened && r < n; ++r) {
-      rescore(hidden + r * width, scratch_->part_tops.data() + r * parts, top[r], logits + r * vocab,
-              best_words + r);
+      rescore(hidden + r * width, r, scratch_->part_tops.data() + r * parts, top[r], logits + r * vocab, best_words + r);
     }
   } else {
     parallel(vocab, kGroupRows, n * vocab * width, [&](std::int64_t begin, std::int64_t end, int) {
@@ -230,10 +295,10 @@ void Model::head(const float* hidden, std::int64_t n, const std::int64_t* top, f
   }
 }
 
-// `logits` holds upper ends, part_tops the largest of each part of kPartRows words; afterwards the exact logits of all
-// words that may be among the `top` largest, and -infinity for the others. Of the largest alone only its word is
-// handed on.
-void Model::rescore(const float* hidden, const float* part_tops, std::int64_t top, float* logits,
+// `logits` holds upper ends of token `token` of the head's input, part_tops the largest of each part of kPartRows words;
+// afterwards the exact logits of all words that may be among the `top` largest, and -infinity for the others. Of the
+// largest alone only its word is handed on.
+void Model::rescore(const float* hidden, std::int64_t token, float* part_tops, std::int64_t top, float* logits,
                     std::int32_t* best_word) const {
   const FloatMatrix& head = weights_->head.matrix;
   const std::int64_t parts = (head.rows + kPartRows - 1) / kPartRows;
@@ -278,6 +343,14 @@ void Model::rescore(const float* hidden, const float* part_tops, std::int64_t to
   std::nth_element(values.begin(), values.begin() + (top - 1), values.end(), std::greater<float>());
   const float floor = values[static_cast<std::size_t>(top - 1)];
   for (const std::int64_t seed : seeds) logits[seed] = -INFINITY;
+  if (low_bit_head_->bits() == 4) {
+    parallel(parts, 8, head.rows * 16, [&](std::int64_t begin, std::int64_t end, int) {
+      low_bit_head_->refine(scratch_->head_input, token, floor, logits, begin * kPartRows, part_end(end - 1));
+      for (std::int64_t part = begin; part < end; ++part) {
+        part_tops[part] = largest(logits + part * kPartRows, part_end(part) - part * kPartRows);
+      }
+    });
+  }
   for (std::int64_t part = 0; part < parts; ++part) {
     if (part_tops[part] < floor) continue;
     for (std::int64_t o = part * kPartRows; o < part_end(part); ++o) {

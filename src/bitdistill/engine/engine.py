@@ -76,8 +76,8 @@ class Engine:
         kv: keys and values in "float32", "float16" (half the memory, rounded), or "int8" (a quarter: codes with
             a scale for each token and head). Layers with a sliding window keep only what it can reach.
         head: output head as stored ("float"); "screened": an int8 copy finds greedy and top-k tokens of the
-            stored head exactly from half its bytes; "screened4": a 4-bit copy does so from a quarter, each token
-            with a probability above 1 - 2e-10 (native/src/model/head.h); "int8", "int4": only the copy is
+            stored head exactly from half its bytes; "screened4": a 4-bit copy does so from a fifth, each token
+            with a probability above 1 - 5e-10 (native/src/model/head.h); "int8", "int4": only the copy is
             read, so logits are rounded.
         verify: check every file of a bitdistill folder against its SHA-256.
 
