@@ -47,7 +47,7 @@ def native(model: str, threads: int, layout: str, head: str, kv: str) -> tuple[d
     def prefill(tokens: int, sequences: int) -> float:
         sequence = _native.Sequence(engine.model)
         begin = time.perf_counter()
-        engine.model.step([(sequence, ids[:tokens])], sampler, [0], [0])
+        engine.model.step([(sequence, ids[:tokens])], [sampler], [0], [0])
         return time.perf_counter() - begin
 
     def decode(tokens: int, sequences: int) -> float:
@@ -57,7 +57,7 @@ def native(model: str, threads: int, layout: str, head: str, kv: str) -> tuple[d
         begin = time.perf_counter()
         for step in range(tokens):
             chosen = engine.model.step(
-                list(zip(rows, last, strict=True)), sampler, streams, [step] * sequences
+                list(zip(rows, last, strict=True)), [sampler] * sequences, streams, [step] * sequences
             )
             last = [np.array([token], dtype=np.int32) for token in chosen]
         seconds = time.perf_counter() - begin

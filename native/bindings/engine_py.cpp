@@ -151,18 +151,19 @@ NB_MODULE(_native, m) {
       .def("forward", &forward, "segments"_a, "logits"_a,
            "Run (sequence, ids) segments; float32 logits [rows, vocab]: 'none', 'last' of each segment, or 'all'.")
       .def("step",
-           [](const Model& self, const std::vector<std::tuple<Sequence*, Ids>>& given, const SamplerOptions& options,
-              const std::vector<std::uint64_t>& streams, const std::vector<std::uint64_t>& steps) {
+           [](const Model& self, const std::vector<std::tuple<Sequence*, Ids>>& given,
+              const std::vector<SamplerOptions>& options, const std::vector<std::uint64_t>& streams, const std::vector<std::uint64_t>& steps) {
              const std::vector<Segment> segments = segments_of(given);
-             if (streams.size() != segments.size() || steps.size() != segments.size()) {
-               throw ModelError("step: streams and steps must be as many as segments");
+             const std::size_t count = segments.size();
+             if (options.size() != count || streams.size() != count || steps.size() != count) {
+               throw ModelError("step: samplers, streams and steps must be as many as segments");
              }
              std::vector<Model::Draw> draws;
-             for (std::size_t i = 0; i < segments.size(); ++i) draws.push_back({options, streams[i], steps[i]});
+             for (std::size_t i = 0; i < count; ++i) draws.push_back({options[i], streams[i], steps[i]});
              const nb::gil_scoped_release released;
              return self.step(segments, draws);
            },
-           "segments"_a, "sampler"_a, "streams"_a, "steps"_a, "Run the segments and choose one next token for each.")
+           "segments"_a, "samplers"_a, "streams"_a, "steps"_a, "Run the segments and choose one next token for each.")
       .def("score_tree",
            [](const Model& self, const std::vector<std::vector<std::int32_t>>& prompts,
               const std::vector<std::int32_t>& tokens, const std::vector<std::int32_t>& parents,

@@ -19,6 +19,7 @@ from bitdistill.cli import (
     predict,
     probe,
     runs,
+    serve,
     start,
     sweep,
 )
@@ -53,7 +54,12 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
         ("inspect", artifacts.inspect),
         ("probe-layers", probe.probe_layers),
     ],
-    "Native engine": native.COMMANDS,
+    "Native engine": [
+        ("generate", native.generate),
+        ("chat", native.chat),
+        ("serve", serve.serve),
+        ("bench", native.bench),
+    ],
     "More": [
         ("tokenize", artifacts.tokenize),
         ("needle", artifacts.needle),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -97,7 +96,7 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise DataError("generate: no prompt; give a text or pipe one in")
-    engine = _engine(model, threads, isa, layout, kv, head)
+    engine = load_engine(model, threads, isa, layout, kv, head)
     result = engine.generate(
         text,
         max_new_tokens=max_new_tokens,
@@ -136,7 +135,7 @@ def chat(
     head: Head = HeadName.float,
 ) -> None:
     """Talk with a model that has a chat template. One message a line; an empty line ends it."""
-    engine = _engine(model, threads, isa, layout, kv, head)
+    engine = load_engine(model, threads, isa, layout, kv, head)
     if engine.tokenizer.chat_template is None:
         raise ModelError(f"{model}: no chat template; use `bitdistill generate`")
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -171,7 +170,7 @@ def bench(
     """Measure prefill and decode speed, memory, and bytes read per token."""
     from bitdistill.engine.bench import measure
 
-    engine = _engine(model, threads, isa, layout, kv, head)
+    engine = load_engine(model, threads, isa, layout, kv, head)
     facts = measure(
         engine,
         prefill_tokens=prefill_tokens,
@@ -190,9 +189,10 @@ def bench(
         console.print(f"{name:28} {shown}", markup=False)
 
 
-def _engine(
+def load_engine(
     model: Path, threads: int | None, isa: str | None, layout: LayoutName, kv: KvName, head: HeadName
 ) -> Engine:
+    """The engine that the options describe."""
     from bitdistill.engine import Engine
 
     return Engine(model, threads=threads, isa=isa, layout=layout.value, kv=kv.value, head=head.value)
@@ -208,6 +208,3 @@ def _ask() -> str:
         sys.stdout.write("> ")
         sys.stdout.flush()
     return sys.stdin.readline().strip()
-
-
-COMMANDS: list[tuple[str, Callable[..., Any]]] = [("generate", generate), ("chat", chat), ("bench", bench)]

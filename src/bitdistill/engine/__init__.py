@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitdistill.engine.engine import Engine, Generation
+    from bitdistill.engine.engine import Engine
+    from bitdistill.engine.generation import Generation
     from bitdistill.engine.labels import Answer
 
 __all__ = ["Answer", "Engine", "Generation"]
@@ -19,7 +20,7 @@ __all__ = ["Answer", "Engine", "Generation"]
 _HOMES = {
     "Answer": "bitdistill.engine.labels",
     "Engine": "bitdistill.engine.engine",
-    "Generation": "bitdistill.engine.engine",
+    "Generation": "bitdistill.engine.generation",
 }
 
 

@@ -36,7 +36,7 @@ class Model:
     def step(
         self,
         segments: Items[tuple[Sequence, NDArray[np.int32]]],
-        sampler: Sampler,
+        samplers: Items[Sampler],
         streams: Items[int],
         steps: Items[int],
     ) -> list[int]: ...

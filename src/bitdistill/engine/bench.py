@@ -67,7 +67,7 @@ def _prefill(engine: Engine, prompt: Any) -> float:
     sequence = _native.Sequence(engine.model)
     sampler = _native.Sampler(0.0, 0, 1.0, 0)
     start = time.perf_counter()
-    engine.model.step([(sequence, prompt)], sampler, [0], [0])
+    engine.model.step([(sequence, prompt)], [sampler], [0], [0])
     return time.perf_counter() - start
 
 
@@ -79,7 +79,9 @@ def _decode(engine: Engine, first: Any, tokens: int, count: int) -> tuple[float,
     each = []
     start = before = time.perf_counter()
     for step in range(tokens):
-        chosen = engine.model.step(list(zip(rows, ids, strict=True)), sampler, streams, [step] * count)
+        chosen = engine.model.step(
+            list(zip(rows, ids, strict=True)), [sampler] * count, streams, [step] * count
+        )
         ids = [np.array([token], dtype=np.int32) for token in chosen]
         now = time.perf_counter()
         each.append(now - before)

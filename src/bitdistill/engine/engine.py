@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bitdistill import artifact
 from bitdistill.engine import _native
+from bitdistill.engine.generation import Generation, NewText
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
 from bitdistill.eval.prediction import Prediction
@@ -31,7 +32,6 @@ KvType = Literal["float32", "float16", "int8"]
 HeadType = Literal["float", "screened", "screened4", "int8", "int4"]
 SHARED_PREFIX_TOKENS = 16
 """Prompts of a batch with so long a common beginning (a system message, examples) share its keys and values."""
-FinishReason = Literal["stop", "length", "callback"]
 
 
 class Options(TypedDict, total=False):
@@ -44,20 +44,6 @@ class Options(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str | int]
     stream: Callable[[int, str], bool | None] | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a model wrote after one prompt."""
-
-    text: str
-    """New tokens as text, without special tokens; ends before a stop string."""
-    ids: tuple[int, ...]
-    """New token ids; an end-of-text id is not among them."""
-    prompt_tokens: int
-    reused_tokens: int
-    """Prompt tokens whose keys and values were there already: from the last call, or from the batch's first prompt."""
-    finish_reason: FinishReason
 
 
 class Engine:
@@ -163,27 +149,50 @@ class Engine:
             ModelError: an empty prompt, one longer than the context, or an option out of range.
         """
         single = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int | np.integer)
-        prompts = [self._ids(p) for p in ([prompt] if single else prompt)]
+        prompts = [self.prompt_ids(p) for p in ([prompt] if single else prompt)]
+        sampler = _native.Sampler(temperature, top_k, top_p, seed)
+        texts = [
+            self.new_text(ids, max_new_tokens, stop, None if stream is None else partial(stream, n))
+            for n, ids in enumerate(prompts)
+        ]
+        with self._lock:
+            sequences, reused = self._sequences(prompts)
+            self._decode(sequences, prompts, texts, sampler)
+        results = [text.result(len(ids), had) for text, ids, had in zip(texts, prompts, reused, strict=True)]
+        return results[0] if single else results
+
+    def new_text(
+        self,
+        prompt_ids: NDArray[np.int32],
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str | int] = (),
+        stream: Callable[[str], bool | None] | None = None,
+    ) -> NewText:
+        """What is to be written after a prompt, with its bounds; the model's context is one of them.
+
+        Raises:
+            ModelError: an option out of range.
+        """
         stops = [stop] if isinstance(stop, str) else list(stop)
         if any(s == "" for s in stops):
             raise ModelError("stop: an empty string would end every text at once; leave it out")
         if max_new_tokens < 1:
             raise ModelError(f"max_new_tokens {max_new_tokens} is not 1 or more")
-        sampler = _native.Sampler(temperature, top_k, top_p, seed)
-        words = [s for s in stops if isinstance(s, str)]
-        ends = self.stop_ids | {int(s) for s in stops if not isinstance(s, str)}
         context = self.facts["max_positions"]
-        with self._lock:
-            sequences, reused = self._sequences(prompts)
-            texts = []
-            for n, ids in enumerate(prompts):
-                room = max_new_tokens if not context else min(max_new_tokens, context - len(ids))
-                texts.append(_Text(self.tokenizer, n, words, ends, room, stream))
-            self._decode(sequences, prompts, texts, sampler)
-        results = [text.result(len(ids), had) for text, ids, had in zip(texts, prompts, reused, strict=True)]
-        return results[0] if single else results
+        return NewText(
+            self.tokenizer,
+            words=[s for s in stops if isinstance(s, str)],
+            ends=self.stop_ids | {int(s) for s in stops if not isinstance(s, str)},
+            room=max_new_tokens if not context else min(max_new_tokens, context - len(prompt_ids)),
+            stream=stream,
+        )
 
-    def _ids(self, prompt: Prompt) -> NDArray[np.int32]:
+    def prompt_ids(self, prompt: Prompt | NDArray[np.int32]) -> NDArray[np.int32]:
+        """Token ids of a prompt that the model can run: int32 [T].
+
+        Raises:
+            ModelError: no tokens, more than the context, or ids outside the vocabulary.
+        """
         ids = np.asarray(self.encode(prompt) if isinstance(prompt, str) else prompt)
         context = self.facts["max_positions"]
         if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
@@ -236,7 +245,7 @@ class Engine:
         self,
         sequences: list[Any],
         prompts: list[NDArray[np.int32]],
-        texts: list[_Text],
+        texts: list[NewText],
         sampler: Any,
     ) -> None:
         """Run the prompts, then all unfinished sequences together, one token each at a time."""
@@ -245,7 +254,7 @@ class Engine:
         step = 0
         while active:
             given = [segments[n] for n in active]
-            chosen = self.model.step(given, sampler, active, [step] * len(active))
+            chosen = self.model.step(given, [sampler] * len(active), active, [step] * len(active))
             step += 1
             for n, token in zip(active, chosen, strict=True):
                 texts[n].add(token)
@@ -256,15 +265,23 @@ class Engine:
 
     def chat(self, messages: Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Generation:
         """Answer a conversation of {"role", "content"} messages through the model's chat template."""
+        return self.generate(self.chat_ids(messages), **options)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the model's answer begins.
+
+        Raises:
+            ModelError: the model has no chat template, or it refuses the messages.
+        """
         text = self.tokenizer.render_chat(messages)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.generate(ids, **options)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits [T, V] after each token of a sequence."""
         with self._lock:
             values: NDArray[np.float32] = self.model.forward(
-                [(_native.Sequence(self.model), self._ids(ids))], "all"
+                [(_native.Sequence(self.model), self.prompt_ids(ids))], "all"
             )
         return values
 
@@ -332,68 +349,3 @@ class Engine:
         if key not in self._classifiers:
             self._classifiers[key] = Classifier(task, self.tokenizer, length)
         return self._classifiers[key]
-
-
-class _Text:
-    """One sequence's new tokens on their way to text: stop ids, stop strings, streaming."""
-
-    def __init__(
-        self,
-        tokenizer: FolderTokenizer,
-        place: int,
-        words: list[str],
-        ends: frozenset[int],
-        room: int,
-        stream: Callable[[int, str], bool | None] | None,
-    ) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self.tokenizer, self.place, self.words, self.ends, self.room = tokenizer, place, words, ends, room
-        self.stream = stream
-        self.ids: list[int] = []
-        self.finish_reason: FinishReason | None = None if room > 0 else "length"
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._text, self._sent, self._cut = "", 0, -1
-
-    def add(self, token: int) -> None:
-        """Take one new token."""
-        if token in self.ends:
-            self.finish_reason = "stop"
-        else:
-            self.ids.append(token)
-            self._text += self._decoder.step(self.tokenizer.backend, token) or ""
-            self._look_for_stop()
-            if self.finish_reason is None and len(self.ids) >= self.room:
-                self.finish_reason = "length"
-        self._send()
-
-    def _look_for_stop(self) -> None:
-        found = [at for at in (self._text.find(word) for word in self.words) if at >= 0]
-        if found:
-            self._cut, self.finish_reason = min(found), "stop"
-
-    def _send(self) -> None:
-        """Stream the text that can no longer be part of a stop string."""
-        if self.stream is None:
-            return
-        end = self._cut if self._cut >= 0 else len(self._text)
-        if self.finish_reason is None:
-            end -= max((_overlap(self._text, word) for word in self.words), default=0)
-        if end > self._sent:
-            new, self._sent = self._text[self._sent : end], end
-            if self.stream(self.place, new) is False and self.finish_reason is None:
-                self.finish_reason = "callback"
-
-    def result(self, prompt_tokens: int, reused_tokens: int) -> Generation:
-        """The finished generation."""
-        text = self._text[: self._cut] if self._cut >= 0 else self.tokenizer.decode(self.ids)
-        assert self.finish_reason is not None
-        return Generation(text, tuple(self.ids), prompt_tokens, reused_tokens, self.finish_reason)
-
-
-def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of `text` that begins `word`."""
-    for n in range(min(len(text), len(word) - 1), 0, -1):
-        if word.startswith(text[-n:]):
-            return n
-    return 0
