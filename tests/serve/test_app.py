@@ -99,7 +99,9 @@ def test_without_a_seed_draws_differ(client: TestClient) -> None:
 def test_stop_strings_end_and_are_cut(client: TestClient, engine: Engine) -> None:
     text = engine.generate("How do I", max_new_tokens=20).text
     stop = text.split()[3]
-    answer = client.post("/v1/completions", json={"prompt": "How do I", "max_tokens": 20, "stop": stop}).json()
+    answer = client.post(
+        "/v1/completions", json={"prompt": "How do I", "max_tokens": 20, "stop": stop}
+    ).json()
     assert answer["choices"][0] == {
         "index": 0,
         "text": text[: text.index(stop)],
@@ -165,7 +167,14 @@ def test_mistakes_are_named(client: TestClient, body: Any, words: tuple[str, ...
 
 
 def test_neutral_and_harmless_fields_are_taken(client: TestClient) -> None:
-    more = {"logprobs": False, "presence_penalty": 0, "user": "me", "tools": [], "stop": None, "temperature": None}
+    more = {
+        "logprobs": False,
+        "presence_penalty": 0,
+        "user": "me",
+        "tools": [],
+        "stop": None,
+        "temperature": None,
+    }
     answer = client.post("/v1/chat/completions", json={**CHAT, **more, "model": "tiny"})
     assert answer.status_code == 200
     refused(client.post("/v1/chat/completions", json={**CHAT, "model": "gpt-4"}), 404, "'gpt-4'", "'tiny'")
@@ -177,7 +186,9 @@ def test_bodies_that_are_no_requests(client: TestClient) -> None:
     refused(client.post(route, content=b"\xff\xfe", headers=kind), 400, "not JSON")
     refused(client.post(route, content=b"[" * 100_000, headers=kind), 400, "not JSON")
     refused(client.post(route, content=b'{"prompt": "x", "temperature": NaN}', headers=kind), 400, "not JSON")
-    refused(client.post(route, content=b"{}", headers={"content-type": "text/plain"}), 415, "application/json")
+    refused(
+        client.post(route, content=b"{}", headers={"content-type": "text/plain"}), 415, "application/json"
+    )
     refused(client.post(route, content=b" " * (MAX_BODY_BYTES + 1), headers=kind), 413, "4 MB")
     refused(client.get(route), 405, "another method")
     refused(client.post("/v2/completions", json={}), 404, "no such route")
@@ -241,7 +252,9 @@ def test_bugs_are_logged_and_not_shown(
     assert "secret path" in caplog.text
 
 
-def test_a_model_without_template_or_task(tmp_path_factory: pytest.TempPathFactory, demo_student: Any) -> None:
+def test_a_model_without_template_or_task(
+    tmp_path_factory: pytest.TempPathFactory, demo_student: Any
+) -> None:
     engine = Engine(demo_student, threads=1, verify=False)
     with TestClient(make_app(engine, Batcher(engine), Settings("plain"))) as client:
         (model,) = client.get("/v1/models").json()["data"]

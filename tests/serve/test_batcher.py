@@ -14,7 +14,14 @@ from bitdistill.engine import batcher as module
 from bitdistill.engine.batcher import Batcher, Closed, Overloaded
 from bitdistill.errors import ModelError
 
-PROMPTS = ["How do I", "My card", "Why was I charged for a transfer", "When", "The exchange rate is", "I lost"] * 2
+PROMPTS = [
+    "How do I",
+    "My card",
+    "Why was I charged for a transfer",
+    "When",
+    "The exchange rate is",
+    "I lost",
+] * 2
 
 
 def test_requests_get_the_tokens_they_get_alone(engine: Engine, batcher: Batcher) -> None:
@@ -59,7 +66,9 @@ def test_long_prompts_run_in_pieces_beside_others(
 
 
 def test_a_conversation_reuses_what_was_run(engine: Engine, batcher: Batcher) -> None:
-    ids = engine.encode("My card has not arrived yet and I would like to know when it will come to my home address")
+    ids = engine.encode(
+        "My card has not arrived yet and I would like to know when it will come to my home address"
+    )
     first = batcher.submit(ids, max_new_tokens=6).future.result(timeout=60)
     again = [*ids, *first.ids, *engine.encode(" thanks")]
     second = batcher.submit(again, max_new_tokens=6).future.result(timeout=60)

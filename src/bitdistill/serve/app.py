@@ -29,6 +29,7 @@ from starlette.routing import Route
 from bitdistill.data.tasks import template_fields
 from bitdistill.engine.batcher import Batcher, Closed, Overloaded, Ticket
 from bitdistill.engine.engine import Engine
+from bitdistill.engine.generation import Generation
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError
 from bitdistill.serve.forms import Chat, Completion, Form
 from bitdistill.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest, Sampling
@@ -36,7 +37,6 @@ from bitdistill.serve.schema import ChatRequest, ClassifyRequest, CompletionRequ
 MAX_BODY_BYTES = 4 << 20
 CLASSIFY_BATCH = 16
 """Texts that are labelled between two tokens of running generations."""
-DISCONNECT_POLL_S = 0.5
 
 log = logging.getLogger("bitdistill.serve")
 Body = TypeVar("Body", bound=BaseModel)
@@ -255,35 +255,37 @@ class Routes:
             for prompt in prompts:
                 ids = await asyncio.to_thread(self.engine.prompt_ids, prompt)
                 for draw in range(body.n or 1):
-                    choice = len(tickets)
-                    on_text, on_end = partial(hand_over, choice), partial(hand_over, choice)
-                    tickets.append(submit(ids, draw=draw, on_text=on_text, on_end=on_end))
+                    listener = partial(hand_over, len(tickets))
+                    heard: dict[str, Any] = {"on_text": listener, "on_end": listener} if body.stream else {}
+                    tickets.append(submit(ids, draw=draw, **heard))
             if body.stream:
                 pieces = self._pieces(arrivals, tickets, form, body.with_usage)
                 headers = {"Cache-Control": "no-cache"}
                 return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
-            await self._finished(request, arrivals, len(tickets))
-            return JSONResponse(form.whole([ticket.future.result() for ticket in tickets]))
+            return JSONResponse(form.whole(await self._finished(request, tickets)))
         except BaseException:
             for ticket in tickets:
                 ticket.cancel()
             raise
 
     @staticmethod
-    async def _finished(request: Request, arrivals: Arrivals, choices: int) -> None:
-        """Wait for all choices.
+    async def _finished(request: Request, tickets: Sequence[Ticket]) -> list[Generation]:
+        """All generations.
 
         Raises:
             ClientDisconnect: the client went away.
         """
-        while choices:
-            try:
-                _, text = await asyncio.wait_for(arrivals.get(), DISCONNECT_POLL_S)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    raise ClientDisconnect from None
-            else:
-                choices -= text is None
+        gone = asyncio.ensure_future(_gone(request))
+        done = asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+        both: set[asyncio.Future[Any]] = {gone, done}
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise ClientDisconnect
+            return await done
+        finally:
+            gone.cancel()
+            done.cancel()
 
     @staticmethod
     async def _pieces(
@@ -338,6 +340,12 @@ class Routes:
         ]
         facts = {"object": "list", "model": self.settings.name, "task": self.task["name"]}
         return JSONResponse({**facts, "data": data})
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has gone away; its request was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _status_of(error: BaseException) -> tuple[int, str, str]:
