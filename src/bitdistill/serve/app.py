@@ -260,7 +260,7 @@ class Routes:
                     tickets.append(submit(ids, draw=draw, **heard))
             if body.stream:
                 pieces = self._pieces(arrivals, tickets, form, body.with_usage)
-                headers = {"Cache-Control": "no-cache"}
+                headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not wait
                 return StreamingResponse(pieces, media_type="text/event-stream", headers=headers)
             return JSONResponse(form.whole(await self._finished(request, tickets)))
         except BaseException:
