@@ -180,6 +180,29 @@ def test_labels_steer_in_turn(work: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert common.artifact.exists(run.run_dir / "writer")
 
 
+def test_the_writer_sees_prompts_as_it_was_trained_on_them(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are cut, and the writer's answers are shorter than its task would allow."""
+    lines = [
+        {"premise": f"w{30 + n // 2} " * 90, "hypothesis": f"w{40 + n}", "label": n % 2} for n in range(12)
+    ]
+    (work / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    run = opened(work, f"task={json.dumps(PAIRS.model_dump(mode='json'))}", "data.max_length=100")
+    encoded: list[list[Any]] = []
+    real = tasks.encode
+
+    def record(*arguments: Any, **options: Any) -> list[Any]:
+        encoded.append(real(*arguments, **options))
+        return encoded[-1]
+
+    monkeypatch.setattr(augment.tasks, "encode", record)
+    list(augment.written_rows(run, AugmentConfig(rows=12, temperature=0.7)))
+    trained, _, sampled = ({e.prompt_ids for e in examples} for examples in encoded)
+    assert max(map(len, trained)) < 60
+    assert sampled <= trained
+
+
 def test_the_recipe_writes_rows_and_stage_3_learns_them(work: Path) -> None:
     plain = pipeline.run(recipe(work), command="test", quiet=True)
     section = '{"rows": 24, "temperature": 2.0, "seed": 0}'

@@ -186,6 +186,9 @@ class Run:
             "limit_train": data.limit_train,
             "validation_fraction": data.validation_fraction if data.validation is None else 0.0,
             "max_length": data.max_length,
+            # Not for classification, whose artifacts stay valid. Before this entry the length of its answer decided
+            # where a row's prompt was cut.
+            **({} if self.recipe.task.kind == "classification" else {"prompts": "cut for max_new_tokens"}),
             # Only where it is set, and with what draws the rows, so that older artifacts keep their keys
             **(
                 {}
