@@ -246,6 +246,13 @@ def test_where_a_prompt_is_cut_says_nothing_about_its_answer(tokenizer: Any) -> 
     assert 18 <= len(half.prompt_ids) <= 20
 
 
+def test_answers_that_did_not_end_have_no_end_of_text(tokenizer: Any) -> None:
+    given = rows(*({"text": "x", "summary": "a film"} for _ in range(2)))
+    whole, cut = tasks.encode(SUMMARY, given, tokenizer, 64, ended=[True, False])
+    assert whole.answer_ids == (*cut.answer_ids, tokenizer.eos_token_id)
+    assert cut.answer_ids == ids(tokenizer, " a film")
+
+
 def test_an_answer_longer_than_new_tokens_stays_whole_beside_a_short_prompt(tokenizer: Any) -> None:
     task = SUMMARY.model_copy(update={"max_new_tokens": 2})
     row = {"text": "x", "summary": "the film is a charming journey"}

@@ -45,6 +45,8 @@ class _Draft:
     label: int | None
     references: tuple[str, ...]
     where: str
+    ended: bool = True
+    """Whether the answer is whole, so that an end-of-text token may follow it."""
 
 
 def encode(
@@ -54,6 +56,7 @@ def encode(
     max_length: int,
     *,
     require_answers: bool = True,
+    ended: Sequence[bool] | None = None,
     vocab_size: int | None = None,
 ) -> list[Example]:
     """Fill the template for each row and tokenize.
@@ -68,6 +71,8 @@ def encode(
         tokenizer: a Hugging Face tokenizer with a fast backend.
         max_length: tokens of prompt and answer together.
         require_answers: False for prediction: rows may lack label and target.
+        ended: for each row, False where its answer was cut already (`Prediction.ended`), so that no end-of-text
+            token is to follow; None: all are whole.
         vocab_size: rows of the model's embedding; ids beyond it are refused.
 
     Raises:
@@ -77,6 +82,8 @@ def encode(
     """
     fields, render = template_fields(task), renderer(task)
     drafts = [_draft(task, fields, row, require_answers) for row in rows]
+    for draft, whole in zip(drafts, ended or (), strict=ended is not None):
+        draft.ended = whole
     prefix = special_prefix(tokenizer)
     prompts = [render(d.texts) for d in drafts]
     ids = [prefix + tuple(i) for i in plain_ids(tokenizer, prompts)]
@@ -330,12 +337,10 @@ def _answer_ids(
 ) -> tuple[list[tuple[int, ...]], int]:
     """Ids of each draft's answer in its room, and how many were cut. Equal answers (label words) are tokenized once."""
     texts = list(dict.fromkeys(d.answer for d in drafts))
-    whole = {
-        text: tuple(ids) + end if text else ()
-        for text, ids in zip(texts, answer_encoder(tokenizer)(texts), strict=True)
-    }
-    answers = [whole[d.answer][:room] for d, room in zip(drafts, rooms, strict=True)]
-    return answers, sum(len(a) < len(whole[d.answer]) for a, d in zip(answers, drafts, strict=True))
+    ids = {t: tuple(i) for t, i in zip(texts, answer_encoder(tokenizer)(texts), strict=True)}
+    whole = [ids[d.answer] + (end if d.answer and d.ended else ()) for d in drafts]
+    answers = [answer[:room] for answer, room in zip(whole, rooms, strict=True)]
+    return answers, sum(len(a) < len(w) for a, w in zip(answers, whole, strict=True))
 
 
 def _shorten(
