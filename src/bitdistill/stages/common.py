@@ -233,8 +233,8 @@ class Run:
         _, held_out = self._split_train()
         if not held_out:
             raise DataError(
-                f"eval.split {split}: the recipe has no data.test, data.validation or data.validation_fraction; "
-                "name one of them"
+                f"eval.split {split}: {'no data.test and ' if split == 'test' else ''}no data.validation is named, and "
+                f"data.validation_fraction {data.validation_fraction} holds out no row; set one of them"
             )
         return held_out[: data.limit_test]
 
