@@ -293,6 +293,12 @@ class BitNetSftConfig(Strict):
     epochs: Positive = 2.0
     subln: Literal["paper", "every_linear", "none"] = "none"
     gains: Literal["ones", "calibrated"] = "calibrated"
+    """calibrated: on training prompts, as many and as long as `refine` says."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are gains to calibrate."""
+        return self.subln != "none" and self.gains == "calibrated"
 
 
 class EvalConfig(Strict):
