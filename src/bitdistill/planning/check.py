@@ -72,14 +72,24 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     """
     data = recipe.data
     task_metrics(recipe.task)
-    if scoring and data.validation is None and data.test is None and not data.validation_fraction:
+    on_validation = recipe.eval.split == "validation"  # which never takes test rows
+    held_out = scoring and data.validation is None and (data.test is None or on_validation)
+    if held_out and not data.validation_fraction:
+        keys = "eval.split is validation and neither" if on_validation else "neither test,"
         raise DataError(
-            "data: neither test, validation nor validation_fraction is set, so nothing could be scored; "
+            f"data: {keys} validation nor validation_fraction is set, so nothing could be scored; "
             "set one, for example validation_fraction: 0.1"
         )
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    train, fraction = found[0], data.validation_fraction
+    counted = not train.note  # neither estimated nor on the hub
+    if held_out and counted and train.rows is not None and int(train.rows * fraction) == 0:
+        raise DataError(
+            f"data.validation_fraction: {fraction} of {train.rows} training rows is less than one, "
+            "so nothing could be scored; raise it, or name rows"
+        )
     found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.augment is not None:
@@ -89,7 +99,6 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
                 raise DataError(
                     f"augment.texts: {text}: no such file or folder; name texts, or leave the key out"
                 )
-        train = found[0]
         found.append(
             Source("augment", "written by the model", 0, recipe.augment.rows, train.tokens_per_row, "at most")
         )
