@@ -80,8 +80,12 @@ def stamp(folder: Path) -> int:
 def test_an_interrupted_stage_with_other_settings_is_redone(work: Path, training: Training) -> None:
     stopped(training, recipe(work, *PLAIN), distill=1)
     changed = recipe(work, *PLAIN, "distill.optim.learning_rate=0.0007")
-    with pytest.raises(ArtifactError, match="made by another recipe"):
+    record = (work / "runs/tiny/recipe.yaml").read_bytes()
+    with pytest.raises(
+        ArtifactError, match=r"checkpoints/distill: begun with other settings.*--redo distill"
+    ):
         go(changed)
+    assert (work / "runs/tiny/recipe.yaml").read_bytes() == record
     training.take()
     run = go(changed, "distill")
     assert training.take() == {"distill": [0, 1, 2, 3]}
@@ -162,7 +166,7 @@ def test_a_redo_goes_on_with_other_settings_when_it_is_named_again(work: Path, t
     stopped(training, recipe(work, *PLAIN), "sft", distill=2)
     training.take()
     changed = recipe(work, *PLAIN, "distill.lambda=1")
-    with pytest.raises(ArtifactError, match="made by another recipe"):
+    with pytest.raises(ArtifactError, match="begun with other settings"):
         go(changed)  # a plain run does not drop what the redo has trained
     with pytest.raises(ArtifactError, match="--redo sft"):
         go(recipe(work, *PLAIN, "sft.epochs=2"))
@@ -205,6 +209,8 @@ def test_an_interrupted_writer_with_other_settings_is_redone(work: Path, trainin
     changed = recipe(work, *AUGMENT, "sft.epochs=2")
     with pytest.raises(ArtifactError, match="--redo sft"):
         go(changed)
+    with pytest.raises(ArtifactError, match=r"checkpoints/writer: begun with other settings.*--redo augment"):
+        go(recipe(work, *AUGMENT, "augment.seed=7"))
     training.take()
     go(changed, "sft", "augment")
     assert training.take()["writer"] == list(range(8))

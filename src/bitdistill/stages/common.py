@@ -29,6 +29,7 @@ from bitdistill.recipe import dump_recipe
 from bitdistill.report import text
 from bitdistill.stages.redo import PART_OF, Redo
 from bitdistill.stages.reuse import Reuse, drop_link
+from bitdistill.train.checkpoint import newest_key
 from bitdistill.train.compile import wants_compile
 from bitdistill.train.loop import FitResult
 from bitdistill.train.tracking import Sink, Tracker, open_sinks
@@ -150,8 +151,9 @@ class Run:
         Records the stage's key for the stages after it; if the stage must run, its work begins here.
 
         Raises:
-            ArtifactError: an artifact made from other inputs is there; it is never overwritten unasked.
+            ArtifactError: an artifact or a checkpoint made from other inputs is there; it is never dropped unasked.
         """
+        remedy = f"use --redo {PART_OF.get(stage, stage)}, or another name in the recipe"
         key = self.keys[stage] = artifact.hash_json(dict(inputs))
         there = stage not in self.redo.stale and artifact.exists(folder)
         manifest = artifact.read_manifest(folder) if there else {}
@@ -162,17 +164,17 @@ class Run:
         if there and not redo:
             old = manifest.get("inputs", {})
             changed = ", ".join(_differences(old, json.loads(json.dumps(dict(inputs))))[:3]) or "inputs"
-            raise ArtifactError(
-                f"{folder}: made with other settings ({changed}); use --redo {PART_OF.get(stage, stage)}, "
-                "or another name in the recipe"
-            )
+            raise ArtifactError(f"{folder}: made with other settings ({changed}); {remedy}")
         drop_link(folder)  # a link to another run's artifact, which may be gone
         if not redo and self.reuse is not None and self.reuse.link(key, folder):
             log.info("%s: taken from %s", stage, folder.resolve())
             return True
-        self.record()
+        checkpoints = self.checkpoints(stage)
         if redo:
-            self.redo.begin(stage, key, self.checkpoints(stage))
+            self.redo.begin(stage, key, checkpoints)
+        if newest_key(checkpoints) not in (None, key):
+            raise ArtifactError(f"{checkpoints}: begun with other settings, data or model; {remedy}")
+        self.record()
         return False
 
     def meta(self, stage: str, inputs: Mapping[str, Any], fit: FitResult | None = None) -> dict[str, Any]:
