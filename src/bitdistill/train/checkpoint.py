@@ -6,6 +6,7 @@ state.json. The two newest are kept; a corrupt newest one is passed over with a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -102,6 +103,14 @@ def save(
         (folder / "state.json").write_text(json.dumps({"step": step, **state}), "utf-8")
     for old in sorted(root.glob("step-????????"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_key(root: Path) -> str | None:
+    """Key of the newest checkpoint, without a look at its content; None when there is none."""
+    for folder in sorted(root.glob("step-????????"), reverse=True):
+        with contextlib.suppress(ArtifactError):
+            return str(artifact.read_manifest(folder).get("key"))
+    return None
 
 
 def restore(root: Path, model: nn.Module, optimizer: OptimizerSet, key: str) -> dict[str, Any] | None:
