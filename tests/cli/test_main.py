@@ -53,7 +53,8 @@ def imported_by(*arguments: str, cwd: Path) -> tuple[set[str], str]:
     listing = cwd / "imported.json"
     code = (
         "import atexit, json, sys\n"
-        f"atexit.register(lambda: open({str(listing)!r}, 'w').write(json.dumps(sorted(sys.modules))))\n" + MAIN
+        f"atexit.register(lambda: open({str(listing)!r}, 'w').write(json.dumps(sorted(sys.modules))))\n"
+        + MAIN
     )
     done = command(*arguments, cwd=cwd, code=code)
     assert (done.returncode, done.stderr) == (0, "")
