@@ -280,6 +280,34 @@ def test_tokenize_checks_before_it_loads(folder):
     assert "expected FIELD=VALUE" in done.stderr
 
 
+def test_tokenize_writes_shards(folder):
+    from bitdistill.data.corpus import TokenShards, load_tokenizer
+    from bitdistill.stages.demo import demo_folder
+
+    texts = {"a": "a film", "b": "another", "c": "a third one"}
+    rows = [{"text": text, "source": source} for source, text in texts.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = str(demo_folder() / "base")
+    arguments = ["tokenize", "corpus.jsonl", "--tokenizer", base, "--workers", "1"]
+    tokenizer = load_tokenizer(base)
+
+    def written(out: str, *flags: str) -> list[int]:
+        done = command(*arguments, "--out", out, *flags, "--json", cwd=folder)
+        assert (done.returncode, done.stderr) == (0, "")
+        shards = TokenShards(folder / out)
+        printed = {"folder": out, "tokens": shards.n_tokens, "fingerprint": shards.fingerprint}
+        assert json.loads(done.stdout) == printed
+        return shards.read(0, shards.n_tokens).tolist()
+
+    ids = {
+        source: [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for source, text in texts.items()
+    }
+    assert written("all") == ids["a"] + ids["b"] + ids["c"]
+    some = ["--include", "source=a", "--include", "source=c", "--exclude", "source=a", "--limit-tokens", "3"]
+    assert written("some", *some) == ids["c"][:3]
+
+
 def test_completion_script():
     done = command(_BITDISTILL_COMPLETE="complete_bash", COMP_WORDS="bitdistill pl", COMP_CWORD="1")
     assert done.stdout.split() == ["plan"]
