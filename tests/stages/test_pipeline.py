@@ -25,7 +25,7 @@ from bitdistill.errors import (
 from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
-from bitdistill.stages import common, kernels, pretrain, sft
+from bitdistill.stages import common, kernels, sft
 from bitdistill.stages.export import export_base
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
@@ -90,8 +90,8 @@ def test_finished_stages_are_not_run_again(work: Path, monkeypatch: pytest.Monke
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    for module in (sft, pretrain):  # all that call it
-        monkeypatch.setattr(module, "fit", no_training)
+    for stage in ("sft", "pretrain"):  # all modules that call it
+        monkeypatch.setattr(f"bitdistill.stages.{stage}.fit", no_training)
     second = pipeline.run(recipe(work), quiet=True)
     assert [r.predictions_sha256 for r in first.rows] == [r.predictions_sha256 for r in second.rows]
     after = latents(work / "runs/tiny/student")
