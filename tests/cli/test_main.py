@@ -280,20 +280,21 @@ def test_tokenize_checks_before_it_loads(folder):
     assert "expected FIELD=VALUE" in done.stderr
 
 
-def test_tokenize_writes_shards(folder):
+def test_tokenize_writes_shards(folder, monkeypatch):
     from bitdistill.data.corpus import TokenShards, load_tokenizer
     from bitdistill.stages.demo import demo_folder
 
     texts = {"a": "a film", "b": "another", "c": "a third one"}
     rows = [{"text": text, "source": source} for source, text in texts.items()]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(folder)
     base = str(demo_folder() / "base")
     arguments = ["tokenize", "corpus.jsonl", "--tokenizer", base, "--workers", "1"]
     tokenizer = load_tokenizer(base)
 
     def written(out: str, *flags: str) -> list[int]:
-        done = command(*arguments, "--out", out, *flags, "--json", cwd=folder)
-        assert (done.returncode, done.stderr) == (0, "")
+        done = CliRunner().invoke(cli.app, [*arguments, "--out", out, *flags, "--json"])
+        assert (done.exit_code, done.stderr) == (0, "")
         shards = TokenShards(folder / out)
         printed = {"folder": out, "tokens": shards.n_tokens, "fingerprint": shards.fingerprint}
         assert json.loads(done.stdout) == printed
