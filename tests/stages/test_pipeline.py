@@ -91,8 +91,8 @@ def test_finished_stages_are_not_run_again(work: Path, monkeypatch: pytest.Monke
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    for module in (sft, pipeline):
-        monkeypatch.setattr(module, "fit", no_training, raising=False)
+    for stage in ("sft", "pretrain"):  # all modules that call it
+        monkeypatch.setattr(f"bitdistill.stages.{stage}.fit", no_training)
     second = pipeline.run(recipe(work), quiet=True)
     assert [r.predictions_sha256 for r in first.rows] == [r.predictions_sha256 for r in second.rows]
     after = latents(work / "runs/tiny/student")

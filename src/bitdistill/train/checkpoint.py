@@ -122,6 +122,8 @@ def restore(root: Path, model: nn.Module, optimizer: OptimizerSet, key: str) -> 
     Raises:
         ArtifactError: a checkpoint is there but belongs to another recipe (its `key` differs).
     """
+    for orphan in root.glob("step-*.partial-*"):  # of a killed save, whose step may never be saved again
+        shutil.rmtree(orphan, ignore_errors=True)
     for folder in sorted(root.glob("step-????????"), reverse=True):
         try:
             manifest = artifact.verify(folder)
