@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bitdistill import artifact
-from bitdistill.errors import StorageError
+from bitdistill.errors import ArtifactError, StorageError
 
 WRITER = """
 import sys
@@ -139,3 +139,45 @@ def test_a_place_that_is_no_folder_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="file"):
         write(tmp_path / "file" / "a", "own")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_no_artifact_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    place, thesis = tmp_path / "mine", tmp_path / "mine/thesis.txt"
+    if kind == "folder":
+        place.mkdir()
+        thesis.write_text("years of work", "utf-8")
+    elif kind == "file":
+        place.write_text("years of work", "utf-8")
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="holds something else; name another folder"):  # noqa: SIM117
+        with artifact.writing(place, {}):
+            pytest.fail("work began")
+    assert kind != "folder" or thesis.read_text("utf-8") == "years of work"
+    assert kind != "file" or place.read_text("utf-8") == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_and_the_working_directory_are_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    with artifact.writing(here, {}) as partial:
+        (partial / "a").write_text("x", "utf-8")
+    monkeypatch.chdir(here)
+    with artifact.writing(Path(), {}) as partial:
+        (partial / "b").write_text("x", "utf-8")
+    assert sorted(path.name for path in here.iterdir()) == ["b", "bitdistill.json"]
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with artifact.writing(tmp_path / "a", {}) as partial:
+            (partial / "weights").write_text("x", "utf-8")
+            (partial / "weights").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a/weights").stat().st_mode & 0o777 == 0o640

@@ -64,9 +64,11 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     On an error the temporary folder is removed and the older artifact stays. Another writer of `folder` is waited for.
 
     Raises:
+        ArtifactError: something else than an artifact is there; it is never replaced.
         StorageError: the file system refused a write (disk full, no permission).
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # "." has no name
+    check_place(folder)
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
     with locked(folder):
         try:
@@ -75,6 +77,9 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
             files: dict[str, dict[str, Any]] = {}
             for path in sorted(p for p in partial.rglob("*") if p.is_file()):
                 name = path.relative_to(partial).as_posix()
+                path.chmod(
+                    partial.stat().st_mode & 0o666
+                )  # as the umask says; safetensors keeps all others out
                 files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
                 fsync_path(path)
             whole = {"format_version": FORMAT_VERSION, **manifest, "files": files}
@@ -91,6 +96,18 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
             if _is_storage_failure(error):
                 raise StorageError(f"{folder}: {error}; earlier artifacts are untouched") from error
             raise
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place where an artifact would replace what is no artifact: somebody's folder or file.
+
+    Raises:
+        ArtifactError: `folder` is a file, or a folder that holds something and no manifest.
+    """
+    if folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir())):
+        return
+    if os.path.lexists(folder):
+        raise ArtifactError(f"{folder}: is there already and holds something else; name another folder")
 
 
 @contextlib.contextmanager

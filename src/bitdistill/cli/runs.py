@@ -96,13 +96,12 @@ def pretrain(
 def _check_copy(recipe: Path, set_: list[str] | None, out: Path) -> None:
     """What would stop the copy, before anything is trained."""
     from bitdistill import artifact
-    from bitdistill.errors import ArtifactError, RecipeError
+    from bitdistill.errors import RecipeError
     from bitdistill.recipe import load_recipe
 
     if load_recipe(recipe, set_ or []).pretrain is None:
         raise RecipeError(f"{recipe}: pretrain is null, so there is no base to copy to --out")
-    if out.exists() and not artifact.exists(out):
-        raise ArtifactError(f"{out}: is there already and holds something else; name another folder")
+    artifact.check_place(out.absolute())
 
 
 def distill(

@@ -124,6 +124,8 @@ def restore(root: Path, model: nn.Module, optimizer: OptimizerSet, key: str) -> 
     """
     for orphan in root.glob("step-*.partial-*"):  # of a killed save, whose step may never be saved again
         shutil.rmtree(orphan, ignore_errors=True)
+    for lock in root.glob("step-*.lock"):  # of the same
+        lock.unlink(missing_ok=True)
     for folder in sorted(root.glob("step-????????"), reverse=True):
         try:
             manifest = artifact.verify(folder)
