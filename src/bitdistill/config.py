@@ -70,6 +70,11 @@ class Task(Strict):
             if len(self.labels) < 2:
                 raise ValueError(f"task {self.name}: classification needs at least 2 entries in `labels`")
             words = list(self.labels.values())
+            blank = next((label for label, word in self.labels.items() if not word.strip()), None)
+            if blank is not None:
+                raise ValueError(
+                    f"task {self.name}: labels: the word of {blank!r} is blank; give it a word, like ' none'"
+                )
             if len(set(words)) != len(words):
                 twice = sorted({w for w in words if words.count(w) > 1})
                 raise ValueError(f"task {self.name}: label words must differ; used more than once: {twice}")

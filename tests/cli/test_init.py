@@ -160,3 +160,15 @@ def test_any_label_values_and_names_are_quoted_right(tmp_path, values, odd):
     text, _ = write_recipe(request, tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text(text, "utf-8")
     assert set(load_recipe(tmp_path / "r.yaml").task.labels) == set(values)
+
+
+def test_label_words_that_begin_one_another_end_with_a_mark(tmp_path):
+    rows = [{"text": f"text number {i}", "label": ["lost", "lost card", "other"][i % 3]} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.append_eos is True
+
+
+def test_an_empty_label_value_gets_a_word(tmp_path):
+    rows = [{"text": f"text number {i}", "label": ["", "empty", "b"][i % 3]} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml", "--label", "label")
+    assert load_recipe(tmp_path / "r.yaml").task.labels == {"": " empty2", "b": " b", "empty": " empty"}

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitdistill.config import Recipe, Task
 from bitdistill.data import hub, readers, tasks
+from bitdistill.data.tokenizer import plain_ids, special_prefix
 from bitdistill.errors import DataError
 from bitdistill.eval.metrics import task_metrics
 from bitdistill.planning.estimate import Work
@@ -96,6 +97,27 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     if recipe.pretrain is not None:
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
     return found
+
+
+def check_tokens(recipe: Recipe, tokenizer: Any) -> None:
+    """What the model's tokenizer makes of label words and template; a run would find it after loading the model.
+
+    Raises:
+        DataError: label words that cannot be told apart, or a template that leaves `data.max_length` no room.
+    """
+    task = recipe.task
+    if task.append_eos and tokenizer.eos_token_id is None:
+        return  # the full tokenizer may know its eos from its class
+    labels = tasks.label_token_ids(task, tokenizer) if task.kind == "classification" else []
+    empty = tasks.renderer(task)(dict.fromkeys(tasks.template_fields(task), ""))
+    needed = len(special_prefix(tokenizer)) + len(plain_ids(tokenizer, [empty])[0])
+    length = recipe.data.max_length
+    answer = max((len(ids) for ids in labels), default=1)
+    if needed > length - answer:
+        raise DataError(
+            f"data.max_length: {length}, but the template alone needs {needed} tokens and its answer {answer}; "
+            "raise it"
+        )
 
 
 def scored(sources: list[Source], recipe: Recipe) -> Source | None:

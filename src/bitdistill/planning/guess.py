@@ -161,4 +161,8 @@ def _label_words(field: Field, where: str) -> tuple[dict[str, str], list[str]]:
         if len(set(words.values())) == len(words) and all(w.strip() for w in words.values()):
             return words, ["label words are made from the label values; short common words score faster"]
     note = f"labels of `{field.name}` are numbers or symbols: replace the label words by words with a meaning"
-    return {v: f" {v}" for v in values}, [note]
+    words = {v: f" {v}" for v in values}
+    for blank in [v for v in values if not v.strip()]:  # a blank word has nothing to score
+        free = (f" empty{n}" for n in ("", *range(2, len(values) + 2)))
+        words[blank] = next(word for word in free if word not in words.values())
+    return words, [note]

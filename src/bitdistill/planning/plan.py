@@ -93,7 +93,7 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     Raises:
         RecipeError: unknown device class, or a key that contradicts the model (a layer it does not have).
         ModelError: no config for the model, or an unsupported family.
-        DataError: missing files, or rows that do not fit the task.
+        DataError: missing files, rows that do not fit the task, or label words that cannot be told apart.
     """
     if device is None:
         device = "cpu" if recipe.device == "cpu" else estimate.detect_device()
@@ -106,6 +106,9 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     data = check.check_data(recipe, scoring=last >= ORDER.index("eval"))
     test = check.scored(data, recipe)
     length = recipe.data.max_length
+    tokenizer = sources.find_tokenizer(recipe.model)
+    if tokenizer is not None:
+        check.check_tokens(recipe, tokenizer)
     stages = estimate.stages(
         recipe,
         layout,

@@ -82,6 +82,7 @@ def _task_section(found: Guess, output: Path) -> str:
             "  # Label value: label word. Words begin with a space, differ, and are best one token each.",
             "  labels:",
             *(f"    {_quoted(value)}: {_quoted(word)}" for value, word in found.labels.items()),
+            *_end_mark(list(found.labels.values())),
             "  metrics: [accuracy, f1]",
         ]
     else:
@@ -93,6 +94,16 @@ def _task_section(found: Guess, output: Path) -> str:
             "  max_new_tokens: 64",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _end_mark(words: list[str]) -> list[str]:
+    """`append_eos` where a word begins another: scores could not tell " lost" from the start of " lost card"."""
+    begins = any(word != other and other.startswith(word) for word in words for other in words)
+    return (
+        ["  append_eos: true        # a word begins another: the end of text tells them apart"]
+        if begins
+        else []
+    )
 
 
 def _recipe_text(request: Request, output: Path, task: str, length: int, generation: bool) -> str:
