@@ -23,7 +23,7 @@ def test_plan_reads_the_tokenizer_at_hand(work):
     with pytest.raises(DataError, match="begin those of"):
         make_plan(recipe(work, BEGINS), "cpu")
     make_plan(recipe(work, BEGINS, "task.append_eos=true"), "cpu")
-    with pytest.raises(DataError, match="data.max_length: 1, but the template alone needs"):
+    with pytest.raises(DataError, match="max_length: 1, but the template alone needs"):
         make_plan(recipe(work, "data.max_length=1"), "cpu")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitdistill.cli.options import AsJson, print_json, stdout
+from bitdistill.cli.options import AsJson, print_json, stdin_lines, stdout
 from bitdistill.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def generate(
     json_: AsJson = False,
 ) -> None:
     """Continue a text with the native engine."""
-    text = sys.stdin.read() if prompt is None else prompt
+    text = "".join(line for _, line in stdin_lines()).replace("\r\n", "\n") if prompt is None else prompt
     if not text:
         raise DataError("generate: no prompt; give a text or pipe one in")
     engine = load_engine(model, threads, isa, layout, kv, head)
@@ -139,7 +140,8 @@ def chat(
     if engine.tokenizer.chat_template is None:
         raise ModelError(f"{model}: no chat template; use `bitdistill generate`")
     messages = [] if system is None else [{"role": "system", "content": system}]
-    while line := _ask():
+    lines = stdin_lines()
+    while line := _ask(lines):
         messages.append({"role": "user", "content": line})
         answer = engine.chat(
             messages,
@@ -203,8 +205,8 @@ def _write(_: int, text: str) -> None:
     sys.stdout.flush()
 
 
-def _ask() -> str:
-    if sys.stdin.isatty():
+def _ask(lines: Iterator[tuple[str, str]]) -> str:
+    if sys.stdin is not None and sys.stdin.isatty():
         sys.stdout.write("> ")
         sys.stdout.flush()
-    return sys.stdin.readline().strip()
+    return next(lines, ("", ""))[1].strip()
