@@ -12,15 +12,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class Strict(BaseModel):
-    """Base of all recipe sections: unknown keys fail, instances are immutable."""
+    """Base of all recipe sections: unknown keys fail, numbers are finite, instances are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+
+MOST_COUNT = 10**15
+"""More of anything is a slip of the pen, and would overflow where counts meet floats and C integers."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ModelSource(Strict):
@@ -119,7 +123,7 @@ class AugmentConfig(Strict):
     texts_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of the rows that begin with such a sentence."""
     temperature: Positive = 1.0
-    seed: int | None = None
+    seed: Seed | None = None
     """Of the writer and its samples; None: the recipe's. Set, the rows are shared by runs of other seeds."""
 
 
@@ -233,7 +237,7 @@ class PretrainConfig(Strict):
     loop: Loop = Loop(batch_rows=64)
     ternary_warmup_fraction: Fraction = 0.0
     """Share of steps over which weights are blended from full precision to ternary (lambda 0 -> 1)."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Of the data order; None: the recipe's. A number lets the seeds of an experiment share one base."""
     branch_steps: tuple[Count, ...] = ()
     """Keep the checkpoints of these steps: runs that differ in `budget_tokens` alone start from them (wsd only;
@@ -285,7 +289,7 @@ class DistillConfig(Strict):
     time on a GPU, where other steps are replayed from a graph."""
     relation: RelationConfig = RelationConfig()
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class BitNetSftConfig(Strict):
@@ -305,7 +309,7 @@ class EvalConfig(Strict):
     """native: the CPU engine scores teacher and students; the same predictions, on the CPU whatever `device` is."""
     batch_rows: Count = 64
     split: Literal["test", "validation"] = "test"
-    bootstrap_seed: int = 0
+    bootstrap_seed: Seed = 0
 
 
 class GgufConfig(Strict):
@@ -331,7 +335,7 @@ class ExportConfig(Strict):
 class ReportConfig(Strict):
     """The HTML report."""
 
-    samples: int = 20
+    samples: Annotated[int, Field(ge=0, le=MOST_COUNT)] = 20
     """Rows shown where teacher and student differ."""
 
 
@@ -346,7 +350,7 @@ class Recipe(Strict):
     """A whole run: model and data in, packed student and report out."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = 0
+    seed: Seed = 0
     output_dir: str = "runs"
     """The run's folder is output_dir/name (output_dir/name-seedN when the seed is not 0)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

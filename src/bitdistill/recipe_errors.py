@@ -13,6 +13,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 
+HUGE = 10**15
+"""Bounds from here on keep out slips of the pen; only the error about one tells them."""
+
+
 @dataclass
 class Places:
     """Where keys come from: the file with its key lines, or `--set`."""
@@ -97,7 +101,13 @@ def _message(
     hint = None
     if isinstance(value, str) and found is not None:
         hint = nearest(value, _literals(found[0]))
-    message = f"got {show(value)}, expected {_expected(keys, model)}"
+    expected = _expected(keys, model)
+    if kind == "finite_number":
+        expected = "a finite number"
+    elif kind in ("less_than", "less_than_equal"):
+        limit = next(iter(details["ctx"].values()))
+        expected = expected if limit < HUGE else f"less than {limit:.0e}"
+    message = f"got {show(value)}, expected {expected}"
     return f"{message}; {hint}" if hint else message
 
 
@@ -193,7 +203,7 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     parts = [_NAMES.get(annotation, str(annotation))]
     for constraint in _flatten(constraints):
         for kind, attribute, sign in _SIGNS:
-            if isinstance(constraint, kind):
+            if isinstance(constraint, kind) and getattr(constraint, attribute) < HUGE:
                 parts.append(f"{sign} {getattr(constraint, attribute):g}")
         pattern = getattr(constraint, "pattern", None)
         if isinstance(pattern, str):

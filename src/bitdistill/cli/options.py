@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+MOST_SEED = 2**63 - 1
+
+
 class StageName(StrEnum):
     """Stages in the order in which they run; equal to pipeline.STAGES (tested)."""
 

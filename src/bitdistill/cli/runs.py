@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitdistill.cli.options import (
+    MOST_SEED,
     AsJson,
     Overrides,
     Quiet,
@@ -139,7 +140,7 @@ def evaluate(
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Seed of the data order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the data order.")] = 0,
     redo_stage2: Annotated[
         Path | None,
         typer.Option(
