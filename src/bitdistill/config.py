@@ -24,6 +24,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Epochs = Annotated[float, Field(gt=0.0, le=MOST_COUNT)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -201,7 +202,7 @@ class SftConfig(Strict):
 
     optim: Optim = Optim(learning_rate=5e-5)
     loop: Loop = Loop(batch_rows=32)
-    epochs: Positive = 2.0
+    epochs: Epochs = 2.0
 
 
 class RefineConfig(Strict):
@@ -270,7 +271,7 @@ class DistillConfig(Strict):
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
-    epochs: Positive = 2.0
+    epochs: Epochs = 2.0
     ce_weight: NonNegative = 1.0
     lambda_: NonNegative = Field(default=10.0, alias="lambda")
     temperature: Positive = 5.0
@@ -297,7 +298,7 @@ class BitNetSftConfig(Strict):
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
-    epochs: Positive = 2.0
+    epochs: Epochs = 2.0
     subln: Literal["paper", "every_linear", "none"] = "none"
     gains: Literal["ones", "calibrated"] = "calibrated"
 
@@ -354,7 +355,7 @@ class Recipe(Strict):
     output_dir: str = "runs"
     """The run's folder is output_dir/name (output_dir/name-seedN when the seed is not 0)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; None: all cores. Bit-exact repeats need the same number."""
     method: Literal["bitdistill", "paper"] = "bitdistill"
     """paper: the paper's literal choices become the defaults (see METHODS); single keys still override them."""

@@ -172,3 +172,9 @@ def test_an_empty_label_value_gets_a_word(tmp_path):
     rows = [{"text": f"text number {i}", "label": ["", "empty", "b"][i % 3]} for i in range(30)]
     init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml", "--label", "label")
     assert load_recipe(tmp_path / "r.yaml").task.labels == {"": " empty2", "b": " b", "empty": " empty"}
+
+
+def test_a_few_rows_still_leave_one_to_score(tmp_path):
+    rows = [{"text": f"text number {i}", "label": i % 2} for i in range(6)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    make_plan(load_recipe(tmp_path / "r.yaml"), "cpu")

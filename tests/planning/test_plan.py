@@ -189,6 +189,20 @@ def test_a_bad_label_names_file_and_line(write, tmp_path):
         make_plan(load_recipe(write()))
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("validation_fraction: 0.001", "0.001 of 150 rows is less than one"),
+        ("validation_fraction: 0.1, limit_train: 6", "0.1 of 6 rows is less than one"),
+        ("validation_fraction: 1, test: train.jsonl", "1 of 150 rows leaves none to train on"),
+    ],
+)
+def test_splits_without_rows_are_refused(write, data, expected):
+    recipe = load_recipe(write(data=f"{{train: train.jsonl, {data}}}"))
+    with pytest.raises(DataError, match=expected):
+        make_plan(recipe)
+
+
 def test_unknown_device(write):
     with pytest.raises(RecipeError, match="--on tpu: unknown; choose from cpu"):
         make_plan(load_recipe(write()), "tpu")

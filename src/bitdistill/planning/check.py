@@ -81,6 +81,8 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    if data.validation is None and data.validation_fraction:
+        _check_split(recipe, found[0], scored_from_train=scoring and data.test is None)
     found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.augment is not None:
@@ -161,6 +163,23 @@ def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bo
     rows, exact = count_rows(Path(source), sample)
     rows = rows if limit is None else min(limit, rows)
     return Source(key, source, len(sample), rows, tokens, "" if exact else "about")
+
+
+def _check_split(recipe: Recipe, train: Source, *, scored_from_train: bool) -> None:
+    """Whether holding rows out of the training rows, as the run does, leaves rows on both sides."""
+    rows, share = train.rows, recipe.data.validation_fraction
+    if rows is None:
+        return
+    held_out = int(rows * share)
+    if held_out == rows:
+        raise DataError(
+            f"data.validation_fraction: {share:g} of {rows} rows leaves none to train on; use a smaller share"
+        )
+    if scored_from_train and not held_out:
+        raise DataError(
+            f"data.validation_fraction: {share:g} of {rows} rows is less than one, so nothing could be scored; "
+            "use a larger share, or set data.test"
+        )
 
 
 def _few_labels(train: Source, recipe: Recipe) -> Source:

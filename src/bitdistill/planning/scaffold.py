@@ -62,7 +62,7 @@ def write_recipe(request: Request, output: Path) -> tuple[str, list[str]]:
         if twin := _builtin_twin(rows):
             notes.append(f"these rows also fit the built-in task {twin}: `task: {twin}`")
     length = _max_length(fields_of(rows), prompt, answer)
-    text = _recipe_text(request, output, section, length, generation)
+    text = _recipe_text(request, output, section, length, generation, len(rows))
     parse_yaml(text, "the new recipe")
     return text, notes
 
@@ -106,7 +106,7 @@ def _end_mark(words: list[str]) -> list[str]:
     )
 
 
-def _recipe_text(request: Request, output: Path, task: str, length: int, generation: bool) -> str:
+def _recipe_text(request: Request, output: Path, task: str, length: int, generation: bool, rows: int) -> str:
     here = output.resolve().parent
     data = [f"  train: {_quoted(_relative(request.train, here))}"]
     if request.validation:
@@ -114,7 +114,10 @@ def _recipe_text(request: Request, output: Path, task: str, length: int, generat
     if request.test:
         data.append(f"  test: {_quoted(_relative(request.test, here))}")
     if not request.validation and not request.test:
-        data.append("  validation_fraction: 0.1        # held out by seed, since no test rows were given")
+        share = 0.1 if rows >= 10 else 0.5  # at least one row, where there are two
+        data.append(
+            f"  validation_fraction: {share}        # held out by seed, since no test rows were given"
+        )
     distill = "{lambda: 1.0, gamma: auto}" if generation else "{gamma: auto}"
     model = _relative(request.model, here) if Path(request.model).expanduser().exists() else request.model
     return f"""\
