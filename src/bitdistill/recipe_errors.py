@@ -12,7 +12,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-
 HUGE = 10**15
 """Bounds from here on keep out slips of the pen; only the error about one tells them."""
 

@@ -110,6 +110,21 @@ def iter_documents(source: str) -> Iterator[Row]:
             yield from _documents_of_rows(_reader_of(path)(path))
 
 
+def check_documents(source: str) -> None:
+    """Read a local corpus up to its first text (of a .txt file up to its first line with one).
+
+    Raises:
+        DataError: as `iter_documents`, or there is no text at all.
+    """
+    for path in document_files(source):
+        if path.name.lower().endswith(".txt"):
+            if any(_decode(line, f"{path}:{number}").strip() for number, line in _lines(path)):
+                return
+        elif next(_documents_of_rows(_reader_of(path)(path)), None) is not None:
+            return
+    raise DataError(f"{source}: no text; give a corpus with at least one document")
+
+
 def document_files(source: str) -> list[Path]:
     """The document files of a path: itself, or all below a folder in sorted order (hidden ones left out)."""
     path = Path(source).expanduser()

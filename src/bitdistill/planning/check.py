@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitdistill import artifact
 from bitdistill.config import Recipe, Task
 from bitdistill.data import hub, readers, tasks
 from bitdistill.data.tokenizer import plain_ids, special_prefix
-from bitdistill.errors import DataError
+from bitdistill.errors import ArtifactError, DataError
 from bitdistill.eval.metrics import task_metrics
 from bitdistill.planning.estimate import Work
 
@@ -68,7 +69,8 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
 
     Raises:
         DataError: a file is missing, a row is broken or does not fit the task (file and line are named),
-            or there are no rows to score.
+            or there are no rows to score or to train on.
+        ArtifactError: the corpus or base is a folder of another kind, or of none.
         RecipeError: a metric that does not exist or does not fit the task's kind.
     """
     data = recipe.data
@@ -231,14 +233,36 @@ def _decoded(raw: Any, path: Path) -> Any:
 
 
 def _check_corpus(corpus: str | None, base: str | None) -> None:
+    """What stage 2 reads: its first document, or what kind of artifact it is."""
     if base is not None:
-        if not Path(base).expanduser().is_dir():
-            raise DataError(f"pretrain.base: {base}: no such folder; give a ternary base, or remove the key")
-    elif corpus is None:
+        _check_base(Path(base).expanduser())
+        return
+    if corpus is None:
         raise DataError(
             "pretrain: neither corpus nor base is set; name one, or leave stage 2 out with `pretrain: null`"
         )
-    elif hub.is_hub(corpus):
+    if hub.is_hub(corpus):
         hub.parse(corpus)
-    elif not Path(corpus).expanduser().exists():
+        return
+    path = Path(corpus).expanduser()
+    if not path.exists():
         raise DataError(f"pretrain.corpus: {corpus}: no such file or folder; check the path")
+    if path.is_dir() and artifact.exists(path):
+        from bitdistill.data.corpus import TokenShards  # not for a plan without shards
+
+        TokenShards(path)
+        return
+    try:
+        readers.check_documents(corpus)
+    except DataError as error:
+        raise DataError(f"pretrain.corpus: {error}") from None
+
+
+def _check_base(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"pretrain.base: {folder}: no such folder; give a ternary base, or remove the key")
+    kind = artifact.read_manifest(folder).get("kind")
+    if kind != "base":
+        raise ArtifactError(
+            f"pretrain.base: {folder}: kind {kind!r}, a ternary base is needed; run `bitdistill pretrain`"
+        )
