@@ -225,6 +225,21 @@ def test_override_errors_name_the_option(write):
     assert error_of(write(MINIMAL), "distill.gama=3").startswith("--set distill.gama: unknown key")
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distil.gamma=1", '--set distil.gamma: distil: unknown key; did you mean "distill"?'),
+        ("seed.x=1", "--set seed.x: seed: got a section, expected a whole number"),
+        ("task=nosuch", '--set task: no built-in task "nosuch"'),
+        ("task=./absent.yaml", "absent.yaml: no such file; check the path, or name a built-in task"),
+        ("model.path=", '--set model.path: got "", expected a text that is not empty'),
+        ("export.formats=gguf", '"ollama" each); write [gguf]'),
+    ],
+)
+def test_overrides_are_blamed_for_what_they_do(write, override, expected):
+    assert expected in error_of(write(MINIMAL), override)
+
+
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{b}: &{b} [{','.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -25,17 +25,18 @@ Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
 Epochs = Annotated[float, Field(gt=0.0, le=MOST_COUNT)]
+Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ModelSource(Strict):
     """Where the full-precision model comes from."""
 
-    path: str
+    path: Text
     """Hugging Face folder, hub name (`Qwen/Qwen3-0.6B`), or a `.gguf` file."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Folder or hub name of the tokenizer when it is not beside the model."""
 
 
@@ -95,11 +96,11 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance
 class DataConfig(Strict):
     """Files or hub names. `hub:owner/name[:config][:split]`, or a .jsonl/.jsonl.zst/.csv/.tsv/.parquet path."""
 
-    train: str
-    validation: str | None = None
+    train: Text
+    validation: Text | None = None
     """Held-out rows for choosing hyper-parameters. None: `validation_fraction` of train, by seed."""
     validation_fraction: Fraction = 0.0
-    test: str | None = None
+    test: Text | None = None
     """Rows of the results table. None: the validation rows."""
     unlabelled: Sources = ()
     """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
@@ -221,9 +222,9 @@ class RefineConfig(Strict):
 class PretrainConfig(Strict):
     """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
 
-    corpus: str | None = None
+    corpus: Text | None = None
     """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
-    base: str | None = None
+    base: Text | None = None
     """An existing ternary base (folder): stage 2 is not run. `auto`-cached bases need no entry here."""
     objective: Literal["lm", "kl", "mix"] = "kl"
     """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
@@ -352,7 +353,7 @@ class Recipe(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Seed = 0
-    output_dir: str = "runs"
+    output_dir: Text = "runs"
     """The run's folder is output_dir/name (output_dir/name-seedN when the seed is not 0)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None

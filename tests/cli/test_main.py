@@ -232,6 +232,21 @@ def test_results_and_report_of_a_run_that_is_not_there(folder):
     assert command("inspect", "nothing", cwd=folder).returncode == 6
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["results", "gone"], 6, "error: gone: no such folder; give a run's folder or its recipe\n"),
+        (["export", "gone"], 6, "error: gone: no such folder; give a packed student's folder or a recipe\n"),
+        (["sweep", "gone.yaml"], 3, "error: gone.yaml: no such file; check the path\n"),
+        (["inspect", "recipe.yaml"], 2, "'recipe.yaml' is a file"),
+        (["predict", "recipe.yaml", "x"], 2, "'recipe.yaml' is a file"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is_expected(folder, arguments, code, expected):
+    done = command(*arguments, cwd=folder)
+    assert (done.returncode, expected in done.stderr) == (code, True), done.stderr
+
+
 def test_results_of_a_run(folder):
     from bitdistill.eval.results import ResultRow, write_results
 

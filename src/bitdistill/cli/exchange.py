@@ -17,7 +17,7 @@ from bitdistill.cli.options import (
     set_up_logging,
     stderr,
 )
-from bitdistill.errors import RecipeError
+from bitdistill.errors import ArtifactError, RecipeError
 
 
 def export(
@@ -73,6 +73,8 @@ def export(
         if json_ and push is None:
             formats = {n: str(p) for n, p in made.items()}
             print_json({"packed": str(packed), "formats": formats, "readers": _readers(packed)})
+    elif not source.exists() and source.suffix not in (".yaml", ".yml"):
+        raise ArtifactError(f"{source}: no such folder; give a packed student's folder or a recipe")
     else:
         from bitdistill.cli.runs import run_until
 

@@ -35,7 +35,10 @@ class DeviceName(StrEnum):
 
 def predict(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A packed student's folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A packed student's folder.", file_okay=False, show_default=False
+        ),
     ],
     texts: Annotated[
         list[str] | None,
