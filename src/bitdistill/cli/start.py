@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -81,7 +82,8 @@ def init(
     for note in notes:
         console.print(Text(f"- {note}"), soft_wrap=True)
     console.print(Text(f"Wrote {output}. Look through it, then:"), soft_wrap=True)
-    console.print(Text(f"  bitdistill plan {output}\n  bitdistill run {output}"), soft_wrap=True)
+    shown = shlex.quote(str(output))
+    console.print(Text(f"  bitdistill plan {shown}\n  bitdistill run {shown}"), soft_wrap=True)
 
 
 def _siblings(train: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -107,7 +108,7 @@ def _end_mark(words: list[str]) -> list[str]:
 
 
 def _recipe_text(request: Request, output: Path, task: str, length: int, generation: bool, rows: int) -> str:
-    here = output.resolve().parent
+    here, name = output.resolve().parent, _comment(shlex.quote(output.name))
     data = [f"  train: {_quoted(_relative(request.train, here))}"]
     if request.validation:
         data.append(f"  validation: {_quoted(_relative(request.validation, here))}")
@@ -122,8 +123,8 @@ def _recipe_text(request: Request, output: Path, task: str, length: int, generat
     model = _relative(request.model, here) if Path(request.model).expanduser().exists() else request.model
     return f"""\
 # Written by: {_comment(request.command)}
-# Check it:  bitdistill plan {output.name}
-# Run it:    bitdistill run {output.name}
+# Check it:  bitdistill plan {name}
+# Run it:    bitdistill run {name}
 # Paths are relative to this file. Every key: docs/recipes.md. Override one: --set distill.gamma=auto
 
 name: {_name(output.stem)}
