@@ -224,6 +224,28 @@ def test_run_hands_the_recipe_to_the_pipeline(folder, monkeypatch, capsys):
     }
 
 
+@pytest.mark.parametrize("name", ["run", "refine"])
+def test_quiet_leaves_stderr_to_errors(name, folder, monkeypatch, capsys):
+    from bitdistill import pipeline
+
+    result = pipeline.RunResult(Path("runs/t"), packed=Path("runs/t/packed"))
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: result)
+    for options, silent in ((["--quiet"], True), ([], False)):
+        monkeypatch.setattr(sys, "argv", ["bitdistill", name, str(folder / "recipe.yaml"), *options])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert (capsys.readouterr().err == "") == silent
+
+
+def test_a_quiet_sweep_lists_on_stdout_alone(folder):
+    (folder / "sweep.yaml").write_text(
+        "name: s\ntitle: S\nrecipes: [recipe.yaml]\nseeds: [0]\ncells: [{name: one}]\n"
+    )
+    done = command("sweep", "sweep.yaml", "--dry-run", "--quiet", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "one" in done.stdout
+
+
 def test_results_and_report_of_a_run_that_is_not_there(folder):
     assert command("results", "recipe.yaml", cwd=folder).returncode == 6
     done = command("report", "recipe.yaml", cwd=folder)

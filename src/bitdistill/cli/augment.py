@@ -77,10 +77,10 @@ def augment(
     run = Run.open(loaded, command=command_line(), quiet=quiet)
     if out is None:
         folder = stage.augment(run)
-        stderr().print(f"rows in {folder}", markup=False, soft_wrap=True)
+        stderr(quiet).print(f"rows in {folder}", markup=False, soft_wrap=True)
         return
     assert loaded.augment is not None
     count = stage.write_rows(stage.written_rows(run, loaded.augment), out)
-    stderr().print(
+    stderr(quiet).print(
         f"{count} rows in {out}; name it in the recipe: data.unlabelled", markup=False, soft_wrap=True
     )

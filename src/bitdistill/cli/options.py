@@ -56,14 +56,16 @@ Redo = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout, for machines; logs go to stderr.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no log lines on stderr.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only errors on stderr: no progress, log lines or hints.")
+]
 
 
-def stderr() -> Console:
-    """Console for people: logs, tables of `plan`, hints."""
+def stderr(quiet: bool = False) -> Console:
+    """Console for people: logs, tables of `plan`, hints. A quiet one prints nothing: errors go another way."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=quiet)
 
 
 def stdout() -> Console:
