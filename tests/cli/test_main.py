@@ -26,6 +26,7 @@ from bitdistill.errors import (
     ModelError,
     RecipeError,
     StorageError,
+    UsageError,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,34 @@ def test_usage_errors_exit_with_2(arguments, expected):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "packed", "hello", "--field", "text=a"],
+        ["predict", "packed", "--field", "foo"],
+        ["init", "x/y", "train.jsonl", "--label", "x", "--target", "y", "-o", "new.yaml"],
+        ["init", "x/y", "train.jsonl"],
+        ["plan", "recipe.yaml", "--on", "foo"],
+        ["export", "recipe.yaml", "--dry-run"],
+        ["export", "recipe.yaml", "--push", "x"],
+        ["augment", "recipe.yaml", "--out", "x.txt"],
+        ["sweep", "sweep.yaml", "--only", "nothing"],
+        ["sweep", "sweep.yaml", "--row", "foo"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_usage_errors_of_one_line(arguments, folder, monkeypatch, capsys):
+    (folder / "sweep.yaml").write_text(
+        "name: s\ntitle: S\nrecipes: [recipe.yaml]\nseeds: [0]\ncells: [{name: one}]\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["bitdistill", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr().err
+    assert (caught.value.code, said.count("\n"), said[:7]) == (2, 1, "error: ")
+
+
 def test_errors_are_one_line_with_their_exit_code(folder):
     done = command("plan", "recipe.yaml", "--set", "distill.gama=3", cwd=folder)
     assert done.returncode == 3
@@ -117,6 +146,7 @@ def test_errors_are_one_line_with_their_exit_code(folder):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        (UsageError("x"), 2),
         (RecipeError("x"), 3),
         (DataError("x"), 4),
         (ModelError("x"), 5),
@@ -300,7 +330,7 @@ def test_tokenize_checks_before_it_loads(folder):
     done = command(
         "tokenize", "train.jsonl", "--tokenizer", "x/y", "--out", "o", "--include", "source", cwd=folder
     )
-    assert done.returncode == 3
+    assert done.returncode == 2
     assert "expected FIELD=VALUE" in done.stderr
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bitdistill.cli.main import app
 from bitdistill.config import ExportConfig, GgufConfig
-from bitdistill.errors import ArtifactError, ModelError, RecipeError
+from bitdistill.errors import ArtifactError, ModelError, UsageError
 from bitdistill.interop.hub import plan_push, push
 from bitdistill.interop.ollama import CHAT_FORMATS, chat_format, export_ollama, modelfile
 from tests.interop.trained import packed_student, tokenizer
@@ -111,7 +111,7 @@ def test_a_students_own_card_is_used(packed: Path, tmp_path: Path) -> None:
 
 
 def test_what_may_not_go_out(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="named OWNER/NAME"):
+    with pytest.raises(UsageError, match="named OWNER/NAME"):
         plan_push(packed, packed, "../student")
     with pytest.raises(ArtifactError, match="no artifact here"):
         plan_push(tmp_path, packed, "somebody/student")
@@ -191,5 +191,5 @@ def test_commands(packed: Path, tmp_path: Path) -> None:
 )
 def test_commands_that_cannot_be(packed: Path, args: list[str], words: str) -> None:
     done = CliRunner().invoke(app, ["export", str(packed), *args])
-    assert isinstance(done.exception, RecipeError)
+    assert isinstance(done.exception, UsageError)
     assert words in str(done.exception)

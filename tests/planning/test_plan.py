@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitdistill import artifact
-from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, RecipeError
+from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, RecipeError, UsageError
 from bitdistill.planning import check
 from bitdistill.planning.plan import make_plan
 from bitdistill.recipe import load_recipe
@@ -235,7 +235,7 @@ def test_splits_without_rows_are_refused(write, data, expected):
 
 
 def test_unknown_device(write):
-    with pytest.raises(RecipeError, match="--on tpu: unknown; choose from cpu"):
+    with pytest.raises(UsageError, match="--on tpu: unknown; choose from cpu"):
         make_plan(load_recipe(write()), "tpu")
 
 

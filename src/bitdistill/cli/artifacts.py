@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitdistill.cli.options import AsJson, print_json, set_up_logging, stderr, stdout
-from bitdistill.errors import ArtifactError, DataError, RecipeError
+from bitdistill.errors import ArtifactError, DataError, UsageError
 
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, or the recipe of the run.", show_default=False)
@@ -132,7 +132,7 @@ def _conditions(pairs: list[str] | None, option: str) -> dict[str, set[str]] | N
     for pair in pairs or []:
         field, equals, value = pair.partition("=")
         if not equals or not field:
-            raise RecipeError(f"{option} {pair}: expected FIELD=VALUE, for example {option} source=books")
+            raise UsageError(f"{option} {pair}: expected FIELD=VALUE, for example {option} source=books")
         found.setdefault(field, set()).add(value)
     return found or None
 

@@ -51,13 +51,13 @@ def augment(
     section in the recipe `run` does this by itself. A file made with --out is named as data.unlabelled.
     """
     from bitdistill.config import AugmentConfig
-    from bitdistill.errors import DataError, RecipeError
+    from bitdistill.errors import RecipeError, UsageError
     from bitdistill.planning.check import check_data
     from bitdistill.recipe import load_recipe, parse_recipe
 
     set_up_logging(quiet)
     if out is not None and not out.name.endswith((".jsonl", ".jsonl.zst")):
-        raise DataError(f"--out {out}: name a .jsonl or .jsonl.zst file")
+        raise UsageError(f"--out {out}: name a .jsonl or .jsonl.zst file")
     loaded = load_recipe(recipe, set_ or [])
     given = {"rows": rows, "texts": texts, "texts_share": texts_share, "temperature": temperature}
     if out is None and (loaded.augment is None or any(value is not None for value in given.values())):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from bitdistill.cli.options import set_up_logging, stdin_lines, stdout
-from bitdistill.errors import DataError, RecipeError
+from bitdistill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from bitdistill.data.readers import Row
@@ -71,7 +71,7 @@ def predict(
     """
     set_up_logging(quiet=False)
     if sum(map(bool, (texts, field, file))) > 1:
-        raise RecipeError("predict: give texts, --field or --file, only one of them")
+        raise UsageError("predict: give texts, --field or --file, only one of them")
     inputs = _inputs(texts, field, file)
     if not _interactive():
         inputs = _first_checked(inputs)
@@ -109,7 +109,7 @@ def _inputs(texts: list[str] | None, field: list[str] | None, file: str | None) 
         pairs = [pair.partition("=") for pair in field]
         bad = next((name for name, equals, _ in pairs if not equals or not name), None)
         if bad is not None:
-            raise RecipeError(f"--field {bad}: expected NAME=TEXT")
+            raise UsageError(f"--field {bad}: expected NAME=TEXT")
         yield "input 1", {name: text for name, _, text in pairs}
     elif file:
         from bitdistill.data.readers import iter_rows

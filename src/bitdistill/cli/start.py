@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitdistill.cli.options import command_line, stderr
-from bitdistill.errors import DataError, RecipeError, StorageError
+from bitdistill.errors import DataError, StorageError, UsageError
 
 SIBLINGS = {"test": ("test",), "validation": ("validation", "valid", "dev", "val")}
 
@@ -53,9 +53,9 @@ def init(
     from bitdistill.planning.scaffold import Request, write_recipe
 
     if label and target:
-        raise RecipeError("init: --label means classification, --target generation; give one of them")
+        raise UsageError("init: --label means classification, --target generation; give one of them")
     if output.exists() and not force:
-        raise RecipeError(f"{output}: exists already; choose another --output, or --force to overwrite it")
+        raise UsageError(f"{output}: exists already; choose another --output, or --force to overwrite it")
     if not data.startswith("hub:") and not Path(data).expanduser().is_file():
         raise DataError(f"{data}: no such file; check the path (or write hub:owner/name for a hub data set)")
     found = {} if test or data.startswith("hub:") else _siblings(Path(data).expanduser())
