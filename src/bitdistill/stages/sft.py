@@ -67,7 +67,7 @@ def train_on_task(
         DataError, ModelError: rows, label words or tokenizer are not usable.
     """
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-    if run.recipe.task.kind == "classification":
+    if examples is None and run.recipe.task.kind == "classification":
         label_token_ids(run.recipe.task, tokenizer)  # or scoring would refuse them, after all training
     rows = run.train_examples(tokenizer) if examples is None else list(examples)
     batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop))
