@@ -62,6 +62,7 @@ class Task(Strict):
     metrics: tuple[str, ...] = ()
     """Names from eval.metrics; the first is the headline metric. Default by kind: accuracy | rougeL."""
     max_new_tokens: Count = 64
+    """Generation: tokens of an answer at most, end-of-text included; no prompt takes their room in data.max_length."""
     licence: str | None = None
     source: str | None = None
 
@@ -111,7 +112,8 @@ class DataConfig(Strict):
     """Classification: train on at most this many rows of each label, drawn by seed. What few labels would give."""
     limit_test: Count | None = None
     max_length: Count = 512
-    """Tokens of prompt and answer together; of a longer prompt the end of its longest field is cut."""
+    """Tokens of prompt and answer together; of a longer prompt the end of its longest field is cut. Prompts leave room
+    for the task's longest label word, or for `max_new_tokens` (at most half), whatever the row's own answer is."""
 
 
 class AugmentConfig(Strict):
@@ -302,6 +304,12 @@ class BitNetSftConfig(Strict):
     epochs: Epochs = 2.0
     subln: Literal["paper", "every_linear", "none"] = "none"
     gains: Literal["ones", "calibrated"] = "calibrated"
+    """calibrated: on training prompts, as many and as long as `refine` says."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are gains to calibrate."""
+        return self.subln != "none" and self.gains == "calibrated"
 
 
 class EvalConfig(Strict):

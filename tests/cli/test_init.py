@@ -81,6 +81,15 @@ def test_generation(tmp_path):
     make_plan(recipe, "cpu")
 
 
+def test_prompts_of_generation_are_not_cut_for_answers_that_are_short(tmp_path):
+    """Prompts leave room for max_new_tokens: 64 tokens in all would cut these at 32."""
+    rows = [{"question": f"{i} " + "word " * 26, "answer": f"fine {i}"} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert (recipe.task.kind, recipe.task.target_field) == ("generation", "answer")
+    assert recipe.data.max_length == 128
+
+
 def test_named_fields_and_built_in_task(tmp_path):
     rows = [{"a": f"words {i} here", "b": f"more {i} words", "c": "xy"[i % 2]} for i in range(40)]
     train = rows_file(tmp_path / "rows.jsonl", rows)

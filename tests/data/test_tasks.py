@@ -225,7 +225,55 @@ def test_long_answers_are_cut_without_eos(tokenizer: Any, caplog: Any) -> None:
     assert len(example.answer_ids) == 15
     assert tokenizer.eos_token_id not in example.answer_ids
     assert example.references == (row["summary"],)  # scoring sees the whole reference
-    assert "summary: 1 of 1 answers cut to max_length // 2" in caplog.messages
+    assert "summary: 1 of 1 answers cut to what max_length 30 leaves them" in caplog.messages
+
+
+def test_where_a_prompt_is_cut_says_nothing_about_its_answer(tokenizer: Any) -> None:
+    """Else scores would be of prompts that tell how long the reference is, and prediction would see others."""
+    text = "the film is a charming journey " * 9
+    task = SUMMARY.model_copy(update={"max_new_tokens": 12})
+    bare, short, long = (
+        {"text": text, **more} for more in ({}, {"summary": "a film"}, {"summary": "the card is lost " * 5})
+    )
+    answered = tasks.encode(task, rows(short, long), tokenizer, 40)
+    (alone,) = tasks.encode(task, rows(bare), tokenizer, 40, require_answers=False)
+    assert {e.prompt_ids for e in answered} == {alone.prompt_ids}
+    assert 26 <= len(alone.prompt_ids) <= 28  # 40 without the 12 new tokens
+    assert [e.answer_ids[-1] == tokenizer.eos_token_id for e in answered] == [True, False]
+    assert all(len(e.prompt_ids) + len(e.answer_ids) <= 40 for e in answered)
+    # More new tokens than half of max_length leave the other half to the prompt.
+    (half,) = tasks.encode(task.model_copy(update={"max_new_tokens": 99}), rows(short), tokenizer, 40)
+    assert 18 <= len(half.prompt_ids) <= 20
+
+
+def test_answers_that_did_not_end_have_no_end_of_text(tokenizer: Any) -> None:
+    given = rows(*({"text": "x", "summary": "a film"} for _ in range(2)))
+    whole, cut = tasks.encode(SUMMARY, given, tokenizer, 64, ended=[True, False])
+    assert whole.answer_ids == (*cut.answer_ids, tokenizer.eos_token_id)
+    assert cut.answer_ids == ids(tokenizer, " a film")
+
+
+def test_an_answer_longer_than_new_tokens_stays_whole_beside_a_short_prompt(tokenizer: Any) -> None:
+    task = SUMMARY.model_copy(update={"max_new_tokens": 2})
+    row = {"text": "x", "summary": "the film is a charming journey"}
+    (example,) = tasks.encode(task, rows(row), tokenizer, 64)
+    assert example.answer_ids == (*ids(tokenizer, " " + row["summary"]), tokenizer.eos_token_id)
+    assert len(example.answer_ids) > 2
+
+
+@pytest.mark.parametrize("append_eos", [None, True])
+def test_prompts_leave_room_for_the_longest_label_word(tokenizer: Any, append_eos: bool | None) -> None:
+    labels = {"0": " no", "1": " the film is a charming journey"}
+    task = SENTIMENT.model_copy(update={"labels": labels, "append_eos": append_eos})
+    text = "Where is my card? " * 9
+    answered = tasks.encode(
+        task, rows({"sentence": text, "label": 0}, {"sentence": text, "label": 1}), tokenizer, 40
+    )
+    (alone,) = tasks.encode(task, rows({"sentence": text}), tokenizer, 40, require_answers=False)
+    assert {e.prompt_ids for e in answered} == {alone.prompt_ids}
+    longest = max(len(i) for i in tasks.label_token_ids(task, tokenizer))
+    assert 38 - longest <= len(alone.prompt_ids) <= 40 - longest
+    assert [e.answer_ids for e in answered] == tasks.label_token_ids(task, tokenizer)
 
 
 def test_label_token_ids(tokenizer: Any) -> None:

@@ -121,6 +121,8 @@ def test_generation_stops_at_eos(llama: Any, tokenizer: Any) -> None:
     for prediction, ids in zip(predictions, free, strict=True):
         kept = ids[: ids.index(stop)] if stop in ids else ids
         assert prediction.text == decode_answer(tokenizer, kept, [tokenizer.eos_token_id])
+        assert prediction.ended == (stop in ids)
+    assert {p.ended for p in predictions} == {True, False}
     assert stop_ids(stopping, tokenizer) == {stop, tokenizer.eos_token_id}
 
 

@@ -148,6 +148,31 @@ def test_until_leaves_later_stages_and_their_needs_out(write):
     assert [s.name for s in make_plan(load_recipe(path), until="distill").stages] == ["sft", "distill"]
 
 
+def test_rows_of_the_split_that_is_scored_must_be_there(write):
+    """What would otherwise be found after all training."""
+    (Path(write()).parent / "test.jsonl").write_text('{"sentence": "fine", "label": 1}\n')
+    path = write("eval: {split: validation}\n", data="{train: train.jsonl, test: test.jsonl}")
+    with pytest.raises(DataError, match=r"eval\.split is validation and neither validation nor") as caught:
+        make_plan(load_recipe(path))
+    assert "test" not in str(caught.value)  # no remedy for it
+    make_plan(load_recipe(path), until="distill")
+    make_plan(load_recipe(path, ["eval.split=test"]))
+    make_plan(load_recipe(path, ["data.validation_fraction=0.1"]))
+    make_plan(load_recipe(path, [f"data.validation={path.parent}/test.jsonl"]))
+
+
+def test_a_held_out_share_must_be_a_row(write):
+    lines = [{"sentence": f"film {i}", "label": i % 2} for i in range(30)]
+    path = write(data="{train: few.jsonl, validation_fraction: 0.03}")
+    (path.parent / "few.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    with pytest.raises(
+        DataError, match=r"data\.validation_fraction: 0\.03 of 30 training rows is less than one"
+    ):
+        make_plan(load_recipe(path))
+    make_plan(load_recipe(path, ["data.validation_fraction=0.04"]))
+    make_plan(load_recipe(path), until="distill")
+
+
 @pytest.mark.parametrize(
     ("replaced", "kind", "expected"),
     [
@@ -223,9 +248,9 @@ def test_a_bad_label_names_file_and_line(write, tmp_path):
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ("validation_fraction: 0.001", "0.001 of 150 rows is less than one"),
-        ("validation_fraction: 0.1, limit_train: 6", "0.1 of 6 rows is less than one"),
-        ("validation_fraction: 1, test: train.jsonl", "1 of 150 rows leaves none to train on"),
+        ("validation_fraction: 0.001", "0.001 of 150 training rows is less than one"),
+        ("validation_fraction: 0.1, limit_train: 6", "0.1 of 6 training rows is less than one"),
+        ("validation_fraction: 1, test: train.jsonl", "1.0 of 150 training rows leaves none to train on"),
     ],
 )
 def test_splits_without_rows_are_refused(write, data, expected):

@@ -123,6 +123,16 @@ def test_changed_settings_never_overwrite_unasked(work: Path) -> None:
     assert (work / "runs/tiny/teacher/model.safetensors").read_bytes() != before
 
 
+def test_generation_artifacts_of_the_old_cut_are_not_taken_for_new_ones(work: Path) -> None:
+    task = "task={name: g, kind: generation, template: '{text} w9', target_field: label, max_new_tokens: 4}"
+    generation, classification = (
+        common.Run.open(recipe(work, *options), command="test", quiet=True).train_inputs()
+        for options in ((task,), ())
+    )
+    assert generation["prompts"] == "cut for max_new_tokens"
+    assert "prompts" not in classification  # where the rows are what they were, so are the keys
+
+
 def test_redo_makes_what_depends_on_it_again(work: Path) -> None:
     assert pipeline.dependent_stages(frozenset({"distill"})) == {"distill", "export", "eval", "report"}
     assert "bitnet_sft" not in pipeline.dependent_stages(frozenset({"sft"}))

@@ -135,7 +135,14 @@ def test_demo_student_by_either_engine_is_the_same(demo_student: Path) -> None:
         # of tests/native/test_exactness.py); labels may not.
         assert not parted or task.kind == "generation"
         assert len(parted) <= 0.1 * len(rows)
+        assert [a.ended for a, b in pairs if a.text == b.text] == [
+            b.ended for a, b in pairs if a.text == b.text
+        ]
         for own, _ in parted:
             assert largest_gap(engine, model, examples[own.index].prompt_ids, task.max_new_tokens) < TIE
         np.testing.assert_allclose([a.scores for a, _ in pairs], [b.scores for _, b in pairs], atol=0.2)
+    assert not got[0].ended  # 24 tokens and no end
+    stop = engine.generate(list(examples[0].prompt_ids), max_new_tokens=24).ids[3]
+    engine.stop_ids |= {stop}
+    assert engine.predict(GENERATION, examples[:1])[0].ended
     assert artifact.verify(demo_student)["kind"] == "packed"

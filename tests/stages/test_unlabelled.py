@@ -16,6 +16,7 @@ from bitdistill.data import tasks
 from bitdistill.data.readers import read_rows
 from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.classify import classify
+from bitdistill.eval.prediction import Prediction
 from bitdistill.planning.check import check_data, distilled
 from bitdistill.recipe import dump_recipe, load_recipe
 from bitdistill.report import sweep_results
@@ -90,7 +91,7 @@ def test_the_plan_counts_them_in_stage_3(work: Path, extra: Path) -> None:
 
 def test_generating_teachers_answer_with_text(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = {"name": "copy", "kind": "generation", "template": "{text} w9", "target_field": "label"}
-    rows = [{"text": f"w{n + 30}", "label": "w40"} for n in range(4)]
+    rows = [{"text": f"w{n + 30} " * 40, "label": "w40"} for n in range(4)]
     for name in ("train", "extra"):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = opened(work, f"task={json.dumps(task)}", f"data.unlabelled=[{work}/extra.jsonl]")
@@ -98,12 +99,18 @@ def test_generating_teachers_answer_with_text(work: Path, monkeypatch: pytest.Mo
     texts = ["w41 w42", "", "w43", "w44"]
 
     def said(*arguments: Any, **options: Any) -> list[Any]:
-        return [type("P", (), {"text": text, "label": None}) for text in texts]
+        asked.extend(arguments[3])
+        return [Prediction(n, None, (), text, ended=text != "w43") for n, text in enumerate(texts)]
 
+    asked: list[tasks.Example] = []
     monkeypatch.setattr(pseudo_labels, "generate", said)
     answered = pseudo_labels.answered_examples(run, teacher, tokenizer)
     assert [e.references[0] for e in answered] == ["w41 w42", "w43", "w44"]
-    monkeypatch.setattr(pseudo_labels, "generate", lambda *a, **k: said()[1:2] * 4)
+    # One that max_new_tokens cut is not taught to end there; prompts that are cut are those of the question.
+    assert [e.answer_ids[-1] == tokenizer.eos_token_id for e in answered] == [True, False, True]
+    assert [e.prompt_ids for e in answered] == [asked[n].prompt_ids for n in (0, 2, 3)]
+    assert len(asked[0].prompt_ids) < 32
+    monkeypatch.setattr(pseudo_labels, "generate", lambda *a, **k: said(*a)[1:2] * 4)
     with pytest.raises(DataError, match="answered no row"):
         pseudo_labels.answered_examples(run, teacher, tokenizer)
 
@@ -178,6 +185,29 @@ def test_labels_steer_in_turn(work: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == ["Label: yes", "Label: no"] * 5
     assert torch.is_inference_mode_enabled() is False
     assert common.artifact.exists(run.run_dir / "writer")
+
+
+def test_the_writer_sees_prompts_as_it_was_trained_on_them(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are cut, and the writer's answers are shorter than its task would allow."""
+    lines = [
+        {"premise": f"w{30 + n // 2} " * 90, "hypothesis": f"w{40 + n}", "label": n % 2} for n in range(12)
+    ]
+    (work / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    run = opened(work, f"task={json.dumps(PAIRS.model_dump(mode='json'))}", "data.max_length=100")
+    encoded: list[list[Any]] = []
+    real = tasks.encode
+
+    def record(*arguments: Any, **options: Any) -> list[Any]:
+        encoded.append(real(*arguments, **options))
+        return encoded[-1]
+
+    monkeypatch.setattr(augment.tasks, "encode", record)
+    list(augment.written_rows(run, AugmentConfig(rows=12, temperature=0.7)))
+    trained, _, sampled = ({e.prompt_ids for e in examples} for examples in encoded)
+    assert max(map(len, trained)) < 60
+    assert sampled <= trained
 
 
 def test_the_recipe_writes_rows_and_stage_3_learns_them(work: Path) -> None:

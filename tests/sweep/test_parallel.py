@@ -57,6 +57,21 @@ def test_shared_stages_are_jobs_of_their_own(work: Path) -> None:  # noqa: F811
     assert len({job.name for job in jobs}) == len(jobs)
 
 
+@pytest.mark.parametrize(("subln", "jobs"), [("none", 1), ("paper", 2)])
+def test_baselines_are_apart_where_their_calibration_is(work: Path, subln: str, jobs: int) -> None:  # noqa: F811
+    text = f"""
+name: s
+recipes: [recipe.yaml]
+seeds: [0]
+set: {{bitnet_sft.subln: {subln}}}
+cells:
+  - {{name: a, rows: [bitnet_sft]}}
+  - {{name: b, rows: [bitnet_sft], set: {{refine.calibration_rows: 7}}}}
+"""
+    _, units = units_of(work, text)
+    assert [job.until for job in plan_jobs(units, on_gpu=False)].count("bitnet_sft") == jobs
+
+
 @dataclass
 class Fake:
     """A process that ends after some steps with a status."""

@@ -119,8 +119,8 @@ def load_tokenizer(path: str) -> Any:
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hex SHA-256 of what decides a text's ids: model, normalizer, pre-tokenizer and added tokens.
 
-    The same for one tokenizer saved to and loaded from other folders. Padding, truncation and chat template
-    do not count.
+    Not of the special tokens that are put around a text (`TokenShards.bos_ids`, `eos_id`). The same for one
+    tokenizer saved to and loaded from other folders. Padding, truncation and chat template do not count.
 
     Raises:
         ModelError: the tokenizer has no fast backend.
@@ -300,6 +300,7 @@ class TokenShards:
         n_tokens: tokens in all shards.
         documents: documents that were tokenized.
         vocab_size: ids are below this.
+        bos_ids, eos_id: what each document begins and ends with.
         tokenizer_sha256: `tokenizer_fingerprint` of the tokenizer that made it.
         fingerprint: hex SHA-256 that names the content (shards and tokenizer).
 
@@ -321,6 +322,7 @@ class TokenShards:
             counts = [int(n) for n in manifest["shard_tokens"]]
             self.n_tokens, self.documents = int(manifest["tokens"]), int(manifest["documents"])
             self.vocab_size, self.eos_id = int(manifest["vocab_size"]), int(manifest["eos_id"])
+            self.bos_ids = tuple(int(n) for n in manifest["bos_ids"])
             self.tokenizer_sha256 = str(manifest["tokenizer_sha256"])
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(

@@ -1,7 +1,8 @@
 """Rows to token ids: a declarative task's template, label words and answers. No torch import.
 
 Prompt and answer are tokenized apart and their ids joined, so a prompt has the same ids with and without
-its answer, and label words always are the same ids.
+its answer, and label words always are the same ids. Where a prompt is cut does not depend on the row's answer
+either: its length would give away that of the answer.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class _Draft:
     label: int | None
     references: tuple[str, ...]
     where: str
+    ended: bool = True
+    """Whether the answer is whole, so that an end-of-text token may follow it."""
 
 
 def encode(
@@ -53,13 +56,14 @@ def encode(
     max_length: int,
     *,
     require_answers: bool = True,
+    ended: Sequence[bool] | None = None,
     vocab_size: int | None = None,
 ) -> list[Example]:
     """Fill the template for each row and tokenize.
 
-    A prompt that does not fit `max_length` beside its answer loses text at the end of the row's longest
-    field, never in the template. An answer longer than half of `max_length` is cut there and then has no
-    end-of-text token. Counts of both are logged as warnings.
+    A prompt that leaves less of `max_length` than `answer_room` loses text at the end of the row's longest
+    field, never in the template. An answer longer than half of `max_length`, or than what its prompt leaves, is
+    cut there and then has no end-of-text token. Counts of both are logged as warnings.
 
     Args:
         task: template, label words, target field.
@@ -67,6 +71,8 @@ def encode(
         tokenizer: a Hugging Face tokenizer with a fast backend.
         max_length: tokens of prompt and answer together.
         require_answers: False for prediction: rows may lack label and target.
+        ended: for each row, False where its answer was cut already (`Prediction.ended`), so that no end-of-text
+            token is to follow; None: all are whole.
         vocab_size: rows of the model's embedding; ids beyond it are refused.
 
     Raises:
@@ -76,21 +82,27 @@ def encode(
     """
     fields, render = template_fields(task), renderer(task)
     drafts = [_draft(task, fields, row, require_answers) for row in rows]
-    append_eos = task.append_eos if task.append_eos is not None else task.kind == "generation"
-    eos = (eos_id(tokenizer),) if append_eos else ()
+    for draft, whole in zip(drafts, ended or (), strict=ended is not None):
+        draft.ended = whole
     prefix = special_prefix(tokenizer)
-    answers, answers_cut = _answer_ids(tokenizer, drafts, eos, max_length)
-
     prompts = [render(d.texts) for d in drafts]
     ids = [prefix + tuple(i) for i in plain_ids(tokenizer, prompts)]
-    rooms = [max_length - len(answer) for answer in answers]
-    prompts_cut = _shorten(tokenizer, render, drafts, prefix, rooms, prompts, ids)
+    room = max_length - answer_room(task, tokenizer, max_length)
+    prompts_cut = _shorten(tokenizer, render, drafts, prefix, room, prompts, ids)
+    rooms = [min(max_length // 2, max_length - len(i)) for i in ids]
+    answers, answers_cut = _answer_ids(tokenizer, drafts, _end(task, tokenizer), rooms)
     if prompts_cut:
         log.warning(
             "%s: %d of %d prompts cut to max_length %d", task.name, prompts_cut, len(rows), max_length
         )
     if answers_cut:
-        log.warning("%s: %d of %d answers cut to max_length // 2", task.name, answers_cut, len(rows))
+        log.warning(
+            "%s: %d of %d answers cut to what max_length %d leaves them",
+            task.name,
+            answers_cut,
+            len(rows),
+            max_length,
+        )
     examples = [
         Example(i, a, d.label, d.references, p, d.where)
         for i, a, d, p in zip(ids, answers, drafts, prompts, strict=True)
@@ -98,6 +110,17 @@ def encode(
     if vocab_size is not None:
         _check_ids(examples, vocab_size)
     return examples
+
+
+def answer_room(task: Task, tokenizer: Any, max_length: int) -> int:
+    """Tokens of `max_length` that no prompt may take, the same for all rows: at most half of it.
+
+    Classification: the longest label word. Generation: as many as may be generated.
+    """
+    wanted = task.max_new_tokens
+    if task.kind == "classification":
+        wanted = max(map(len, _label_ids(task, tokenizer)))
+    return min(wanted, max_length // 2)
 
 
 def check_rows(task: Task, rows: Sequence[Row], *, require_answers: bool = True) -> None:
@@ -118,13 +141,11 @@ def label_token_ids(task: Task, tokenizer: Any) -> list[tuple[int, ...]]:
         DataError: a label word without tokens, or one whose ids equal or begin another's: their
             likelihoods could not be told apart.
     """
-    words = list(task.labels.values())
-    append_eos = bool(task.append_eos)
-    eos = (eos_id(tokenizer),) if append_eos else ()
-    ids = [tuple(i) + eos for i in answer_encoder(tokenizer)(words)]
+    ids = _label_ids(task, tokenizer)
+    end = _end(task, tokenizer)
     seen: dict[tuple[int, ...], str] = {}
-    for word, word_ids in zip(words, ids, strict=True):
-        if len(word_ids) == len(eos):
+    for word, word_ids in zip(task.labels.values(), ids, strict=True):
+        if word_ids == end:
             raise DataError(f"task {task.name}: label word {word!r} has no tokens; choose another word")
         if word_ids in seen:
             raise DataError(
@@ -133,13 +154,24 @@ def label_token_ids(task: Task, tokenizer: Any) -> list[tuple[int, ...]]:
             )
         seen[word_ids] = word
     for word_ids, word in seen.items():
-        for end in range(1, len(word_ids)):
-            if word_ids[:end] in seen:
+        for length in range(1, len(word_ids)):
+            if word_ids[:length] in seen:
                 raise DataError(
-                    f"task {task.name}: the token ids of label word {seen[word_ids[:end]]!r} begin those of "
+                    f"task {task.name}: the token ids of label word {seen[word_ids[:length]]!r} begin those of "
                     f"{word!r}; choose another word for one, or set append_eos: true"
                 )
     return ids
+
+
+def _label_ids(task: Task, tokenizer: Any) -> list[tuple[int, ...]]:
+    end = _end(task, tokenizer)
+    return [tuple(i) + end for i in answer_encoder(tokenizer)(list(task.labels.values()))]
+
+
+def _end(task: Task, tokenizer: Any) -> tuple[int, ...]:
+    """What ends an answer that is not cut: the end-of-text token or nothing."""
+    append_eos = task.append_eos if task.append_eos is not None else task.kind == "generation"
+    return (eos_id(tokenizer),) if append_eos else ()
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
@@ -301,18 +333,14 @@ def label_index(task: Task, row: Row) -> int:
 
 
 def _answer_ids(
-    tokenizer: Any, drafts: Sequence[_Draft], eos: tuple[int, ...], max_length: int
+    tokenizer: Any, drafts: Sequence[_Draft], end: tuple[int, ...], rooms: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Ids of each draft's answer, and how many were cut. Equal answers (label words) are tokenized once."""
+    """Ids of each draft's answer in its room, and how many were cut. Equal answers (label words) are tokenized once."""
     texts = list(dict.fromkeys(d.answer for d in drafts))
-    room, cut_texts = max_length // 2, set()
-    ids: dict[str, tuple[int, ...]] = {}
-    for text, word in zip(texts, answer_encoder(tokenizer)(texts), strict=True):
-        ids[text] = tuple(word) + eos if text else ()
-        if len(ids[text]) > room:
-            ids[text] = ids[text][:room]
-            cut_texts.add(text)
-    return [ids[d.answer] for d in drafts], sum(d.answer in cut_texts for d in drafts)
+    ids = {t: tuple(i) for t, i in zip(texts, answer_encoder(tokenizer)(texts), strict=True)}
+    whole = [ids[d.answer] + (end if d.answer and d.ended else ()) for d in drafts]
+    answers = [answer[:room] for answer, room in zip(whole, rooms, strict=True)]
+    return answers, sum(len(a) < len(w) for a, w in zip(answers, whole, strict=True))
 
 
 def _shorten(
@@ -320,15 +348,15 @@ def _shorten(
     render: Callable[[dict[str, str]], str],
     drafts: Sequence[_Draft],
     prefix: tuple[int, ...],
-    rooms: Sequence[int],
+    room: int,
     prompts: list[str],
     ids: list[tuple[int, ...]],
 ) -> int:
-    """Cut the end of each too long prompt's longest field until `ids` fits `rooms`; returns how many it cut.
+    """Cut the end of each too long prompt's longest field until its `ids` fit `room`; returns how many it cut.
 
     Rounds of whole batches: tokenizing row by row takes several times as long.
     """
-    pending = [n for n, room in enumerate(rooms) if len(ids[n]) > room]
+    pending = [n for n, prompt in enumerate(ids) if len(prompt) > room]
     count = len(pending)
     while pending:
         longest = {n: max(drafts[n].texts, key=lambda f: len(drafts[n].texts[f])) for n in pending}
@@ -336,21 +364,21 @@ def _shorten(
             if not drafts[n].texts[name]:
                 raise DataError(
                     f"{drafts[n].where}: the template alone needs {len(ids[n])} tokens, max_length leaves "
-                    f"{rooms[n]}; raise data.max_length"
+                    f"{room}; raise data.max_length"
                 )
         fields = [drafts[n].texts[name] for n, name in longest.items()]
         spans = tokenizer(
             fields, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True
         )["offset_mapping"]
         for (n, name), text, offsets in zip(longest.items(), fields, spans, strict=True):
-            keep = max(0, len(offsets) - (len(ids[n]) - rooms[n]))
+            keep = max(0, len(offsets) - (len(ids[n]) - room))
             end = offsets[keep - 1][1] if keep else 0
             # Tokens that join template and field may not shrink with the field: drop a character at least.
             drafts[n].texts[name] = text[: min(end, len(text) - 1)]
             prompts[n] = render(drafts[n].texts)
         for n, new in zip(pending, plain_ids(tokenizer, [prompts[n] for n in pending]), strict=True):
             ids[n] = prefix + tuple(new)
-        pending = [n for n in pending if len(ids[n]) > rooms[n]]
+        pending = [n for n in pending if len(ids[n]) > room]
     return count
 
 

@@ -326,15 +326,16 @@ class Engine:
                 return self.classifier(task).predictions(self.model, examples)
         # Rows of a batch end together when they are as long as each other.
         order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
-        texts = [""] * len(examples)
+        found: dict[int, Prediction] = {}
         for start in range(0, len(order), batch_rows):
             batch = order[start : start + batch_rows]
             prompts = [list(examples[n].prompt_ids) for n in batch]
             for n, result in zip(
                 batch, self.generate(prompts, max_new_tokens=task.max_new_tokens), strict=True
             ):
-                texts[n] = result.text.strip()
-        return [Prediction(n, None, (), text) for n, text in enumerate(texts)]
+                ended = result.finish_reason == "stop"
+                found[n] = Prediction(n, None, (), result.text.strip(), ended=ended)
+        return [found[n] for n in range(len(examples))]
 
     def classifier(self, task: Task | None = None, max_length: int | None = None) -> Classifier:
         """The prepared task; see `classify`."""

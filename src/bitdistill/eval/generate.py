@@ -47,7 +47,7 @@ def generate(
         batch_rows: at most; on a GPU less where caches of so many rows would not fit its memory.
 
     Returns:
-        Predictions in the order of `examples`; text without special tokens, stripped.
+        Predictions in the order of `examples`; text without special tokens, stripped, and whether it `ended`.
     """
     return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False}, ())
 
@@ -101,7 +101,10 @@ def _generate(
         # Where a batch ends early, its rows are padded
         unfinished = [n for n, ids in zip(unfinished, new, strict=True) if not set(ids) & {*stops, pad_id}]
         done = end
-    return [Prediction(n, None, (), decode_answer(tokenizer, ids, stops)) for n, ids in enumerate(answers)]
+    return [
+        Prediction(n, None, (), decode_answer(tokenizer, ids, stops), ended=not set(stops).isdisjoint(ids))
+        for n, ids in enumerate(answers)
+    ]
 
 
 def _continue(

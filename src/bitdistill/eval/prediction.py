@@ -17,3 +17,5 @@ class Prediction:
     """Classification: log-likelihood of each label word after the prompt, in nats. Generation: empty."""
     text: str
     """The label word or generated text, stripped."""
+    ended: bool = True
+    """Generation: whether the model ended the text by an end-of-text token; False where a limit cut it."""

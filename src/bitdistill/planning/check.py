@@ -75,16 +75,20 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     """
     data = recipe.data
     task_metrics(recipe.task)
-    if scoring and data.validation is None and data.test is None and not data.validation_fraction:
+    on_validation = recipe.eval.split == "validation"  # which never takes test rows
+    held_out = scoring and data.validation is None and (data.test is None or on_validation)
+    if held_out and not data.validation_fraction:
+        keys = "eval.split is validation and neither" if on_validation else "neither test,"
         raise DataError(
-            "data: neither test, validation nor validation_fraction is set, so nothing could be scored; "
+            f"data: {keys} validation nor validation_fraction is set, so nothing could be scored; "
             "set one, for example validation_fraction: 0.1"
         )
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    train = found[0]
     if data.validation is None and data.validation_fraction:
-        _check_split(recipe, found[0], scored_from_train=scoring and data.test is None)
+        _check_split(train, data.validation_fraction, scored_from_train=held_out)
     found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.augment is not None:
@@ -94,7 +98,6 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
                 raise DataError(
                     f"augment.texts: {text}: no such file or folder; name texts, or leave the key out"
                 )
-        train = found[0]
         found.append(
             Source("augment", "written by the model", 0, recipe.augment.rows, train.tokens_per_row, "at most")
         )
@@ -167,20 +170,20 @@ def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bo
     return Source(key, source, len(sample), rows, tokens, "" if exact else "about")
 
 
-def _check_split(recipe: Recipe, train: Source, *, scored_from_train: bool) -> None:
+def _check_split(train: Source, share: float, *, scored_from_train: bool) -> None:
     """Whether holding rows out of the training rows, as the run does, leaves rows on both sides."""
-    rows, share = train.rows, recipe.data.validation_fraction
-    if rows is None:
+    rows = train.rows
+    if rows is None or train.note:  # estimated, or on the hub
         return
     held_out = int(rows * share)
     if held_out == rows:
         raise DataError(
-            f"data.validation_fraction: {share:g} of {rows} rows leaves none to train on; use a smaller share"
+            f"data.validation_fraction: {share} of {rows} training rows leaves none to train on; lower it"
         )
     if scored_from_train and not held_out:
         raise DataError(
-            f"data.validation_fraction: {share:g} of {rows} rows is less than one, so nothing could be scored; "
-            "use a larger share, or set data.test"
+            f"data.validation_fraction: {share} of {rows} training rows is less than one, "
+            "so nothing could be scored; raise it, or name rows"
         )
 
 

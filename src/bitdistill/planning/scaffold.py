@@ -15,6 +15,8 @@ from bitdistill.planning.guess import Field, Guess, fields_of, guess
 from bitdistill.recipe import builtin_task, builtin_tasks, parse_yaml
 
 LOOKED_AT_ROWS = 20_000
+NEW_TOKENS = 64
+"""`max_new_tokens` of a guessed generation task."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def write_recipe(request: Request, output: Path) -> tuple[str, list[str]]:
         tasks.check_rows(task, rows)
         section, notes, prompt = f"task: {request.task}\n", [], tasks.template_fields(task)
         answer = task.label_field if task.kind == "classification" else task.target_field or ""
-        generation = task.kind == "generation"
+        new_tokens = task.max_new_tokens if task.kind == "generation" else 0
     else:
         fields = fields_of(rows)
         found = guess(
@@ -59,11 +61,11 @@ def write_recipe(request: Request, output: Path) -> tuple[str, list[str]]:
         )
         section, notes = _task_section(found, output), list(found.notes)
         prompt, answer = list(found.text_fields), found.answer_field
-        generation = found.kind == "generation"
+        new_tokens = NEW_TOKENS if found.kind == "generation" else 0
         if twin := _builtin_twin(rows):
             notes.append(f"these rows also fit the built-in task {twin}: `task: {twin}`")
-    length = _max_length(fields_of(rows), prompt, answer)
-    text = _recipe_text(request, output, section, length, generation, len(rows))
+    length = _max_length(fields_of(rows), prompt, answer, new_tokens)
+    text = _recipe_text(request, output, section, length, len(rows), generation=new_tokens > 0)
     parse_yaml(text, "the new recipe")
     return text, notes
 
@@ -92,7 +94,7 @@ def _task_section(found: Guess, output: Path) -> str:
             f"  template: {_quoted(template + chr(10) + 'Answer:')}",
             f"  target_field: {_quoted(found.answer_field)}",
             "  metrics: [rougeL, rouge1, rouge2, bleu]",
-            "  max_new_tokens: 64",
+            f"  max_new_tokens: {NEW_TOKENS}",
         ]
     return "\n".join(lines) + "\n"
 
@@ -107,7 +109,9 @@ def _end_mark(words: list[str]) -> list[str]:
     )
 
 
-def _recipe_text(request: Request, output: Path, task: str, length: int, generation: bool, rows: int) -> str:
+def _recipe_text(
+    request: Request, output: Path, task: str, length: int, rows: int, *, generation: bool
+) -> str:
     here, name = output.resolve().parent, _comment(shlex.quote(output.name))
     data = [f"  train: {_quoted(_relative(request.train, here))}"]
     if request.validation:
@@ -166,10 +170,14 @@ bitnet_sft:
 """
 
 
-def _max_length(fields: dict[str, Field], prompt: list[str], answer: str) -> int:
-    """95th percentile of the characters at 3 a token, rounded up to a power of two from 64 to 2048."""
-    names = [name for name in (*prompt, answer) if name in fields]
-    tokens = sum(fields[name].p95_characters for name in names) / 3 + 16
+def _max_length(fields: dict[str, Field], prompt: list[str], answer: str, new_tokens: int) -> int:
+    """95th percentile of the characters at 3 a token, rounded up to a power of two from 64 to 2048.
+
+    Args:
+        new_tokens: what no prompt may take, however short the answers are (generation).
+    """
+    of = {name: fields[name].p95_characters / 3 for name in (*prompt, answer) if name in fields}
+    tokens = sum(of[name] for name in prompt if name in of) + max(of.get(answer, 0.0), new_tokens) + 16
     length = 64
     while length < min(tokens, 2048):
         length *= 2

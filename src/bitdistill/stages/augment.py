@@ -163,9 +163,10 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
     *rounds, longest = (
         lengths[min(len(lengths) - 1, int(m * len(lengths)))] for m in (*ROUNDS, LENGTH_SHARE)
     )
-    written = written.model_copy(update={"max_new_tokens": longest})
     fields = tasks.template_fields(task)
+    # Encoded as the writer's training rows were: the longest answer, set below, would leave prompts another room.
     examples = tasks.encode(written, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
+    written = written.model_copy(update={"max_new_tokens": longest})
     predictions = sample(
         model.eval(), tokenizer, written, examples, temperature=config.temperature, seed=seed,
         batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),

@@ -186,6 +186,9 @@ class Run:
             "limit_train": data.limit_train,
             "validation_fraction": data.validation_fraction if data.validation is None else 0.0,
             "max_length": data.max_length,
+            # Not for classification, whose artifacts stay valid. Before this entry the length of its answer decided
+            # where a row's prompt was cut.
+            **({} if self.recipe.task.kind == "classification" else {"prompts": "cut for max_new_tokens"}),
             # Only where it is set, and with what draws the rows, so that older artifacts keep their keys
             **(
                 {}
@@ -230,8 +233,8 @@ class Run:
         _, held_out = self._split_train()
         if not held_out:
             raise DataError(
-                f"eval.split {split}: the recipe has no data.test, data.validation or data.validation_fraction; "
-                "name one of them"
+                f"eval.split {split}: {'no data.test and ' if split == 'test' else ''}no data.validation is named, and "
+                f"data.validation_fraction {data.validation_fraction} holds out no row; set one of them"
             )
         return held_out[: data.limit_test]
 

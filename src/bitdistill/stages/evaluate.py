@@ -117,6 +117,7 @@ def _scoring(run: Run) -> dict[str, Any]:
         "eval": run.section("eval"),
         "data": run.data_fingerprints,
         "limit_test": run.recipe.data.limit_test,
+        "max_length": run.recipe.data.max_length,
         "task": run.recipe.task.model_dump(mode="json", by_alias=True),
         "device": run.device.type,
     }

@@ -56,28 +56,35 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
     bare = [Row({k: v for k, v in row.fields.items() if k != answer_field}, row.where) for row in rows]
     answers = _answers(run, teacher, tokenizer, bare)
     filled = [
-        Row({**row.fields, answer_field: answer}, row.where)
-        for row, answer in zip(bare, answers, strict=True)
-        if answer.strip()
+        (Row({**row.fields, answer_field: text}, row.where), ended)
+        for row, (text, ended) in zip(bare, answers, strict=True)
+        if text.strip()
     ]
     log.info("distill: the teacher answered %d of %d unlabelled rows", len(filled), len(rows))
     if not filled:
         raise DataError(
             "data.unlabelled: the teacher answered no row; check the teacher, or leave the key (or augment) out"
         )
-    return tasks.encode(task, filled, tokenizer, run.recipe.data.max_length)
+    return tasks.encode(
+        task,
+        [row for row, _ in filled],
+        tokenizer,
+        run.recipe.data.max_length,
+        # An end-of-text token after an answer that max_new_tokens cut would teach to stop in mid-sentence.
+        ended=[ended for _, ended in filled],
+    )
 
 
 @torch.inference_mode()
-def _answers(run: Run, teacher: Any, tokenizer: Any, rows: list[Row]) -> list[str]:
-    """The teacher's answer to each row: the label as the data spell it, or the generated text."""
+def _answers(run: Run, teacher: Any, tokenizer: Any, rows: list[Row]) -> list[tuple[str, bool]]:
+    """The teacher's answer to each row, the label as the data spell it or the generated text, and whether it ended."""
     task = run.recipe.task
     examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
     options["batch_rows"] = BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows
     if task.kind == "generation":
-        return [p.text for p in generate(teacher, tokenizer, task, examples, **options)]
+        return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]
     labels = list(task.labels)
     with causal_only(teacher):
         predictions = classify(teacher, tokenizer, task, examples, **options)
-    return [labels[int(p.label)] for p in predictions if p.label is not None]
+    return [(labels[int(p.label)], True) for p in predictions if p.label is not None]

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bitdistill import artifact
-from bitdistill.data import readers
+from bitdistill.config import PretrainConfig
+from bitdistill.data import hub, readers
 from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_fingerprint
+from bitdistill.data.tokenizer import eos_id, special_prefix
 from bitdistill.errors import ArtifactError
 from bitdistill.models import surgery
 from bitdistill.models.load import load_source, source_fingerprint
@@ -28,10 +30,11 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
     assert config.corpus is not None
     path = Path(config.corpus).expanduser()
     own = tokenizer_fingerprint(tokenizer)
+    # Shards hold these beside the texts' ids; a tokenizer's fingerprint knows nothing of them.
+    bos_ids, eos = special_prefix(tokenizer), eos_id(tokenizer)
     if not (path.is_dir() and artifact.exists(path)):
-        # A hub corpus may be without end for our purposes: no more of it is read than the budget can use.
-        limit_tokens = config.budget_tokens if config.corpus.startswith("hub:") else None
-        identity = [readers.source_fingerprint(config.corpus), own, limit_tokens]
+        limit_tokens = _limit_tokens(config)
+        identity = [readers.source_fingerprint(config.corpus), own, [bos_ids, eos], limit_tokens]
         path = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json(identity)[:16]
         if not artifact.exists(path):
             log.info("tokenizing %s into %s", config.corpus, path)
@@ -43,7 +46,19 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
             f"{path}: tokenized with another tokenizer than {run.recipe.model.path}'s; "
             "run `bitdistill tokenize` with this model"
         )
+    if (shards.bos_ids, shards.eos_id) != (bos_ids, eos):
+        raise ArtifactError(
+            f"{path}: documents begin with the ids {list(shards.bos_ids)} and end with {shards.eos_id}, "
+            f"{run.recipe.model.path}'s tokenizer puts {list(bos_ids)} and {eos}; "
+            "run `bitdistill tokenize` with this model"
+        )
     return shards
+
+
+def _limit_tokens(config: PretrainConfig) -> int | None:
+    """Tokens of the corpus that are read. A hub corpus may be without end for our purposes: no more of it than the
+    budget can use."""
+    return config.budget_tokens if config.corpus is not None and hub.is_hub(config.corpus) else None
 
 
 def calibration_from_task(run: Run, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -75,11 +90,11 @@ def _calibration_identity(run: Run, calibrated: bool) -> Any:
     if pretrain is None or pretrain.corpus is None:
         return run.train_inputs()
     path = Path(pretrain.corpus).expanduser()
-    return (
-        TokenShards(path).fingerprint
-        if artifact.exists(path)
-        else readers.source_fingerprint(pretrain.corpus)
-    )
+    if artifact.exists(path):
+        return TokenShards(path).fingerprint
+    source, limit_tokens = readers.source_fingerprint(pretrain.corpus), _limit_tokens(pretrain)
+    # Rows are spread over all that is read of the corpus
+    return source if limit_tokens is None else [source, limit_tokens]
 
 
 def refine(run: Run) -> Path:

@@ -139,12 +139,14 @@ def bitnet_sft(run: Run) -> Path:
         "bitnet_sft": run.section("bitnet_sft"),
         "seed": run.recipe.seed,
     }
+    if config.calibrated:  # only then: without SubLN the baseline depends on nothing of `refine`
+        inputs["calibration"] = [run.recipe.refine.calibration_rows, run.recipe.refine.calibration_length]
     if run.finished("bitnet_sft", folder, inputs):
         return folder
     source, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
     plan = surgery.plan(source.config, _baseline_refine(config))
     student = surgery.apply(plan, source)
-    if config.subln != "none" and config.gains == "calibrated":
+    if config.calibrated:
         tokens, mask = calibration_from_task(run, tokenizer)
         surgery.calibrate_gains(student, source, tokens.to(run.device), mask.to(run.device))
     del source

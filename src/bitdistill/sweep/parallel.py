@@ -128,6 +128,8 @@ def _signature(recipe: Recipe, stage: str) -> str:
     own_seed = (tree[stage] or {}).get("seed") if stage in ("augment", "pretrain") else 0
     if own_seed is None:
         about["seed"] = tree["seed"]
+    if stage == "bitnet_sft" and recipe.bitnet_sft is not None and recipe.bitnet_sft.calibrated:
+        about["calibration"] = [recipe.refine.calibration_rows, recipe.refine.calibration_length]
     return hash_json(about)[:8]
 
 
