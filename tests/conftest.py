@@ -7,14 +7,42 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+from tests.environment import plain
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples on every machine and at every run: a failure is the change's, not the draw's.
+settings.register_profile("same", derandomize=True, database=None)
+settings.load_profile("same")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """An environment that holds nothing of the user's: no colours forced, empty caches, no hub.
+
+    Before test modules are imported, since typer and huggingface_hub read their variables once, at import; and
+    so it holds for fixtures of modules and sessions too.
+    """
+    caches = tempfile.TemporaryDirectory(prefix="bitdistill-tests-")
+    patch = pytest.MonkeyPatch()
+    wanted = plain(os.environ)
+    for name in os.environ.keys() - wanted.keys():
+        patch.delenv(name)
+    for name, value in wanted.items():
+        patch.setenv(name, value)
+    patch.setenv("HF_HOME", f"{caches.name}/hf")
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("BITDISTILL_CACHE", f"{caches.name}/imported")
+    session.config.add_cleanup(caches.cleanup)
+    session.config.add_cleanup(patch.undo)
 
 
 @pytest.fixture(autouse=True)

@@ -264,7 +264,7 @@ MERGE_BOMB = "a: &a {k: v}\n" + "".join(
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("a: {b: [}\n", "not valid YAML"),
         ("a: 1\n---\nb: 2\n", "not valid YAML"),
-        ("? [a, b]\n: 1\n", ""),
+        ("? [a, b]\n: 1\n", "name: missing; add it"),
         ("x" * (recipes.MAX_BYTES + 1), "larger than"),
     ],
 )

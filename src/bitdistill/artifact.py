@@ -1,16 +1,21 @@
 """Artifact folders: written beside their final name, fsynced, then renamed; a manifest holds each SHA-256.
 
-A reader therefore sees a whole artifact or none, at any moment a process or machine may die. No pickle.
+A reader therefore sees a whole artifact or none, at any moment a process or machine may die. Writers of one artifact
+take turns (`locked`). No pickle.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,9 +23,12 @@ from typing import Any
 
 from bitdistill.errors import ArtifactError, StorageError
 
+log = logging.getLogger("bitdistill")
 MANIFEST = "bitdistill.json"
 FORMAT_VERSION = 1
 _PARTIAL = ".partial-"
+_LOCK = ".lock"
+_held = threading.local()
 
 
 def sha256_file(path: Path) -> str:
@@ -53,37 +61,110 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
 
     Yields a temporary sibling folder to fill. On a clean exit every file is hashed into `bitdistill.json`
     (with `manifest`'s entries), fsynced, and the folder is renamed to `folder`, replacing an older one.
-    On an error the temporary folder is removed and the older artifact stays.
+    On an error the temporary folder is removed and the older artifact stays. Another writer of `folder` is waited for.
 
     Raises:
         StorageError: the file system refused a write (disk full, no permission).
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
-    try:
+    with locked(folder):
+        try:
+            partial.mkdir()
+            yield partial
+            files: dict[str, dict[str, Any]] = {}
+            for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+                name = path.relative_to(partial).as_posix()
+                files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+                fsync_path(path)
+            whole = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+            target = partial / MANIFEST
+            target.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            fsync_path(target)
+            fsync_path(partial)
+            _replace_folder(partial, folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise StorageError(_storage_message(folder, error)) from error
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if _is_storage_failure(error):
+                raise StorageError(f"{folder}: {error}; earlier artifacts are untouched") from error
+            raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only writer of an artifact, until the block ends or the process dies.
+
+    Another process that writes it is waited for; look again for the artifact then. What a killed writer left is
+    cleared first. A thread that holds the lock may take it again, as `writing` does.
+
+    Where the file system has no locks, a warning says so, nobody is waited for, and what lies beside the artifact
+    stays: it may be a live writer's.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(folder).absolute()
+    mine: set[Path] = _held.__dict__.setdefault("folders", set())
+    if folder in mine:
+        yield
+        return
+    path = folder.with_name(folder.name + _LOCK)
+    with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep_partials(folder)
-        partial.mkdir()
-        yield partial
-        files: dict[str, dict[str, Any]] = {}
-        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-            name = path.relative_to(partial).as_posix()
-            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-            fsync_path(path)
-        whole = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-        target = partial / MANIFEST
-        target.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        fsync_path(target)
-        fsync_path(partial)
-        _replace_folder(partial, folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise StorageError(_storage_message(folder, error)) from error
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if _is_storage_failure(error):
-            raise StorageError(f"{folder}: {error}; earlier artifacts are untouched") from error
-        raise
+        descriptor = _lock(path)
+    mine.add(folder)
+    try:
+        if descriptor is not None:
+            with storage_errors(folder):
+                _sweep_partials(folder)
+        yield
+    finally:
+        mine.discard(folder)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """Descriptor that holds the lock of this file; None where the file system has no locks."""
+    waited = False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waited:
+                    log.warning("%s: another process is at it; waiting", path.with_suffix(""))
+                waited = True
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            _warn_without_locks(path.parent, error.strerror or str(error))
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        # Who held it removed the file at the end, so this may be the lock of a file that is gone
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+@functools.cache
+def _warn_without_locks(place: Path, reason: str) -> None:
+    log.warning(
+        "%s: no file locks here (%s); never make one artifact in two processes, remove *%s* of killed ones by hand",
+        place,
+        reason,
+        _PARTIAL,
+    )
 
 
 def _is_storage_failure(error: BaseException) -> bool:
@@ -118,7 +199,7 @@ def _replace_folder(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sweep_partials(folder: Path) -> None:
+def _sweep_partials(folder: Path) -> None:
     """Clear what a killed writer of this artifact left; an interrupted replacement is finished or undone."""
     for path in folder.parent.glob(f"{folder.name}{_PARTIAL}*"):
         if f"{_PARTIAL}old-" in path.name and not folder.exists() and (path / MANIFEST).exists():

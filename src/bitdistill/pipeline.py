@@ -71,7 +71,8 @@ def run(
 
     Args:
         until: last stage to run (one of STAGES); None runs all.
-        redo: stages to run again although a finished artifact is there; so are the stages that read from them.
+        redo: stages to run again although a finished artifact is there; so are the stages that read from them, by this
+            run or, if it is interrupted, by later ones.
         rows: models to make and score (of ROWS); stages that none of them needs are left out.
         reuse: finished work of other runs, taken over where the keys are equal (sweeps).
         stats: measure the weights of every model, for the report.
@@ -83,7 +84,9 @@ def run(
     """
     _check_stages(until, redo)
     wanted = wanted_stages(until, rows)
-    this = Run.open(recipe, command=command, redo=dependent_stages(redo), quiet=quiet, reuse=reuse)
+    # The report is no part of it: it is never kept, but written by every run that comes so far
+    marks = {stage: dependent_stages(frozenset({stage})) - {"report"} for stage in redo & wanted}
+    this = Run.open(recipe, command=command, redo=marks, quiet=quiet, reuse=reuse)
     result = RunResult(this.run_dir)
 
     def measure(folder: Path, name: str) -> None:
@@ -117,11 +120,13 @@ def run(
             result.formats = export_formats(this, packed)
             entries["bitdistill"] = Entry("bitdistill", packed, student)
     if "eval" in wanted:
+        this.record()  # also when every stage was kept
         result.rows = evaluate(this, [entries[name] for name in ROWS if name in rows and name in entries])
     if "report" in wanted:
         result.report = write_report(this.run_dir)
         if result.packed is not None:
             write_card(this.run_dir)
+    this.redo.end(wanted)
     return result
 
 

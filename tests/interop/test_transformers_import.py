@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bitdistill as bd
+from bitdistill import artifact
 from bitdistill.errors import BitDistillError, ModelError
+from bitdistill.interop import foreign
 from bitdistill.interop.foreign import foreign_kind, import_student
 from bitdistill.interop.transformers_bitnet import export_transformers, pack_rows
 from bitdistill.models.student import load_student
@@ -225,6 +227,28 @@ def test_damaged_checkpoints_are_refused(case: str, tmp_path: Path) -> None:
     assert str(source) in message
     assert "\n" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_import_that_another_process_made_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    bitnet_checkpoint(tmp_path / "in")
+    folder = foreign.packed_folder(tmp_path / "in")
+    folder.rename(tmp_path / "made")
+    real = artifact.locked
+
+    def after_the_other(place: Path) -> Any:
+        (tmp_path / "made").rename(place)
+        return real(place)
+
+    def imported(*_: object) -> None:
+        raise AssertionError("imported again")
+
+    monkeypatch.setattr(artifact, "locked", after_the_other)
+    monkeypatch.setattr(foreign, "import_student", imported)
+    assert foreign.packed_folder(tmp_path / "in") == folder
+    assert artifact.exists(folder)
 
 
 def test_other_folders_are_not_taken_for_foreign_ones(tmp_path: Path) -> None:

@@ -176,9 +176,16 @@ class Calls:
     def rmsnorm(self) -> Any:
         x, gain = self.array("float32", self.random.choice(COLUMNS)), self.random.choice(self.arrays)
         if self.random.random() < 0.7 and fits(x, "float32"):
-            gain = np.ones(x.shape[1], np.float32)
+            gain = np.linspace(-2, 3, x.shape[1], dtype=np.float32)
+        eps = self.random.choice((1e-6, 50.0))
         right = fits(x, "float32") and fits(gain, "float32", 1) and gain.shape[0] == x.shape[1]
-        return right, lambda: native.rmsnorm(x, gain, 1e-6), lambda y: y.shape == x.shape
+
+        def check(y: Any) -> bool:
+            wide = x.astype(np.float64)
+            mean = (wide**2).sum(1, keepdims=True) / max(1, x.shape[1])
+            return y.shape == x.shape and np.allclose(y, wide / np.sqrt(mean + eps) * gain, rtol=1e-5, atol=0)
+
+        return right, lambda: native.rmsnorm(x, gain, eps), check
 
     def isa(self) -> Any:
         name = self.usually("auto", "scalar", "sse9", "", None, 3, "auto" * 50)

@@ -120,8 +120,10 @@ def test_the_command(run_folder: Path) -> None:
     (one,) = json.loads(done.output)["comparisons"]
     assert (one["n"], one["seeds"]) == (600, [0, 1])
     assert one["by_seed"][1] < one["by_seed"][0]
-    text = runner.invoke(app, ["compare", str(run_folder), f"{run_folder}-seed1"]).output
-    assert text == ""  # no seed in common is an error: the runs are of different seeds
+    done = runner.invoke(app, ["compare", str(run_folder), f"{run_folder}-seed1"])
+    assert isinstance(done.exception, DataError)
+    assert "no seed in common" in str(done.exception)
+    assert done.output == ""
     shown = runner.invoke(app, ["compare", f"{run_folder}:bitdistill", f"{run_folder}:teacher"]).output
     assert "points" in shown
     assert "McNemar, exact" in shown

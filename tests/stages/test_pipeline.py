@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from bitdistill.errors import (
 from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
-from bitdistill.stages import common, kernels, sft
+from bitdistill.stages import common, kernels, pretrain, refine, sft
 from bitdistill.stages.export import export_base
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
@@ -90,8 +91,8 @@ def test_finished_stages_are_not_run_again(work: Path, monkeypatch: pytest.Monke
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    for module in (sft, pipeline):
-        monkeypatch.setattr(module, "fit", no_training, raising=False)
+    for stage in ("sft", "pretrain"):  # all modules that call it
+        monkeypatch.setattr(f"bitdistill.stages.{stage}.fit", no_training)
     second = pipeline.run(recipe(work), quiet=True)
     assert [r.predictions_sha256 for r in first.rows] == [r.predictions_sha256 for r in second.rows]
     after = latents(work / "runs/tiny/student")
@@ -155,6 +156,34 @@ def test_the_base_is_shared_by_tasks_and_knows_nothing_of_them(work: Path) -> No
     assert list((work / "cache/bases").iterdir()) == bases
     assert (bases[0] / "model.safetensors").stat().st_mtime_ns == stamp
     assert json.loads((work / "runs/other/base.json").read_text())["path"] == str(bases[0].resolve())
+
+
+def test_tokens_and_base_of_a_run_at_the_same_time_are_taken(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that makes them holds the lock; what it made by then is used, not made and written again."""
+    pipeline.run(recipe(work), until="pretrain", quiet=True)
+    (work / "cache").rename(work / "made")
+    real, taken = artifact.locked, []
+
+    def after_the_other(folder: Path) -> Any:
+        made = work / "made" / Path(folder).relative_to(work / "cache")
+        shutil.copytree(made, folder)
+        taken.append(made.parent.name)
+        return real(folder)
+
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError("made again")
+
+    pipeline.run(recipe(work, "name=other"), until="refine", quiet=True)  # tokenizes, for its calibration
+    shutil.rmtree(work / "cache")
+    monkeypatch.setattr(artifact, "locked", after_the_other)
+    monkeypatch.setattr(refine, "tokenize_corpus", no_work)
+    monkeypatch.setattr(pretrain, "fit", no_work)
+    result = pipeline.run(recipe(work, "name=other"), until="pretrain", stats=False, quiet=True)
+    assert taken == ["tokens", "bases"]
+    assert result.base is not None
+    artifact.verify(result.base)
 
 
 def test_stage_3_starts_bit_identical_to_the_end_of_stage_2(

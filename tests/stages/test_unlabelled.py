@@ -72,7 +72,7 @@ def test_stage_3_trains_on_both_and_other_stages_do_not(work: Path, extra: Path)
     # other rows, another key
     write_rows(extra, 21, 6)
     changed = recipe(work, f"data.unlabelled={extra}", "name=more")
-    with pytest.raises(Exception, match="unlabelled"):
+    with pytest.raises(ArtifactError, match="unlabelled"):
         pipeline.run(changed, command="test", quiet=True)
 
 

@@ -6,12 +6,14 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
-import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from bitdistill.config import Loop, Optim
 from bitdistill.data.batches import Batch, index_of
 from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, StorageError
 from bitdistill.train import checkpoint
+from bitdistill.train import loop as loop_module
 from bitdistill.train.loop import FitResult, fit
 from bitdistill.train.optim import build_optimizer, learning_rate_at
 from bitdistill.train.step import StepOutput, Totals
@@ -57,11 +60,10 @@ class RandomBatches:
         ]
 
 
-def make_model(seed: int = 0) -> nn.Sequential:
+def make_model(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, VOCABULARY)
-    )
+    layers = [nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, VOCABULARY)]
+    return nn.Sequential(*layers, nn.Dropout(dropout)) if dropout else nn.Sequential(*layers)
 
 
 def train(model: nn.Module, folder: Path, steps: int = 12, **options: object) -> FitResult:
@@ -92,6 +94,10 @@ def train(model: nn.Module, folder: Path, steps: int = 12, **options: object) ->
 
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "logs/toy.jsonl").read_text().splitlines()]
+
+
+def steps_saved(root: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in root.glob("step-????????"))
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -137,47 +143,146 @@ def test_signal_saves_and_resuming_is_bit_identical(tmp_path: Path, stop_at: int
     assert (again.steps, again.tokens) == (done.steps, done.tokens)
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    """Dropout draws from PyTorch's generator, so its state belongs to a checkpoint."""
+    whole = make_model(dropout=0.5)
+    train(whole, tmp_path / "whole")
+
+    def interrupt(step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(make_model(dropout=0.5), tmp_path / "cut", before_step=interrupt)
+    resumed = make_model(seed=99, dropout=0.5)
+    train(resumed, tmp_path / "cut")
+    assert torch.equal(weights(whole), weights(resumed))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupt(times: int) -> Callable[[int], None]:
+        def send(step: int) -> None:
+            for _ in range(times if step == 5 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return send
+
+    with pytest.raises(Interrupted) as caught:
+        train(make_model(), tmp_path / "once", before_step=interrupt(1))
+    assert caught.value.exit_code == 130
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tmp_path / "twice", before_step=interrupt(2))
+    for name, saved in (("once", [4, 6]), ("twice", [4])):  # the first lets the step end and saves it
+        assert steps_saved(tmp_path / name / "checkpoints") == saved
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+KILLED_STEPS, HELD_AT = 120, 110
+JOB = f"""
+import os, sys, time, torch
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+torch.set_num_threads(1)
+from tests.train.test_loop import HELD_AT, KILLED_STEPS, make_model, train, weights
+from bitdistill.config import Loop
+folder, parent = Path(sys.argv[1]), os.getppid()
+
+def before_step(step):
+    print(step, flush=True)
+    while step >= HELD_AT and not (folder / "may end").exists():
+        if os.getppid() != parent:
+            sys.exit("the test is gone")
+        time.sleep(0.01)
+
+model = make_model()
+train(model, folder, steps=KILLED_STEPS, before_step=before_step,
+      loop=Loop(batch_rows=8, log_every_steps=1, checkpoint_every_steps=3))
+torch.save(weights(model), folder / "weights.pt")
+"""
+
+
+def kill_after(process: subprocess.Popen[str], step: int, share: float) -> None:
+    """SIGKILL a job that has said `step`, `share` of the time between two checkpoints later.
+
+    That time is the job's own, so a save is hit as likely on a slow machine as on a fast one.
+    """
+    assert process.stdout is not None
+    said = 0.0
+    between = 0.02
+    for line in process.stdout:
+        if int(line) % 3 == 0:  # a checkpoint was just written
+            now = time.monotonic()
+            between, said = (min(now - said, 1.0) if said else between), now
+        if int(line) >= step:
+            break
+    time.sleep(share * between)
+    process.kill()
+
+
+@pytest.mark.timeout(1200)
 def test_sigkill_at_any_moment_resumes_bit_identically(tmp_path: Path) -> None:
-    """A real process, killed at random times until it finishes, equals an unbroken run."""
-    script = tmp_path / "job.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys, torch
-            from pathlib import Path
-            sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-            torch.set_num_threads(1)
-            from tests.train.test_loop import make_model, train, weights
-            from bitdistill.config import Loop
-            model = make_model()
-            train(model, Path(sys.argv[1]), steps=400,
-                  loop=Loop(batch_rows=8, log_every_steps=1, checkpoint_every_steps=3))
-            torch.save(weights(model), Path(sys.argv[1]) / "weights.pt")
-            """
-        )
-    )
+    """A real process, killed in steps and in saves until it may finish, equals an unbroken run."""
+    (tmp_path / "job.py").write_text(JOB)
+    folder = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    log = tmp_path / "killed/logs/toy.jsonl"
-    generator = torch.Generator().manual_seed(0)
-    kills = 0
-    # By logged steps, not by the clock: how long imports and steps take differs from machine to machine.
-    for quarter in range(4):
-        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed")], env=environment)
-        target = 80 * quarter + 1 + int(torch.randint(0, 80, (), generator=generator))
-        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < target):
-            time.sleep(0.001)
-        process.kill()  # a random moment of a step: the log is written at its end, the poll is not in phase
-        kills += process.wait() == -signal.SIGKILL
-    process = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "killed")], env=environment, timeout=120
+    generator = random.Random(0)
+    # After 3n - 1 steps: a step and its save come next. All lie before HELD_AT, so each job still runs then.
+    for step in (3 * generator.randrange(5, 10) - 1, generator.randrange(40, 60), 3 * 25 - 1):
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "job.py"), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            kill_after(process, step, generator.uniform(0, 2))
+            assert process.wait() == -signal.SIGKILL
+        finally:
+            process.kill()
+            process.communicate()
+    (folder / "may end").touch()
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "job.py"), str(folder)], env=environment, stdout=subprocess.PIPE
     )
-    assert process.returncode == 0
-    assert kills >= 1
+    assert done.returncode == 0
+    first = int(done.stdout.split()[0])
+    assert 0 < first <= HELD_AT  # it went on, from a checkpoint
     torch.set_num_threads(1)
     whole = make_model()
-    train(whole, tmp_path / "whole", steps=400)
-    assert torch.equal(weights(whole), torch.load(tmp_path / "killed/weights.pt", weights_only=True))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    train(
+        whole,
+        tmp_path / "whole",
+        steps=KILLED_STEPS,
+        loop=Loop(batch_rows=8, log_every_steps=1, checkpoint_every_steps=50),
+    )
+    assert torch.equal(weights(whole), torch.load(folder / "weights.pt", weights_only=True))
+    assert losses(tmp_path / "whole") == losses(folder)
+    assert not list(folder.rglob("*.partial-*"))
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path: Path) -> None:
+    """Also where no later save is of the same step, as with checkpoints by time."""
+    train(make_model(), tmp_path)
+    root = tmp_path / "checkpoints"
+    for name in ("step-00000007.partial-0badcafe", "step-00000008.partial-old-0badcafe"):
+        (root / name).mkdir()
+        (root / name / "model.safetensors").write_bytes(b"x" * 100)
+    train(make_model(seed=3), tmp_path, steps=14)
+    assert steps_saved(root) == [8, 12]
+    assert not list(root.glob("*.partial-*"))
+
+
+def test_checkpoints_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default rule: 300 s after the last one. The clock read here goes on by 200 s at each look."""
+    clock = SimpleNamespace(monotonic=itertools.count(0, 200).__next__, perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop_module, "time", clock)
+    monkeypatch.setattr(checkpoint, "KEEP", 99)
+    train(make_model(), tmp_path, loop=Loop(batch_rows=8, log_every_steps=1))
+    # looks: at the start, after steps 1 and 2 (400 s: save), after that save, after steps 3 and 4, ...
+    assert steps_saved(tmp_path / "checkpoints") == [2, 4, 6, 8, 10]
 
 
 def test_corrupt_newest_checkpoint_falls_back_to_the_older(

@@ -50,7 +50,10 @@ Overrides = Annotated[
 Redo = Annotated[
     list[StageName] | None,
     typer.Option(
-        "--redo", metavar="STAGE", help="Run a finished stage again. May be given again.", show_default=False
+        "--redo",
+        metavar="STAGE",
+        help="Run a stage again, and those that read from it. May be given again.",
+        show_default=False,
     ),
 ]
 AsJson = Annotated[

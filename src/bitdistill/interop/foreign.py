@@ -84,7 +84,9 @@ def packed_folder(path: Path | str) -> Path:
     hashes = {file.name: artifact.sha256_file(file) for file in files}
     folder = _cache() / artifact.hash_json(hashes if kind != "gguf" else {"gguf": hashes[path.name]})[:32]
     if not artifact.exists(folder):
-        import_student(path, folder)
+        with artifact.locked(folder):
+            if not artifact.exists(folder):  # now; another process may just have made it
+                import_student(path, folder)
     return folder
 
 

@@ -96,6 +96,7 @@ def augment(run: Run) -> Path:
     about = {"kind": "written rows", "rows": len(lines), **run.meta("augment", inputs)}
     with artifact.writing(folder, {**about, "training": {**training, "elapsed_s": elapsed}}) as partial:
         (partial / WRITTEN_ROWS).write_bytes(_packed(lines))
+    run.redo.done("augment")
     log.info("augment: %d rows of %d are new and not empty", len(lines), config.rows)
     return folder
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.results import hardware, versions
 from bitdistill.models.student import save_student
 from bitdistill.recipe import dump_recipe
+from bitdistill.report import text
+from bitdistill.stages.redo import PART_OF, Redo
 from bitdistill.stages.reuse import Reuse, drop_link
+from bitdistill.train.checkpoint import newest_key
 from bitdistill.train.compile import wants_compile
 from bitdistill.train.loop import FitResult
 from bitdistill.train.tracking import Sink, Tracker, open_sinks
@@ -69,12 +73,13 @@ class Run:
     run_dir: Path
     device: torch.device
     command: str
-    redo: frozenset[str] = frozenset()
+    redo: Redo
     quiet: bool = False
     sinks: list[Sink] = field(default_factory=list)
     keys: dict[str, str] = field(default_factory=dict)
     reuse: Reuse | None = None
     """Finished work of sibling runs (sweeps); None: each run makes its own."""
+    recorded: bool = False
 
     @classmethod
     def open(
@@ -82,11 +87,15 @@ class Run:
         recipe: Recipe,
         *,
         command: str,
-        redo: frozenset[str] = frozenset(),
+        redo: Mapping[str, frozenset[str]] = MappingProxyType({}),
         quiet: bool = False,
         reuse: Reuse | None = None,
     ) -> Run:
-        """Create or reopen the run's folder and record recipe, command, versions and hardware in it."""
+        """Create or reopen the run's folder.
+
+        Args:
+            redo: stages to run again, each with all that is to be made again with it.
+        """
         name = recipe.name if recipe.seed == 0 else f"{recipe.name}-seed{recipe.seed}"
         run_dir = Path(recipe.output_dir).expanduser() / name
         device = choose_device(recipe.device)
@@ -94,20 +103,31 @@ class Run:
             torch.set_num_threads(recipe.threads)
         with artifact.storage_errors(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), "utf-8")
-            about = {
-                "name": recipe.name,
-                "seed": recipe.seed,
-                "command": command,
-                "commit": git_commit(),
-                "versions": versions(),
-                "hardware": hardware(device),
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "recipe_hash": artifact.hash_json(recipe.model_dump(mode="json", by_alias=True)),
-            }
-            (run_dir / "run.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        marks = Redo.open(run_dir, redo)
         sinks = open_sinks(recipe.track, run_dir, name)
-        return cls(recipe, run_dir, device, command, redo, quiet, sinks, reuse=reuse)
+        return cls(recipe, run_dir, device, command, marks, quiet, sinks, reuse=reuse)
+
+    def record(self) -> None:
+        """Write recipe, command, versions, hardware and what is to be made again into the run's folder, once.
+
+        Not before work begins: a command that is refused must not describe what an earlier one made.
+        """
+        if self.recorded:
+            return
+        about = {
+            "name": self.recipe.name,
+            "seed": self.recipe.seed,
+            "command": self.command,
+            "commit": git_commit(),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recipe_hash": artifact.hash_json(self.recipe.model_dump(mode="json", by_alias=True)),
+        }
+        text.write(self.run_dir / "recipe.yaml", dump_recipe(self.recipe))
+        text.write(self.run_dir / "run.json", json.dumps(about, indent=2) + "\n")
+        self.redo.save()
+        self.recorded = True
 
     def section(self, name: str) -> dict[str, Any]:
         """A recipe section as JSON without the keys that cannot change a result."""
@@ -126,29 +146,36 @@ class Run:
         return dumped
 
     def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:
-        """Whether `stage` need not run: its artifact is there and was made from the same inputs.
+        """Whether `stage` need not run: its artifact is there, was made from the same inputs, and no redo is due.
 
-        Records the stage's key for the stages after it.
+        Records the stage's key for the stages after it; if the stage must run, its work begins here.
 
         Raises:
-            ArtifactError: an artifact made from other inputs is there; it is never overwritten unasked.
+            ArtifactError: an artifact or a checkpoint made from other inputs is there; it is never dropped unasked.
         """
+        remedy = f"use --redo {PART_OF.get(stage, stage)}, or another name in the recipe"
         key = self.keys[stage] = artifact.hash_json(dict(inputs))
-        if stage in self.redo or not artifact.exists(folder):
-            drop_link(folder)  # a link to another run's artifact, which may be gone
-            linked = self.reuse is not None and stage not in self.redo and self.reuse.link(key, folder)
-            if linked:
-                log.info("%s: taken from %s", stage, folder.resolve())
-            return linked
-        manifest = artifact.read_manifest(folder)
-        if manifest.get("key") == key:
+        there = stage not in self.redo.stale and artifact.exists(folder)
+        manifest = artifact.read_manifest(folder) if there else {}
+        if there and manifest.get("key") == key:
             log.info("%s: finished before, kept (%s)", stage, folder)
             return True
-        old = manifest.get("inputs", {})
-        changed = ", ".join(_differences(old, json.loads(json.dumps(dict(inputs))))[:3]) or "inputs"
-        raise ArtifactError(
-            f"{folder}: made with other settings ({changed}); use --redo {stage}, or another name in the recipe"
-        )
+        redo = self.redo.wants(stage)
+        if there and not redo:
+            old = manifest.get("inputs", {})
+            changed = ", ".join(_differences(old, json.loads(json.dumps(dict(inputs))))[:3]) or "inputs"
+            raise ArtifactError(f"{folder}: made with other settings ({changed}); {remedy}")
+        drop_link(folder)  # a link to another run's artifact, which may be gone
+        if not redo and self.reuse is not None and self.reuse.link(key, folder):
+            log.info("%s: taken from %s", stage, folder.resolve())
+            return True
+        checkpoints = self.checkpoints(stage)
+        if redo:
+            self.redo.begin(stage, key, checkpoints)
+        if newest_key(checkpoints) not in (None, key):
+            raise ArtifactError(f"{checkpoints}: begun with other settings, data or model; {remedy}")
+        self.record()
+        return False
 
     def meta(self, stage: str, inputs: Mapping[str, Any], fit: FitResult | None = None) -> dict[str, Any]:
         """Manifest entries of a stage's artifact: its key, its inputs and what it cost."""
@@ -168,6 +195,7 @@ class Run:
         save_student(
             model, tokenizer, folder, recipe=self.recipe.model_dump(mode="json", by_alias=True), **options
         )
+        self.redo.done(stage)
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
 
     @cached_property

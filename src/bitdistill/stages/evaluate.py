@@ -83,7 +83,7 @@ def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
     inputs = _inputs(run, entries)
     key = run.keys["eval"] = artifact.hash_json(inputs)
     stamp = run.run_dir / "results.key"
-    if "eval" not in run.redo and path.exists() and stamp.exists() and stamp.read_text("utf-8") == key:
+    if "eval" not in run.redo.stale and path.exists() and stamp.exists() and stamp.read_text("utf-8") == key:
         log.info("eval: finished before, kept (%s)", path)
         return read_results(path)
     rows = run.eval_rows()
@@ -101,6 +101,7 @@ def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
     with artifact.storage_errors(run.run_dir):
         write_results(path, results)
         stamp.write_text(key, "utf-8")
+    run.redo.done("eval")
     return results
 
 
@@ -131,7 +132,7 @@ def _scored_before(
     run: Run, entry: Entry, teacher: list[Prediction] | None
 ) -> tuple[ResultRow, list[Prediction]] | None:
     """The row of a sibling run that scored the same model on the same rows; None without one."""
-    if run.reuse is None or "eval" in run.redo:
+    if run.reuse is None or "eval" in run.redo.stale:
         return None
     row = run.reuse.row(_score_key(run, entry), entry.name, run.run_dir)
     if row is None:

@@ -23,15 +23,18 @@ from bitdistill.stages.common import Run, log
 def write_packed(
     model: Any, tokenizer: Any, manifest: dict[str, Any], folder: Path, run: Run, inputs: Any
 ) -> None:
-    """The packed folder of docs/format.md."""
+    """The packed folder of docs/format.md.
+
+    A redo's mark stays (`Run.save_artifact` would clear it): the stage writes two folders.
+    """
     float_dtype = run.recipe.export.float_dtype
-    run.save_artifact(
-        "export",
+    save_student(
         pack(model, float_dtype),
         tokenizer,
         folder,
         kind="packed",
         plan=manifest["plan"],
+        recipe=run.recipe.model_dump(mode="json", by_alias=True),
         extra={
             **run.meta("export", inputs),
             "training": manifest.get("training"),

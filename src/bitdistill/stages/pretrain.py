@@ -128,9 +128,21 @@ def pretrain(run: Run, refined: Path) -> Path:
     }
     key = artifact.hash_json(inputs)
     folder = Path(config.cache_dir).expanduser() / key[:16]
-    if run.finished("pretrain", folder, inputs):
-        _point_to(run, folder)
-        return folder
+    if not run.finished("pretrain", folder, inputs):
+        with artifact.locked(folder):
+            if not run.finished(
+                "pretrain", folder, inputs
+            ):  # now; a run of another task may just have made it
+                _make_base(run, refined, folder, inputs, source, tokenizer, shards)
+    _point_to(run, folder)
+    return folder
+
+
+def _make_base(
+    run: Run, refined: Path, folder: Path, inputs: dict[str, Any], source: Any, tokenizer: Any, shards: Any
+) -> None:
+    config = run.recipe.pretrain
+    assert config is not None
     student, _, manifest = load_student(refined, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
     trunk = branch.trunk(inputs, config, _total_steps(config))
@@ -145,8 +157,6 @@ def pretrain(run: Run, refined: Path) -> Path:
         plan=manifest["plan"],
         extra={**run.meta("pretrain", inputs, result), "branched_from": branched_from},
     )
-    _point_to(run, folder)
-    return folder
 
 
 def _seed(run: Run) -> int:

@@ -37,9 +37,13 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
         identity = [readers.source_fingerprint(config.corpus), own, [bos_ids, eos], limit_tokens]
         path = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json(identity)[:16]
         if not artifact.exists(path):
-            log.info("tokenizing %s into %s", config.corpus, path)
             workers = max(1, torch.get_num_threads())
-            tokenize_corpus([config.corpus], tokenizer, path, workers=workers, limit_tokens=limit_tokens)
+            with artifact.locked(path):
+                if not artifact.exists(path):  # now; another run may just have made it
+                    log.info("tokenizing %s into %s", config.corpus, path)
+                    tokenize_corpus(
+                        [config.corpus], tokenizer, path, workers=workers, limit_tokens=limit_tokens
+                    )
     shards = TokenShards(path)
     if shards.tokenizer_sha256 != own:
         raise ArtifactError(

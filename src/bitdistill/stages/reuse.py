@@ -17,6 +17,7 @@ from bitdistill.errors import ArtifactError
 from bitdistill.eval.prediction import Prediction
 from bitdistill.eval.results import ResultRow, read_results
 from bitdistill.report.run_folder import ARTIFACTS, read_answers
+from bitdistill.stages import redo
 
 
 @dataclass
@@ -39,15 +40,20 @@ class Reuse:
 
     def add(self, run: Path) -> None:
         """Take up a run's finished artifacts and rows; what is there already stays."""
+        try:
+            _, stale = redo.read(run)
+        except ArtifactError:
+            return
         for name in ARTIFACTS:
             folder = run / name
             if folder.is_symlink() or not artifact.exists(folder):
                 continue
             try:
-                key = artifact.read_manifest(folder).get("key")
+                manifest = artifact.read_manifest(folder)
             except ArtifactError:
                 continue
-            if isinstance(key, str):
+            key = manifest.get("key")
+            if isinstance(key, str) and manifest.get("stage") not in stale:
                 self.artifacts.setdefault(key, folder.resolve())
         if not (run / "results.json").is_file():
             return

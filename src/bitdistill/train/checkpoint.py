@@ -6,6 +6,7 @@ state.json. The two newest are kept; a corrupt newest one is passed over with a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -104,6 +105,14 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
 
 
+def newest_key(root: Path) -> str | None:
+    """Key of the newest checkpoint, without a look at its content; None when there is none."""
+    for folder in sorted(root.glob("step-????????"), reverse=True):
+        with contextlib.suppress(ArtifactError):
+            return str(artifact.read_manifest(folder).get("key"))
+    return None
+
+
 def restore(root: Path, model: nn.Module, optimizer: OptimizerSet, key: str) -> dict[str, Any] | None:
     """Load the newest intact checkpoint of this very stage into model, optimizer and RNG.
 
@@ -113,6 +122,8 @@ def restore(root: Path, model: nn.Module, optimizer: OptimizerSet, key: str) -> 
     Raises:
         ArtifactError: a checkpoint is there but belongs to another recipe (its `key` differs).
     """
+    for orphan in root.glob("step-*.partial-*"):  # of a killed save, whose step may never be saved again
+        shutil.rmtree(orphan, ignore_errors=True)
     for folder in sorted(root.glob("step-????????"), reverse=True):
         try:
             manifest = artifact.verify(folder)
