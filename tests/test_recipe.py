@@ -171,6 +171,11 @@ def test_task_file_errors_name_the_task_file(write):
         ),
         ("sft: {loop: {batch_rows: 0}}", "sft.loop.batch_rows: got 0, expected a whole number >= 1"),
         ("sft: {loop: {batch_rows: 1.5}}", "sft.loop.batch_rows: got 1.5, expected a whole number >= 1"),
+        ("distill: {gamma: .inf}", "distill.gamma: got inf, expected a finite number"),
+        ("sft: {epochs: 1e400}", "sft.epochs: got inf, expected a finite number"),
+        ("seed: 99999999999999999999", "seed: got 99999999999999999999, expected less than 9e+18"),
+        ("seed: -1", "seed: got -1, expected a whole number >= 0"),
+        ("sft: {loop: {batch_rows: 9999999999999999}}", "expected less than 1e+15"),
         ("refine: paper", 'recipe.yaml:5: refine: got "paper", expected a section with keys subln, gains'),
         ("method: papr", 'got "papr", expected "bitdistill" or "paper"; did you mean "paper"?'),
         ("distill: {relation: {layer: [1, x]}}", "distill.relation.layer"),
@@ -218,6 +223,21 @@ def test_override_below_a_value(write):
 
 def test_override_errors_name_the_option(write):
     assert error_of(write(MINIMAL), "distill.gama=3").startswith("--set distill.gama: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("distil.gamma=1", '--set distil.gamma: distil: unknown key; did you mean "distill"?'),
+        ("seed.x=1", "--set seed.x: seed: got a section, expected a whole number"),
+        ("task=nosuch", '--set task: no built-in task "nosuch"'),
+        ("task=./absent.yaml", "absent.yaml: no such file; check the path, or name a built-in task"),
+        ("model.path=", '--set model.path: got "", expected a text that is not empty'),
+        ("export.formats=gguf", '"ollama" each); write [gguf]'),
+    ],
+)
+def test_overrides_are_blamed_for_what_they_do(write, override, expected):
+    assert expected in error_of(write(MINIMAL), override)
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(

@@ -12,25 +12,31 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class Strict(BaseModel):
-    """Base of all recipe sections: unknown keys fail, instances are immutable."""
+    """Base of all recipe sections: unknown keys fail, numbers are finite, instances are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+
+MOST_COUNT = 10**15
+"""More of anything is a slip of the pen, and would overflow where counts meet floats and C integers."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Epochs = Annotated[float, Field(gt=0.0, le=MOST_COUNT)]
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ModelSource(Strict):
     """Where the full-precision model comes from."""
 
-    path: str
+    path: Text
     """Hugging Face folder, hub name (`Qwen/Qwen3-0.6B`), or a `.gguf` file."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Folder or hub name of the tokenizer when it is not beside the model."""
 
 
@@ -71,6 +77,11 @@ class Task(Strict):
             if len(self.labels) < 2:
                 raise ValueError(f"task {self.name}: classification needs at least 2 entries in `labels`")
             words = list(self.labels.values())
+            blank = next((label for label, word in self.labels.items() if not word.strip()), None)
+            if blank is not None:
+                raise ValueError(
+                    f"task {self.name}: labels: the word of {blank!r} is blank; give it a word, like ' none'"
+                )
             if len(set(words)) != len(words):
                 twice = sorted({w for w in words if words.count(w) > 1})
                 raise ValueError(f"task {self.name}: label words must differ; used more than once: {twice}")
@@ -86,11 +97,11 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance
 class DataConfig(Strict):
     """Files or hub names. `hub:owner/name[:config][:split]`, or a .jsonl/.jsonl.zst/.csv/.tsv/.parquet path."""
 
-    train: str
-    validation: str | None = None
+    train: Text
+    validation: Text | None = None
     """Held-out rows for choosing hyper-parameters. None: `validation_fraction` of train, by seed."""
     validation_fraction: Fraction = 0.0
-    test: str | None = None
+    test: Text | None = None
     """Rows of the results table. None: the validation rows."""
     unlabelled: Sources = ()
     """Further rows of the task, whose answers (if they have any) are not read: the teacher answers them, and stage 3
@@ -116,7 +127,7 @@ class AugmentConfig(Strict):
     texts_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of the rows that begin with such a sentence."""
     temperature: Positive = 1.0
-    seed: int | None = None
+    seed: Seed | None = None
     """Of the writer and its samples; None: the recipe's. Set, the rows are shared by runs of other seeds."""
 
 
@@ -194,7 +205,7 @@ class SftConfig(Strict):
 
     optim: Optim = Optim(learning_rate=5e-5)
     loop: Loop = Loop(batch_rows=32)
-    epochs: Positive = 2.0
+    epochs: Epochs = 2.0
 
 
 class RefineConfig(Strict):
@@ -213,9 +224,9 @@ class RefineConfig(Strict):
 class PretrainConfig(Strict):
     """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
 
-    corpus: str | None = None
+    corpus: Text | None = None
     """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
-    base: str | None = None
+    base: Text | None = None
     """An existing ternary base (folder): stage 2 is not run. `auto`-cached bases need no entry here."""
     objective: Literal["lm", "kl", "mix"] = "kl"
     """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
@@ -230,7 +241,7 @@ class PretrainConfig(Strict):
     loop: Loop = Loop(batch_rows=64)
     ternary_warmup_fraction: Fraction = 0.0
     """Share of steps over which weights are blended from full precision to ternary (lambda 0 -> 1)."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Of the data order; None: the recipe's. A number lets the seeds of an experiment share one base."""
     branch_steps: tuple[Count, ...] = ()
     """Keep the checkpoints of these steps: runs that differ in `budget_tokens` alone start from them (wsd only;
@@ -263,7 +274,7 @@ class DistillConfig(Strict):
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
-    epochs: Positive = 2.0
+    epochs: Epochs = 2.0
     ce_weight: NonNegative = 1.0
     lambda_: NonNegative = Field(default=10.0, alias="lambda")
     temperature: Positive = 5.0
@@ -282,7 +293,7 @@ class DistillConfig(Strict):
     time on a GPU, where other steps are replayed from a graph."""
     relation: RelationConfig = RelationConfig()
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class BitNetSftConfig(Strict):
@@ -290,7 +301,7 @@ class BitNetSftConfig(Strict):
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
-    epochs: Positive = 2.0
+    epochs: Epochs = 2.0
     subln: Literal["paper", "every_linear", "none"] = "none"
     gains: Literal["ones", "calibrated"] = "calibrated"
     """calibrated: on training prompts, as many and as long as `refine` says."""
@@ -308,7 +319,7 @@ class EvalConfig(Strict):
     """native: the CPU engine scores teacher and students; the same predictions, on the CPU whatever `device` is."""
     batch_rows: Count = 64
     split: Literal["test", "validation"] = "test"
-    bootstrap_seed: int = 0
+    bootstrap_seed: Seed = 0
 
 
 class GgufConfig(Strict):
@@ -334,7 +345,7 @@ class ExportConfig(Strict):
 class ReportConfig(Strict):
     """The HTML report."""
 
-    samples: int = 20
+    samples: Annotated[int, Field(ge=0, le=MOST_COUNT)] = 20
     """Rows shown where teacher and student differ."""
 
 
@@ -349,11 +360,11 @@ class Recipe(Strict):
     """A whole run: model and data in, packed student and report out."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = 0
-    output_dir: str = "runs"
+    seed: Seed = 0
+    output_dir: Text = "runs"
     """The run's folder is output_dir/name (output_dir/name-seedN when the seed is not 0)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     """CPU threads; None: all cores. Bit-exact repeats need the same number."""
     method: Literal["bitdistill", "paper"] = "bitdistill"
     """paper: the paper's literal choices become the defaults (see METHODS); single keys still override them."""

@@ -27,6 +27,12 @@ class BitDistillError(Exception):
     exit_code = 1
 
 
+class UsageError(BitDistillError):
+    """Options that contradict each other, or a value that an option does not take."""
+
+    exit_code = 2
+
+
 class RecipeError(BitDistillError):
     """The recipe is not valid: unknown key, wrong type, values that contradict each other."""
 

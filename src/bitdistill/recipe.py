@@ -45,7 +45,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             contradicting values, unknown task. One line.
     """
     path = Path(path)
-    tree, lines = read_yaml(path)
+    tree, lines = read_yaml(path, missing="`bitdistill init` writes a recipe")
     places = recipe_errors.Places(str(path), lines)
     _normalise(tree)
     _resolve_paths(tree, path.resolve().parent)
@@ -54,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         places.overridden.add(keys)
         if keys == ("method",) and isinstance(tree["method"], str):
             tree = _merge_under(_present(METHODS.get(tree["method"], {}), tree), tree)
-    _expand_task(tree, path.resolve().parent, str(path))
+    _expand_task(tree, path.resolve().parent, places.of(("task",)))
     _normalise(tree)
     method = tree.get("method", "bitdistill")
     chosen = METHODS.get(method, {}) if isinstance(method, str) else {}
@@ -144,8 +144,11 @@ def builtin_tasks() -> dict[str, Task]:
 # --- YAML -------------------------------------------------------------------------------------------------
 
 
-def read_yaml(path: Path) -> tuple[Tree, Lines]:
+def read_yaml(path: Path, missing: str = "check the path") -> tuple[Tree, Lines]:
     """A YAML mapping and the line (1-based) of each of its keys.
+
+    Args:
+        missing: what to do where there is no such file.
 
     Raises:
         RecipeError: missing or unreadable file, not UTF-8, not YAML 1.2, duplicate key, more than MAX_BYTES,
@@ -155,7 +158,7 @@ def read_yaml(path: Path) -> tuple[Tree, Lines]:
         with path.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; `bitdistill init` writes a recipe") from None
+        raise RecipeError(f"{path}: no such file; {missing}") from None
     except OSError as error:
         raise RecipeError(
             f"{path}: cannot be read ({error.strerror}); check the path and its rights"
@@ -315,18 +318,20 @@ def _label_key(key: Any) -> Any:
 
 
 def _expand_task(tree: Tree, folder: Path, where: str) -> None:
-    """Replace `task: name` by the section of that built-in task or task file."""
+    """Replace `task: name` by the section of that built-in task or task file; `where` names the key in errors."""
     task = tree.get("task")
     if not isinstance(task, str):
         return
     if task.endswith((".yaml", ".yml")) or os.sep in task:
         path = folder / Path(task).expanduser()
+        if not path.exists():
+            raise RecipeError(f"{where}: {path}: no such file; check the path, or name a built-in task")
         section, _ = read_yaml(path)
         section.setdefault("name", path.stem)
         _normalise({"task": section})
         tree["task"] = _validate_task(section, str(path)).model_dump(mode="json", exclude_defaults=True)
     else:
-        tree["task"] = _builtin_tree(task, f"{where}: task")
+        tree["task"] = _builtin_tree(task, where)
 
 
 def _builtin_tree(name: str, where: str) -> Tree:

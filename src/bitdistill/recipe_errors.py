@@ -12,6 +12,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+HUGE = 10**15
+"""Bounds from here on keep out slips of the pen; only the error about one tells them."""
+
 
 @dataclass
 class Places:
@@ -26,6 +29,10 @@ class Places:
         dotted = ".".join(keys)
         if any(keys[: len(o)] == o for o in self.overridden):
             return f"--set {dotted}"
+        # `--set distil.gamma` makes a section that the file does not have: the option is to blame, not the file.
+        for option in self.overridden if keys and keys not in self.lines else ():
+            if option[: len(keys)] == keys:
+                return f"--set {'.'.join(option)}: {dotted}"
         line = next((self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), None)
         place = self.where if line is None else f"{self.where}:{line}"
         return f"{place}: {dotted}" if dotted else place
@@ -96,8 +103,17 @@ def _message(
     found = _field(keys, model)
     hint = None
     if isinstance(value, str) and found is not None:
-        hint = nearest(value, _literals(found[0]))
-    message = f"got {show(value)}, expected {_expected(keys, model)}"
+        choices = _literals(found[0])
+        hint = f"write [{value}]" if kind == "tuple_type" else nearest(value, choices)
+    expected = _expected(keys, model)
+    if kind == "finite_number":
+        expected = "a finite number"
+    elif kind == "string_too_short":
+        expected = "a text that is not empty"
+    elif kind in ("less_than", "less_than_equal"):
+        limit = next(iter(details["ctx"].values()))
+        expected = expected if limit < HUGE else f"less than {limit:.0e}"
+    message = f"got {show(value)}, expected {expected}"
     return f"{message}; {hint}" if hint else message
 
 
@@ -193,7 +209,7 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     parts = [_NAMES.get(annotation, str(annotation))]
     for constraint in _flatten(constraints):
         for kind, attribute, sign in _SIGNS:
-            if isinstance(constraint, kind):
+            if isinstance(constraint, kind) and getattr(constraint, attribute) < HUGE:
                 parts.append(f"{sign} {getattr(constraint, attribute):g}")
         pattern = getattr(constraint, "pattern", None)
         if isinstance(pattern, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bitdistill.cli.main import app
-from bitdistill.errors import BitDistillError
+from bitdistill.errors import BitDistillError, DataError
 from bitdistill.planning.plan import make_plan
 from bitdistill.planning.scaffold import Request, write_recipe
 from bitdistill.recipe import load_recipe
@@ -169,3 +170,42 @@ def test_any_label_values_and_names_are_quoted_right(tmp_path, values, odd):
     text, _ = write_recipe(request, tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text(text, "utf-8")
     assert set(load_recipe(tmp_path / "r.yaml").task.labels) == set(values)
+
+
+def test_label_words_that_begin_one_another_end_with_a_mark(tmp_path):
+    rows = [{"text": f"text number {i}", "label": ["lost", "lost card", "other"][i % 3]} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.append_eos is True
+
+
+def test_an_empty_label_value_gets_a_word(tmp_path):
+    rows = [{"text": f"text number {i}", "label": ["", "empty", "b"][i % 3]} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml", "--label", "label")
+    assert load_recipe(tmp_path / "r.yaml").task.labels == {"": " empty2", "b": " b", "empty": " empty"}
+
+
+def test_a_few_rows_still_leave_one_to_score(tmp_path):
+    rows = [{"text": f"text number {i}", "label": i % 2} for i in range(6)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    make_plan(load_recipe(tmp_path / "r.yaml"), "cpu")
+
+
+def test_fields_that_no_template_takes_are_left_out_or_refused(tmp_path):
+    rows = [{"a.b": f"odd {i}", "text {x}": f"odd {i}", "text": f"t {i}", "label": i % 2} for i in range(20)]
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    said = init(MODEL, train, "-o", tmp_path / "r.yaml")
+    assert "left out `a.b`, `text {x}`: rename" in " ".join(said.split())
+    assert load_recipe(tmp_path / "r.yaml").task.template == "{text}\nLabel:"
+    with pytest.raises(DataError, match=r"field `a\.b` cannot stand in a template"):
+        init(MODEL, train, "-o", tmp_path / "s.yaml", "--text", "a.b")
+    only = rows_file(tmp_path / "only.jsonl", [{"a.b": row["a.b"], "label": row["label"]} for row in rows])
+    with pytest.raises(DataError, match="rename the field"):
+        init(MODEL, only, "-o", tmp_path / "s.yaml")
+
+
+def test_printed_commands_paste(tmp_path):
+    rows = rows_file(tmp_path / "rows.jsonl", [{"text": f"text {i} is", "label": i % 2} for i in range(20)])
+    output = tmp_path / "dir with space" / "r c.yaml"
+    said = init(MODEL, rows, "-o", output)
+    assert f"bitdistill plan {shlex.quote(str(output))}\n" in said
+    assert "# Check it:  bitdistill plan 'r c.yaml'\n" in output.read_text()

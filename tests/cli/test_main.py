@@ -25,6 +25,7 @@ from bitdistill.errors import (
     ModelError,
     RecipeError,
     StorageError,
+    UsageError,
 )
 from tests.environment import plain
 
@@ -117,6 +118,34 @@ def test_usage_errors_exit_with_2(arguments, expected):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "packed", "hello", "--field", "text=a"],
+        ["predict", "packed", "--field", "foo"],
+        ["init", "x/y", "train.jsonl", "--label", "x", "--target", "y", "-o", "new.yaml"],
+        ["init", "x/y", "train.jsonl"],
+        ["plan", "recipe.yaml", "--on", "foo"],
+        ["export", "recipe.yaml", "--dry-run"],
+        ["export", "recipe.yaml", "--push", "x"],
+        ["augment", "recipe.yaml", "--out", "x.txt"],
+        ["sweep", "sweep.yaml", "--only", "nothing"],
+        ["sweep", "sweep.yaml", "--row", "foo"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_usage_errors_of_one_line(arguments, folder, monkeypatch, capsys):
+    (folder / "sweep.yaml").write_text(
+        "name: s\ntitle: S\nrecipes: [recipe.yaml]\nseeds: [0]\ncells: [{name: one}]\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["bitdistill", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    said = capsys.readouterr().err
+    assert (caught.value.code, said.count("\n"), said[:7]) == (2, 1, "error: ")
+
+
 def test_errors_are_one_line_with_their_exit_code(folder):
     done = command("plan", "recipe.yaml", "--set", "distill.gama=3", cwd=folder)
     assert done.returncode == 3
@@ -134,6 +163,7 @@ def test_errors_are_one_line_with_their_exit_code(folder):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
+        (UsageError("x"), 2),
         (RecipeError("x"), 3),
         (DataError("x"), 4),
         (ModelError("x"), 5),
@@ -237,12 +267,49 @@ def test_run_hands_the_recipe_to_the_pipeline(folder, monkeypatch, capsys):
     }
 
 
+@pytest.mark.parametrize("name", ["run", "refine"])
+def test_quiet_leaves_stderr_to_errors(name, folder, monkeypatch, capsys):
+    from bitdistill import pipeline
+
+    result = pipeline.RunResult(Path("runs/t"), packed=Path("runs/t/packed"))
+    monkeypatch.setattr(pipeline, "run", lambda *_, **__: result)
+    for options, silent in ((["--quiet"], True), ([], False)):
+        monkeypatch.setattr(sys, "argv", ["bitdistill", name, str(folder / "recipe.yaml"), *options])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert (capsys.readouterr().err == "") == silent
+
+
+def test_a_quiet_sweep_lists_on_stdout_alone(folder):
+    (folder / "sweep.yaml").write_text(
+        "name: s\ntitle: S\nrecipes: [recipe.yaml]\nseeds: [0]\ncells: [{name: one}]\n"
+    )
+    done = command("sweep", "sweep.yaml", "--dry-run", "--quiet", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "one" in done.stdout
+
+
 def test_results_and_report_of_a_run_that_is_not_there(folder):
     assert command("results", "recipe.yaml", cwd=folder).returncode == 6
     done = command("report", "recipe.yaml", cwd=folder)
     assert done.returncode == 6
     assert "no run there yet" in done.stderr
     assert command("inspect", "nothing", cwd=folder).returncode == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["results", "gone"], 6, "error: gone: no such folder; give a run's folder or its recipe\n"),
+        (["export", "gone"], 6, "error: gone: no such folder; give a packed student's folder or a recipe\n"),
+        (["sweep", "gone.yaml"], 3, "error: gone.yaml: no such file; check the path\n"),
+        (["inspect", "recipe.yaml"], 2, "'recipe.yaml' is a file"),
+        (["predict", "recipe.yaml", "x"], 2, "'recipe.yaml' is a file"),
+    ],
+)
+def test_what_is_not_there_is_named_with_what_is_expected(folder, arguments, code, expected):
+    done = command(*arguments, cwd=folder)
+    assert (done.returncode, expected in done.stderr) == (code, True), done.stderr
 
 
 def test_results_of_a_run(folder):
@@ -276,7 +343,7 @@ def test_tokenize_checks_before_it_loads(folder):
     done = command(
         "tokenize", "train.jsonl", "--tokenizer", "x/y", "--out", "o", "--include", "source", cwd=folder
     )
-    assert done.returncode == 3
+    assert done.returncode == 2
     assert "expected FIELD=VALUE" in done.stderr
 
 

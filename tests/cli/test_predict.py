@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from bitdistill.cli import predict as cli_predict
 from bitdistill.cli.main import app
-from bitdistill.errors import BitDistillError
+from bitdistill.errors import BitDistillError, DataError, RecipeError
 
 SENTIMENT = {
     "name": "mood",
@@ -80,7 +82,7 @@ def classifier(make_student) -> Path:
     return make_student(SENTIMENT)
 
 
-def predict(*arguments: object, stdin: str | None = None) -> list[dict]:
+def predict(*arguments: object, stdin: str | bytes | None = None) -> list[dict]:
     """Runs `predict --json`; a failing one raises its error."""
     done = CliRunner().invoke(app, ["predict", *map(str, arguments), "--json"], input=stdin)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
@@ -180,3 +182,32 @@ def test_no_model_there(tmp_path):
     with pytest.raises(BitDistillError) as caught:
         predict(tmp_path, "w40")
     assert caught.value.exit_code == 6
+
+
+def test_stdin_that_is_not_utf_8_is_named_by_line(classifier):
+    for given in (b"w40\r\ncaf\xe9\n", b"\xef\xbb\xbfw40\ncaf\xe9\n"):
+        with pytest.raises(DataError, match="stdin:2: byte 3 is not UTF-8"):
+            predict(classifier, stdin=given)
+
+
+def test_half_characters_are_refused(classifier):
+    with pytest.raises(DataError, match="stdin:1: field `text` holds a lone surrogate"):
+        predict(classifier, stdin='{"text": "\\ud800"}')
+
+
+def test_places_go_on_across_batches(classifier, monkeypatch):
+    monkeypatch.setattr(cli_predict, "CHUNK", 2)
+    assert [a["where"] for a in predict(classifier, *["w40"] * 5)] == [f"input {n}" for n in range(1, 6)]
+    assert [a["where"] for a in predict(classifier, stdin="w40\n\nw41\nw42\n")] == [
+        "stdin:1",
+        "stdin:3",
+        "stdin:4",
+    ]
+
+
+def test_devices(classifier):
+    assert predict(classifier, "w40", "--device", "auto")
+    assert CliRunner().invoke(app, ["predict", str(classifier), "w40", "--device", "foo"]).exit_code == 2
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="no CUDA device is visible"):
+            predict(classifier, "w40", "--device", "cuda")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitdistill.data import hub, readers
-from bitdistill.errors import BitDistillError, DataError, MissingDependencyError
+from bitdistill.errors import BitDistillError, DataError, MissingDependencyError, StorageError
 
 ROWS = [{"text": 'Grüße, "Welt"\nzwei', "label": "yes"}, {"text": "\tтест 😀", "label": "no"}]
 
@@ -255,3 +255,21 @@ def test_planning_imports_no_torch() -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pyarrow', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_a_file_that_may_not_be_read_is_no_corrupt_one(tmp_path, monkeypatch, name):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / name
+    path.write_text("x")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(pa, "OSFile", refuse)
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(StorageError, match=r"rows\S+: no permission to read it; mend its permissions"):
+        list(readers.iter_rows(str(path)))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bitdistill.cli.main import app
 from bitdistill.config import ExportConfig, GgufConfig
-from bitdistill.errors import ArtifactError, ModelError, RecipeError
+from bitdistill.errors import ArtifactError, ModelError, RecipeError, UsageError
 from bitdistill.interop.hub import plan_push, push
 from bitdistill.interop.ollama import CHAT_FORMATS, chat_format, export_ollama, modelfile
 from tests.interop.trained import packed_student, tokenizer
@@ -111,7 +111,7 @@ def test_a_students_own_card_is_used(packed: Path, tmp_path: Path) -> None:
 
 
 def test_what_may_not_go_out(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="named OWNER/NAME"):
+    with pytest.raises(UsageError, match="named OWNER/NAME"):
         plan_push(packed, packed, "../student")
     with pytest.raises(ArtifactError, match="no artifact here"):
         plan_push(tmp_path, packed, "somebody/student")
@@ -180,16 +180,16 @@ def test_commands(packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "kind", "words"),
     [
-        (["--dry-run"], "go with --push"),
-        (["--push", "a/b", "--format", "gguf", "--format", "hf"], "one --format, or none"),
-        (["--format", "onnx"], "export"),
-        (["--set", "seed=3"], "only export.* applies"),
-        (["--gguf-weights", "q2_k"], "export"),
+        (["--dry-run"], UsageError, "go with --push"),
+        (["--push", "a/b", "--format", "gguf", "--format", "hf"], UsageError, "one --format, or none"),
+        (["--format", "onnx"], RecipeError, "export"),
+        (["--set", "seed=3"], RecipeError, "only export.* applies"),
+        (["--gguf-weights", "q2_k"], RecipeError, "export"),
     ],
 )
-def test_commands_that_cannot_be(packed: Path, args: list[str], words: str) -> None:
+def test_commands_that_cannot_be(packed: Path, args: list[str], kind: type[Exception], words: str) -> None:
     done = CliRunner().invoke(app, ["export", str(packed), *args])
-    assert isinstance(done.exception, RecipeError)
+    assert isinstance(done.exception, kind)
     assert words in str(done.exception)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bitdistill.errors import BitDistillError, DataError, ModelError, RecipeError
+from bitdistill import artifact
+from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, RecipeError, UsageError
 from bitdistill.planning import check
 from bitdistill.planning.plan import make_plan
 from bitdistill.recipe import load_recipe
@@ -198,6 +199,36 @@ def test_what_does_not_fit_is_said(write, replaced, kind, expected):
         make_plan(load_recipe(write(**replaced)))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("empty.jsonl", "", "no text"),
+        ("blank.txt", "\n \n", "no text"),
+        ("fields.jsonl", '{"body": "x"}\n', "fields.jsonl:1: no field `text` or `content`"),
+        ("junk.parquet", "junk", "unreadable parquet"),
+        ("folder/notes.md", "x", "no documents here"),
+    ],
+)
+def test_the_corpus_is_looked_into(write, tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    corpus = path if path.parent == tmp_path else path.parent
+    with pytest.raises(DataError, match=f"pretrain.corpus: .*{expected}"):
+        make_plan(load_recipe(write(pretrain=f"{{corpus: {corpus.name}}}")))
+    path.rename(tmp_path / "gone")
+    path.with_suffix(".txt").write_text("\nwords\n")
+    make_plan(load_recipe(write(pretrain=f"{{corpus: {path.with_suffix('.txt')}}}")))
+
+
+def test_a_base_must_be_one(write, tmp_path):
+    with artifact.writing(tmp_path / "other", {"kind": "packed"}) as folder:
+        (folder / "x").write_text("x")
+    for key, expected in (("base", "kind 'packed', a ternary base"), ("corpus", "not token shards")):
+        with pytest.raises(ArtifactError, match=expected):
+            make_plan(load_recipe(write(pretrain=f"{{{key}: other}}")))
+
+
 @pytest.mark.parametrize("metric", ["acuracy", "bleu"])
 def test_metrics_are_checked(write, metric):
     with pytest.raises(RecipeError, match=f"metric '{metric}' does not score classification"):
@@ -214,8 +245,22 @@ def test_a_bad_label_names_file_and_line(write, tmp_path):
         make_plan(load_recipe(write()))
 
 
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("validation_fraction: 0.001", "0.001 of 150 training rows is less than one"),
+        ("validation_fraction: 0.1, limit_train: 6", "0.1 of 6 training rows is less than one"),
+        ("validation_fraction: 1, test: train.jsonl", "1.0 of 150 training rows leaves none to train on"),
+    ],
+)
+def test_splits_without_rows_are_refused(write, data, expected):
+    recipe = load_recipe(write(data=f"{{train: train.jsonl, {data}}}"))
+    with pytest.raises(DataError, match=expected):
+        make_plan(recipe)
+
+
 def test_unknown_device(write):
-    with pytest.raises(RecipeError, match="--on tpu: unknown; choose from cpu"):
+    with pytest.raises(UsageError, match="--on tpu: unknown; choose from cpu"):
         make_plan(load_recipe(write()), "tpu")
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bitdistill import artifact, pipeline
 from bitdistill.cli.main import app
-from bitdistill.errors import ArtifactError, Interrupted, RecipeError
+from bitdistill.errors import ArtifactError, Interrupted, RecipeError, UsageError
 from bitdistill.report import paired, sweep_results, sweep_tables
 from bitdistill.sweep.run import run_sweep
 from bitdistill.sweep.spec import expand, load_sweep, only_rows
@@ -152,10 +152,10 @@ def test_rows_can_be_made_one_after_the_other(work: Path) -> None:  # noqa: F811
     others = expand(sweep, path.parent, overrides=["sft.epochs=2"])[:1]
     found = run_sweep(sweep, only_rows(others, ["teacher"]), out, order=[u.id for u in units], quiet=True)
     assert [row.name for row in found.runs[0].rows] == ["teacher"]
-    with pytest.raises(RecipeError, match="--row students: expected some of teacher"):
+    with pytest.raises(UsageError, match="--row students: expected some of teacher"):
         only_rows(units, ["students"])
     teachers = expand(sweep.model_copy(update={"rows": ("teacher",)}), path.parent)
-    with pytest.raises(RecipeError, match="no run of this sweep has it"):
+    with pytest.raises(UsageError, match="no run of this sweep has it"):
         only_rows(teachers, ["bitnet_sft"])
 
 
@@ -200,7 +200,7 @@ grid:
     assert len({u.recipe.name for u in units}) == 6
     assert len(expand(sweep, work, only=["*layer1*"])) == 2
     assert len(expand(sweep, work, only=["tiny/run-layer0-gamma1.0/0"])) == 1
-    with pytest.raises(RecipeError, match="--only nothing: no run matches; runs: tiny/run-layer0"):
+    with pytest.raises(UsageError, match="--only nothing: no run matches; runs: tiny/run-layer0"):
         expand(sweep, work, only=["nothing"])
     moved = expand(sweep, work, local={str(work / "train.jsonl"): "/data/other.jsonl"})
     assert moved[0].recipe.data.train == "/data/other.jsonl"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitdistill.cli.options import AsJson, print_json, set_up_logging, stderr, stdout
-from bitdistill.errors import ArtifactError, DataError, RecipeError
+from bitdistill.errors import ArtifactError, DataError, UsageError
 
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, or the recipe of the run.", show_default=False)
@@ -20,11 +20,13 @@ def run_folder(path: Path) -> Path:
     """The run folder that `path` names: itself, or the folder of a recipe's run.
 
     Raises:
-        ArtifactError: that run was not started yet.
+        ArtifactError: there is no such folder, or that run was not started yet.
         RecipeError: `path` is a recipe that is not valid.
     """
     if path.is_dir():
         return path
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise ArtifactError(f"{path}: no such folder; give a run's folder or its recipe")
     from bitdistill.recipe import load_recipe, run_dir
 
     folder = run_dir(load_recipe(path))
@@ -55,7 +57,10 @@ def inspect(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="A ternary model's folder, latent or packed.", show_default=False
+            metavar="MODEL",
+            help="A ternary model's folder, latent or packed.",
+            file_okay=False,
+            show_default=False,
         ),
     ],
     json_: AsJson = False,
@@ -127,7 +132,7 @@ def _conditions(pairs: list[str] | None, option: str) -> dict[str, set[str]] | N
     for pair in pairs or []:
         field, equals, value = pair.partition("=")
         if not equals or not field:
-            raise RecipeError(f"{option} {pair}: expected FIELD=VALUE, for example {option} source=books")
+            raise UsageError(f"{option} {pair}: expected FIELD=VALUE, for example {option} source=books")
         found.setdefault(field, set()).add(value)
     return found or None
 

@@ -51,13 +51,13 @@ def augment(
     section in the recipe `run` does this by itself. A file made with --out is named as data.unlabelled.
     """
     from bitdistill.config import AugmentConfig
-    from bitdistill.errors import DataError, RecipeError
+    from bitdistill.errors import RecipeError, UsageError
     from bitdistill.planning.check import check_data
     from bitdistill.recipe import load_recipe, parse_recipe
 
     set_up_logging(quiet)
     if out is not None and not out.name.endswith((".jsonl", ".jsonl.zst")):
-        raise DataError(f"--out {out}: name a .jsonl or .jsonl.zst file")
+        raise UsageError(f"--out {out}: name a .jsonl or .jsonl.zst file")
     loaded = load_recipe(recipe, set_ or [])
     given = {"rows": rows, "texts": texts, "texts_share": texts_share, "temperature": temperature}
     if out is None and (loaded.augment is None or any(value is not None for value in given.values())):
@@ -77,10 +77,10 @@ def augment(
     run = Run.open(loaded, command=command_line(), quiet=quiet)
     if out is None:
         folder = stage.augment(run)
-        stderr().print(f"rows in {folder}", markup=False, soft_wrap=True)
+        stderr(quiet).print(f"rows in {folder}", markup=False, soft_wrap=True)
         return
     assert loaded.augment is not None
     count = stage.write_rows(stage.written_rows(run, loaded.augment), out)
-    stderr().print(
+    stderr(quiet).print(
         f"{count} rows in {out}; name it in the recipe: data.unlabelled", markup=False, soft_wrap=True
     )

@@ -17,7 +17,7 @@ from bitdistill.cli.options import (
     set_up_logging,
     stderr,
 )
-from bitdistill.errors import RecipeError
+from bitdistill.errors import ArtifactError, UsageError
 
 
 def export(
@@ -62,9 +62,13 @@ def export(
 ) -> None:
     """Write the packed student (2-bit codes, scales, tokenizer), and further formats beside it."""
     if push is None and (dry_run or private):
-        raise RecipeError("--dry-run and --private go with --push OWNER/NAME")
+        raise UsageError("--dry-run and --private go with --push OWNER/NAME")
     if push is not None and len(format_ or []) > 1:
-        raise RecipeError("--push uploads one folder; give one --format, or none for the packed student")
+        raise UsageError("--push uploads one folder; give one --format, or none for the packed student")
+    if push is not None:
+        from bitdistill.interop.hub import check_repo
+
+        check_repo(push)  # before anything is trained
     overrides = [f"export.formats=[{', '.join(['packed', *format_])}]"] if format_ else []
     overrides += [] if gguf_weights is None else [f"export.gguf.weights={gguf_weights}"]
     overrides += [] if gguf_table is None else [f"export.gguf.table={gguf_table}"]
@@ -73,6 +77,8 @@ def export(
         if json_ and push is None:
             formats = {n: str(p) for n, p in made.items()}
             print_json({"packed": str(packed), "formats": formats, "readers": _readers(packed)})
+    elif not source.exists() and source.suffix not in (".yaml", ".yml"):
+        raise ArtifactError(f"{source}: no such folder; give a packed student's folder or a recipe")
     else:
         from bitdistill.cli.runs import run_until
 

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitdistill.cli.options import AsJson, print_json, stdout
+from bitdistill.cli.options import MOST_SEED, AsJson, print_json, stdin_lines, stdout
 from bitdistill.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from bitdistill.engine import Engine
+
+
+MOST_TOKENS = 2**31 - 1
+"""What the engine's counts hold."""
+
+
+class IsaName(StrEnum):
+    """Instruction sets that kernels are written for; the CPU has some of them."""
+
+    scalar = "scalar"
+    avx2 = "avx2"
+    avxvnni = "avxvnni"
+    avx512vnni = "avx512vnni"
+    neondot = "neondot"
 
 
 class LayoutName(StrEnum):
@@ -41,6 +56,24 @@ class HeadName(StrEnum):
     int4 = "int4"
 
 
+def _above_zero(value: float) -> float:
+    if not value > 0:  # NaN too
+        raise typer.BadParameter(f"{value} is not above 0; 1 keeps every token")
+    return value
+
+
+def _a_number(value: float) -> float:
+    if value != value:  # NaN passes every range
+        raise typer.BadParameter("nan is no number; 0 is greedy")
+    return value
+
+
+def _not_empty(texts: list[str] | None) -> list[str] | None:
+    if texts and "" in texts:
+        raise typer.BadParameter("an empty text would end every answer at once; leave it out")
+    return texts
+
+
 Folder = Annotated[
     Path,
     typer.Argument(
@@ -49,10 +82,12 @@ Folder = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Compute threads; default: the CPUs of this process.", show_default=False),
+    typer.Option(
+        min=1, max=256, help="Compute threads; default: the CPUs of this process.", show_default=False
+    ),
 ]
 Isa = Annotated[
-    str | None,
+    IsaName | None,
     typer.Option(
         help="Instruction set of the kernels; default: BITDISTILL_ISA, else the best.", show_default=False
     ),
@@ -63,13 +98,21 @@ Head = Annotated[
     HeadName,
     typer.Option(help="Output head: as stored, screened (same tokens, fewer bytes), int8 (rounded)."),
 ]
-MaxNew = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample among this many tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Sample among the tokens that reach this probability.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
+MaxNew = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", min=1, max=MOST_TOKENS, help="Longest answer.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, max=100.0, callback=_a_number, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Sample among this many tokens; 0: all.")]
+TopP = Annotated[
+    float,
+    typer.Option(max=1.0, callback=_above_zero, help="Sample among the tokens that reach this probability."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the draws.")]
 Stop = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeat.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", callback=_not_empty, help="End before this text. Repeat.", show_default=False
+    ),
 ]
 
 
@@ -93,7 +136,7 @@ def generate(
     json_: AsJson = False,
 ) -> None:
     """Continue a text with the native engine."""
-    text = sys.stdin.read() if prompt is None else prompt
+    text = "".join(line for _, line in stdin_lines()).replace("\r\n", "\n") if prompt is None else prompt
     if not text:
         raise DataError("generate: no prompt; give a text or pipe one in")
     engine = load_engine(model, threads, isa, layout, kv, head)
@@ -139,7 +182,8 @@ def chat(
     if engine.tokenizer.chat_template is None:
         raise ModelError(f"{model}: no chat template; use `bitdistill generate`")
     messages = [] if system is None else [{"role": "system", "content": system}]
-    while line := _ask():
+    lines = stdin_lines()
+    while line := _ask(lines):
         messages.append({"role": "user", "content": line})
         answer = engine.chat(
             messages,
@@ -156,10 +200,12 @@ def chat(
 
 def bench(
     model: Folder,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
-    decode_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded one at a time.")] = 128,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs; the medians are reported.")] = 5,
+    prefill_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Length of the prompt.")] = 512,
+    decode_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens decoded one at a time.")
+    ] = 128,
+    sequences: Annotated[int, typer.Option(min=1, max=1024, help="Sequences decoded together.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, max=10_000, help="Runs; the medians are reported.")] = 5,
     threads: Threads = None,
     isa: Isa = None,
     layout: LayoutOption = LayoutName.two_bit,
@@ -190,12 +236,14 @@ def bench(
 
 
 def load_engine(
-    model: Path, threads: int | None, isa: str | None, layout: LayoutName, kv: KvName, head: HeadName
+    model: Path, threads: int | None, isa: IsaName | None, layout: LayoutName, kv: KvName, head: HeadName
 ) -> Engine:
     """The engine that the options describe."""
     from bitdistill.engine import Engine
 
-    return Engine(model, threads=threads, isa=isa, layout=layout.value, kv=kv.value, head=head.value)
+    return Engine(
+        model, threads=threads, isa=isa and isa.value, layout=layout.value, kv=kv.value, head=head.value
+    )
 
 
 def _write(_: int, text: str) -> None:
@@ -203,8 +251,8 @@ def _write(_: int, text: str) -> None:
     sys.stdout.flush()
 
 
-def _ask() -> str:
-    if sys.stdin.isatty():
+def _ask(lines: Iterator[tuple[str, str]]) -> str:
+    if sys.stdin is not None and sys.stdin.isatty():
         sys.stdout.write("> ")
         sys.stdout.flush()
-    return sys.stdin.readline().strip()
+    return next(lines, ("", ""))[1].strip()

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bitdistill.errors import DataError
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+MOST_SEED = 2**63 - 1
 
 
 class StageName(StrEnum):
@@ -53,14 +59,16 @@ Redo = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout, for machines; logs go to stderr.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no log lines on stderr.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only errors on stderr: no progress, log lines or hints.")
+]
 
 
-def stderr() -> Console:
-    """Console for people: logs, tables of `plan`, hints."""
+def stderr(quiet: bool = False) -> Console:
+    """Console for people: logs, tables of `plan`, hints. A quiet one prints nothing: errors go another way."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, quiet=quiet)
 
 
 def stdout() -> Console:
@@ -73,6 +81,22 @@ def stdout() -> Console:
 def print_json(value: Any) -> None:
     """One JSON document on stdout. NaN and Inf are errors, not invalid JSON."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def stdin_lines() -> Iterator[tuple[str, str]]:
+    """(place, line with its end) of each line of stdin; lines are decoded one by one, so a terminal is answered.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    # The text layer would decode by the locale and in blocks: a bad byte then has no line.
+    for number, raw in enumerate([] if sys.stdin is None else sys.stdin.buffer, start=1):
+        place = f"stdin:{number}"
+        line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        try:
+            yield place, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: byte {error.start} is not UTF-8; convert it") from None
 
 
 def command_line() -> str:

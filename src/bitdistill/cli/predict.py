@@ -6,13 +6,14 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from bitdistill.cli.options import set_up_logging, stdout
-from bitdistill.errors import DataError, RecipeError
+from bitdistill.cli.options import set_up_logging, stdin_lines, stdout
+from bitdistill.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from bitdistill.data.readers import Row
@@ -20,10 +21,24 @@ if TYPE_CHECKING:
 
 CHUNK = 512
 
+Given: TypeAlias = "tuple[str, str | dict[str, Any] | Row]"
+"""An input and its place, for errors and answers."""
+
+
+class DeviceName(StrEnum):
+    """Devices, as in a recipe."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
 
 def predict(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A packed student's folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A packed student's folder.", file_okay=False, show_default=False
+        ),
     ],
     texts: Annotated[
         list[str] | None,
@@ -45,7 +60,9 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 3,
     batch_rows: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[
+        DeviceName, typer.Option(help="Where it runs; auto: a GPU if there is one.")
+    ] = DeviceName.cpu,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Label a text with probabilities, or generate its answer.
@@ -54,17 +71,18 @@ def predict(
     """
     set_up_logging(quiet=False)
     if sum(map(bool, (texts, field, file))) > 1:
-        raise RecipeError("predict: give texts, --field or --file, only one of them")
+        raise UsageError("predict: give texts, --field or --file, only one of them")
     inputs = _inputs(texts, field, file)
     if not _interactive():
         inputs = _first_checked(inputs)
     from bitdistill.stages.predict import Predictor
 
-    answer = Predictor(model, device=device, batch_rows=batch_rows)
+    answer = Predictor(model, device=device.value, batch_rows=batch_rows)
     many = bool(file) or len(texts or []) != 1
     for chunk in _chunks(inputs):
-        for given, result in zip(chunk, answer(chunk), strict=True):
-            _print(given, result, top, json_, many)
+        places, values = [place for place, _ in chunk], [value for _, value in chunk]
+        for value, result in zip(values, answer(values, places), strict=True):
+            _print(value, result, top, json_, many)
 
 
 def _interactive() -> bool:
@@ -72,9 +90,7 @@ def _interactive() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def _first_checked(
-    inputs: Iterator[str | dict[str, Any] | Row],
-) -> Iterator[str | dict[str, Any] | Row]:
+def _first_checked(inputs: Iterator[Given]) -> Iterator[Given]:
     """The same inputs; the first is read now, so that a wrong option is found before the model loads.
 
     Raises:
@@ -85,44 +101,42 @@ def _first_checked(
     raise DataError("predict: no input; give a text, --field, --file or lines on stdin")
 
 
-def _inputs(
-    texts: list[str] | None, field: list[str] | None, file: str | None
-) -> Iterator[str | dict[str, Any] | Row]:
+def _inputs(texts: list[str] | None, field: list[str] | None, file: str | None) -> Iterator[Given]:
     if texts:
-        yield from texts
+        for number, text in enumerate(texts, start=1):
+            yield f"input {number}", text
     elif field:
         pairs = [pair.partition("=") for pair in field]
         bad = next((name for name, equals, _ in pairs if not equals or not name), None)
         if bad is not None:
-            raise RecipeError(f"--field {bad}: expected NAME=TEXT")
-        yield {name: text for name, _, text in pairs}
+            raise UsageError(f"--field {bad}: expected NAME=TEXT")
+        yield "input 1", {name: text for name, _, text in pairs}
     elif file:
         from bitdistill.data.readers import iter_rows
 
-        yield from iter_rows(file)
+        for row in iter_rows(file):
+            yield row.where, row
     else:
-        for number, line in enumerate(sys.stdin, start=1):
+        for place, line in stdin_lines():
             if line.strip():
-                yield _line(line.rstrip("\r\n"), number)
+                yield place, _line(line.rstrip("\r\n"), place)
 
 
-def _line(line: str, number: int) -> str | dict[str, Any]:
+def _line(line: str, place: str) -> str | dict[str, Any]:
     if not line.lstrip().startswith("{"):
         return line
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"stdin:{number}: starts like a JSON row but is none ({str(error)[:60]}); mend it"
-        ) from None
+        raise DataError(f"{place}: starts like a JSON row but is none ({str(error)[:60]}); mend it") from None
     assert isinstance(row, dict)
     return row
 
 
-def _chunks(inputs: Iterator[str | dict[str, Any] | Row]) -> Iterator[list[str | dict[str, Any] | Row]]:
+def _chunks(inputs: Iterator[Given]) -> Iterator[list[Given]]:
     """Lists of at most CHUNK inputs; stdin of a terminal is answered line by line."""
     size = 1 if _interactive() else CHUNK
-    chunk: list[str | dict[str, Any] | Row] = []
+    chunk: list[Given] = []
     for value in inputs:
         chunk.append(value)
         if len(chunk) == size:

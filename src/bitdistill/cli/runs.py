@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bitdistill.cli.options import (
+    MOST_SEED,
     AsJson,
     Overrides,
     Quiet,
@@ -89,8 +90,7 @@ def pretrain(
         from bitdistill.stages.export import export_base
 
         export_base(result.base, out, dtype.value)
-        if not json_:
-            stderr().print(f"    copy  {out}", highlight=False)
+        stderr(quiet or json_).print(f"    copy  {out}", markup=False, soft_wrap=True)
 
 
 def _check_copy(recipe: Path, set_: list[str] | None, out: Path) -> None:
@@ -138,7 +138,7 @@ def evaluate(
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Seed of the data order.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the data order.")] = 0,
     redo_stage2: Annotated[
         Path | None,
         typer.Option(
@@ -197,11 +197,11 @@ def _go(recipe: Recipe, redo: Redo, json_: bool, quiet: bool, *, until: StageNam
             }
         )
     else:
-        _show(recipe, result)
+        _show(recipe, result, quiet)
     return result
 
 
-def _show(recipe: Recipe, result: RunResult) -> None:
+def _show(recipe: Recipe, result: RunResult, quiet: bool) -> None:
     """The results table on stdout, paths and next commands on stderr."""
     import shlex
 
@@ -211,7 +211,7 @@ def _show(recipe: Recipe, result: RunResult) -> None:
 
     if result.rows:
         print_table(result.rows, stdout())
-    console = stderr()
+    console = stderr(quiet)
     places = {"run": result.run_dir, "student": result.packed, **result.formats, "report": result.report}
     for name, path in places.items():
         if path is not None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from bitdistill.cli.native import (
+    MOST_TOKENS,
     Folder,
     Head,
     HeadName,
@@ -38,16 +39,27 @@ def serve(
         str | None,
         typer.Option(help="What clients call the model; default: its folder's name.", show_default=False),
     ] = None,
-    max_sequences: Annotated[int, typer.Option(min=1, help="Answers written at the same time.")] = 8,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, max=1024, help="Answers written at the same time.")
+    ] = 8,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait; more get status 429.")
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Requests that may wait; more get status 429.")
     ] = 64,
     keep: Annotated[
-        int, typer.Option(min=0, help="Finished conversations whose keys and values stay in memory.")
+        int,
+        typer.Option(
+            min=0, max=MOST_TOKENS, help="Finished conversations whose keys and values stay in memory."
+        ),
     ] = 8,
     max_new_tokens: Annotated[
         int,
-        typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer where a request says nothing."),
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            min=1,
+            max=MOST_TOKENS,
+            help="Longest answer where a request says nothing.",
+        ),
     ] = 512,
     api_key: Annotated[
         str | None,

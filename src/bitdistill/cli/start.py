@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bitdistill.cli.options import command_line, stderr
-from bitdistill.errors import DataError, RecipeError, StorageError
+from bitdistill.errors import DataError, StorageError, UsageError
 
 SIBLINGS = {"test": ("test",), "validation": ("validation", "valid", "dev", "val")}
 
@@ -52,9 +53,9 @@ def init(
     from bitdistill.planning.scaffold import Request, write_recipe
 
     if label and target:
-        raise RecipeError("init: --label means classification, --target generation; give one of them")
+        raise UsageError("init: --label means classification, --target generation; give one of them")
     if output.exists() and not force:
-        raise RecipeError(f"{output}: exists already; choose another --output, or --force to overwrite it")
+        raise UsageError(f"{output}: exists already; choose another --output, or --force to overwrite it")
     if not data.startswith("hub:") and not Path(data).expanduser().is_file():
         raise DataError(f"{data}: no such file; check the path (or write hub:owner/name for a hub data set)")
     found = {} if test or data.startswith("hub:") else _siblings(Path(data).expanduser())
@@ -81,7 +82,8 @@ def init(
     for note in notes:
         console.print(Text(f"- {note}"), soft_wrap=True)
     console.print(Text(f"Wrote {output}. Look through it, then:"), soft_wrap=True)
-    console.print(Text(f"  bitdistill plan {output}\n  bitdistill run {output}"), soft_wrap=True)
+    shown = shlex.quote(str(output))
+    console.print(Text(f"  bitdistill plan {shown}\n  bitdistill run {shown}"), soft_wrap=True)
 
 
 def _siblings(train: Path) -> dict[str, str]:

@@ -89,7 +89,7 @@ def sweep(
 
         for unit in units:
             check_data(unit.recipe, scoring=True)
-        _show_units(units, target, json_)
+        _show_units(units, target, json_, quiet)
         return
     common: dict[str, Any] = {
         "order": [unit.id for unit in every], "command": command_line(), "again": again
@@ -113,7 +113,8 @@ def sweep(
         from bitdistill.report.sweep_tables import print_sweep
 
         print_sweep(found, stdout())
-        stderr().print(f"{target}: {len(found.runs)} runs, {found.train_s / 60:.1f} minutes of training")
+        minutes = f"{found.train_s / 60:.1f} minutes of training"
+        stderr(quiet).print(f"{target}: {len(found.runs)} runs, {minutes}", markup=False, soft_wrap=True)
     if failed:
         raise ArtifactError(
             f"{len(failed)} of {len(units)} runs failed, first {_id(failed[0])}: {failed[0].error}"
@@ -124,7 +125,7 @@ def _id(run: RunResult) -> str:
     return f"{run.recipe}/{run.cell}/{run.seed}"
 
 
-def _show_units(units: list[Unit], target: Path, json_: bool) -> None:
+def _show_units(units: list[Unit], target: Path, json_: bool, quiet: bool) -> None:
     from bitdistill.sweep.run import describe
 
     listed = describe(units)
@@ -135,4 +136,4 @@ def _show_units(units: list[Unit], target: Path, json_: bool) -> None:
         settings = ", ".join(f"{key}={value}" for key, value in entry["set"].items())
         done = f"  [{', '.join(entry['finished'])} there]" if entry["finished"] else ""
         stdout().print(f"{entry['id']}  {settings}{done}", soft_wrap=True, markup=False)
-    stderr().print(f"{len(listed)} runs into {target}")
+    stderr(quiet).print(f"{len(listed)} runs into {target}", markup=False, soft_wrap=True)

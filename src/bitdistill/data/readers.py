@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from bitdistill.artifact import hash_json, sha256_file
 from bitdistill.data import hub
-from bitdistill.errors import DataError
+from bitdistill.errors import DataError, StorageError
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_RATIO = 200
@@ -47,6 +47,7 @@ def read_rows(source: str, *, limit: int | None = None) -> list[Row]:
 
     Raises:
         DataError: no such file, unknown suffix, empty, or a bad row (named by file and line).
+        StorageError: no permission to read it.
         MissingDependencyError: a hub source without the optional package `datasets`.
     """
     rows = list(itertools.islice(iter_rows(source), limit))
@@ -108,6 +109,21 @@ def iter_documents(source: str) -> Iterator[Row]:
                 yield Row({"text": text}, str(path))
         else:
             yield from _documents_of_rows(_reader_of(path)(path))
+
+
+def check_documents(source: str) -> None:
+    """Read a local corpus up to its first text (of a .txt file up to its first line with one).
+
+    Raises:
+        DataError: as `iter_documents`, or there is no text at all.
+    """
+    for path in document_files(source):
+        if path.name.lower().endswith(".txt"):
+            if any(_decode(line, f"{path}:{number}").strip() for number, line in _lines(path)):
+                return
+        elif next(_documents_of_rows(_reader_of(path)(path)), None) is not None:
+            return
+    raise DataError(f"{source}: no text; give a corpus with at least one document")
 
 
 def document_files(source: str) -> list[Path]:
@@ -210,10 +226,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 yield number, line.rstrip(b"\r\n")
+    except PermissionError as error:
+        raise _not_allowed(path) from error
     except (OSError, EOFError) as error:
         raise DataError(
             f"{path}:{number + 1}: cannot be read ({error}); the file is cut off or corrupt"
         ) from error
+
+
+def _not_allowed(path: Path) -> StorageError:
+    return StorageError(f"{path}: no permission to read it; mend its permissions")
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -333,6 +355,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     where = f"{path}:{number}"
                     check_strings(fields, where)
                     yield Row(fields, where)
+    except PermissionError as error:
+        raise _not_allowed(path) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill import artifact
-from bitdistill.errors import ArtifactError, MissingDependencyError, ModelError
+from bitdistill.errors import ArtifactError, MissingDependencyError, ModelError, UsageError
 
 CARD = "README.md"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,6 +53,16 @@ class PushPlan:
         return sum(file.size for file in self.files)
 
 
+def check_repo(repo: str) -> None:
+    """Whether a text is a repository's name.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not _REPO.fullmatch(repo):
+        raise UsageError(f"--push {repo}: a repository is named OWNER/NAME")
+
+
 def plan_push(folder: Path, packed: Path, repo: str) -> PushPlan:
     """What an upload of `folder` sends: the files of its manifest, the manifest, and a model card.
 
@@ -65,10 +75,9 @@ def plan_push(folder: Path, packed: Path, repo: str) -> PushPlan:
 
     Raises:
         ArtifactError: the folder is damaged, or not a student.
-        ModelError: `repo` is no repository name.
+        UsageError: `repo` is no repository name.
     """
-    if not _REPO.fullmatch(repo):
-        raise ModelError(f"--push {repo}: a repository is named OWNER/NAME")
+    check_repo(repo)
     manifest = artifact.verify(folder)
     kind = manifest.get("kind")
     if kind not in _USES:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitdistill import artifact
 from bitdistill.config import Recipe, Task
 from bitdistill.data import hub, readers, tasks
-from bitdistill.errors import DataError
+from bitdistill.data.tokenizer import plain_ids, special_prefix
+from bitdistill.errors import ArtifactError, DataError
 from bitdistill.eval.metrics import task_metrics
 from bitdistill.planning.estimate import Work
 
@@ -67,7 +69,8 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
 
     Raises:
         DataError: a file is missing, a row is broken or does not fit the task (file and line are named),
-            or there are no rows to score.
+            or there are no rows to score or to train on.
+        ArtifactError: the corpus or base is a folder of another kind, or of none.
         RecipeError: a metric that does not exist or does not fit the task's kind.
     """
     data = recipe.data
@@ -83,13 +86,9 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
     found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
-    train, fraction = found[0], data.validation_fraction
-    counted = not train.note  # neither estimated nor on the hub
-    if held_out and counted and train.rows is not None and int(train.rows * fraction) == 0:
-        raise DataError(
-            f"data.validation_fraction: {fraction} of {train.rows} training rows is less than one, "
-            "so nothing could be scored; raise it, or name rows"
-        )
+    train = found[0]
+    if data.validation is None and data.validation_fraction:
+        _check_split(train, data.validation_fraction, scored_from_train=held_out)
     found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.augment is not None:
@@ -105,6 +104,27 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     if recipe.pretrain is not None:
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
     return found
+
+
+def check_tokens(recipe: Recipe, tokenizer: Any) -> None:
+    """What the model's tokenizer makes of label words and template; a run would find it after loading the model.
+
+    Raises:
+        DataError: label words that cannot be told apart, or a template that leaves `data.max_length` no room.
+    """
+    task = recipe.task
+    if task.append_eos and tokenizer.eos_token_id is None:
+        return  # the full tokenizer may know its eos from its class
+    labels = tasks.label_token_ids(task, tokenizer) if task.kind == "classification" else []
+    empty = tasks.renderer(task)(dict.fromkeys(tasks.template_fields(task), ""))
+    needed = len(special_prefix(tokenizer)) + len(plain_ids(tokenizer, [empty])[0])
+    length = recipe.data.max_length
+    answer = max((len(ids) for ids in labels), default=1)
+    if needed > length - answer:
+        raise DataError(
+            f"data.max_length: {length}, but the template alone needs {needed} tokens and its answer {answer}; "
+            "raise it"
+        )
 
 
 def scored(sources: list[Source], recipe: Recipe) -> Source | None:
@@ -148,6 +168,23 @@ def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bo
     rows, exact = count_rows(Path(source), sample)
     rows = rows if limit is None else min(limit, rows)
     return Source(key, source, len(sample), rows, tokens, "" if exact else "about")
+
+
+def _check_split(train: Source, share: float, *, scored_from_train: bool) -> None:
+    """Whether holding rows out of the training rows, as the run does, leaves rows on both sides."""
+    rows = train.rows
+    if rows is None or train.note:  # estimated, or on the hub
+        return
+    held_out = int(rows * share)
+    if held_out == rows:
+        raise DataError(
+            f"data.validation_fraction: {share} of {rows} training rows leaves none to train on; lower it"
+        )
+    if scored_from_train and not held_out:
+        raise DataError(
+            f"data.validation_fraction: {share} of {rows} training rows is less than one, "
+            "so nothing could be scored; raise it, or name rows"
+        )
 
 
 def _few_labels(train: Source, recipe: Recipe) -> Source:
@@ -199,14 +236,36 @@ def _decoded(raw: Any, path: Path) -> Any:
 
 
 def _check_corpus(corpus: str | None, base: str | None) -> None:
+    """What stage 2 reads: its first document, or what kind of artifact it is."""
     if base is not None:
-        if not Path(base).expanduser().is_dir():
-            raise DataError(f"pretrain.base: {base}: no such folder; give a ternary base, or remove the key")
-    elif corpus is None:
+        _check_base(Path(base).expanduser())
+        return
+    if corpus is None:
         raise DataError(
             "pretrain: neither corpus nor base is set; name one, or leave stage 2 out with `pretrain: null`"
         )
-    elif hub.is_hub(corpus):
+    if hub.is_hub(corpus):
         hub.parse(corpus)
-    elif not Path(corpus).expanduser().exists():
+        return
+    path = Path(corpus).expanduser()
+    if not path.exists():
         raise DataError(f"pretrain.corpus: {corpus}: no such file or folder; check the path")
+    if path.is_dir() and artifact.exists(path):
+        from bitdistill.data.corpus import TokenShards  # not for a plan without shards
+
+        TokenShards(path)
+        return
+    try:
+        readers.check_documents(corpus)
+    except DataError as error:
+        raise DataError(f"pretrain.corpus: {error}") from None
+
+
+def _check_base(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"pretrain.base: {folder}: no such folder; give a ternary base, or remove the key")
+    kind = artifact.read_manifest(folder).get("kind")
+    if kind != "base":
+        raise ArtifactError(
+            f"pretrain.base: {folder}: kind {kind!r}, a ternary base is needed; run `bitdistill pretrain`"
+        )

@@ -43,6 +43,11 @@ class Field:
     counts: Counter[str] | None
     """Rows by value, for fields that could be a label."""
 
+    @property
+    def fits_template(self) -> bool:
+        """Whether `{name}` is a plain placeholder: what a template reads as index, format or brace is not."""
+        return bool(self.name) and not set(self.name) & set("{}[].:!")
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -98,6 +103,12 @@ def guess(
     for name in (*text, label, target):
         if name is not None and name not in fields:
             raise DataError(f"{where}: no field `{name}`; fields here: {', '.join(fields)}")
+    for name in text:
+        if not fields[name].fits_template:
+            raise DataError(
+                f"{where}: field `{name}` cannot stand in a template because of its . : ! or brackets; "
+                "rename the field"
+            )
     notes: list[str] = []
     if label is None and target is None:
         label, target = _answer(fields, set(text), where)
@@ -108,6 +119,11 @@ def guess(
     prompt = tuple(text) or _prompt(fields, answer, where)
     if not text:
         notes.append(f"guessed {', '.join(f'`{p}`' for p in prompt)} as the prompt; wrong? --text FIELD")
+        odd = [
+            f"`{f.name}`" for f in fields.values() if f.is_text and f.name != answer and not f.fits_template
+        ]
+        if odd:
+            notes.append(f"left out {', '.join(odd)}: rename such a field to use it (no . : ! or brackets)")
     if label is None:
         return Guess("generation", prompt, answer, {}, tuple(notes))
     labels, label_notes = _label_words(fields[label], where)
@@ -144,6 +160,13 @@ def _prompt(fields: dict[str, Field], answer: str, where: str) -> tuple[str, ...
         raise DataError(
             f"{where}: no text field besides `{answer}`; name the prompt's field with --text FIELD"
         )
+    odd = [f.name for f in texts if not f.fits_template]
+    texts = [f for f in texts if f.fits_template]
+    if not texts:
+        raise DataError(
+            f"{where}: field `{odd[0]}` cannot stand in a template because of its . : ! or brackets; "
+            "rename the field"
+        )
     if len(texts) > MAX_TEXT_FIELDS:
         texts = sorted(texts, key=lambda f: -f.mean_characters)[:1]
     return tuple(f.name for f in texts)
@@ -161,4 +184,8 @@ def _label_words(field: Field, where: str) -> tuple[dict[str, str], list[str]]:
         if len(set(words.values())) == len(words) and all(w.strip() for w in words.values()):
             return words, ["label words are made from the label values; short common words score faster"]
     note = f"labels of `{field.name}` are numbers or symbols: replace the label words by words with a meaning"
-    return {v: f" {v}" for v in values}, [note]
+    words = {v: f" {v}" for v in values}
+    for blank in [v for v in values if not v.strip()]:  # a blank word has nothing to score
+        free = (f" empty{n}" for n in ("", *range(2, len(values) + 2)))
+        words[blank] = next(word for word in free if word not in words.values())
+    return words, [note]

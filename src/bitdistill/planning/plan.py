@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitdistill.config import Recipe
-from bitdistill.errors import RecipeError
+from bitdistill.errors import RecipeError, UsageError
 from bitdistill.models.families import Layout, layout_of
 from bitdistill.planning import check, estimate, sources
 
@@ -91,14 +91,15 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
         until: plan a run that stops after this stage (one of ORDER).
 
     Raises:
-        RecipeError: unknown device class, or a key that contradicts the model (a layer it does not have).
+        UsageError: unknown device class.
+        RecipeError: a key that contradicts the model (a layer it does not have).
         ModelError: no config for the model, or an unsupported family.
-        DataError: missing files, or rows that do not fit the task.
+        DataError: missing files, rows that do not fit the task, or label words that cannot be told apart.
     """
     if device is None:
         device = "cpu" if recipe.device == "cpu" else estimate.detect_device()
     if device not in estimate.DEVICES:
-        raise RecipeError(f"--on {device}: unknown; choose from {', '.join(estimate.DEVICES)}")
+        raise UsageError(f"--on {device}: unknown; choose from {', '.join(estimate.DEVICES)}")
     config, where = sources.find_config(recipe.model)
     layout = layout_of(config, where)
     _check_fit(recipe, layout)
@@ -106,6 +107,9 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     data = check.check_data(recipe, scoring=last >= ORDER.index("eval"))
     test = check.scored(data, recipe)
     length = recipe.data.max_length
+    tokenizer = sources.find_tokenizer(recipe.model)
+    if tokenizer is not None:
+        check.check_tokens(recipe, tokenizer)
     stages = estimate.stages(
         recipe,
         layout,

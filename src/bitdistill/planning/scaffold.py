@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -64,7 +65,7 @@ def write_recipe(request: Request, output: Path) -> tuple[str, list[str]]:
         if twin := _builtin_twin(rows):
             notes.append(f"these rows also fit the built-in task {twin}: `task: {twin}`")
     length = _max_length(fields_of(rows), prompt, answer, new_tokens)
-    text = _recipe_text(request, output, section, length, generation=new_tokens > 0)
+    text = _recipe_text(request, output, section, length, len(rows), generation=new_tokens > 0)
     parse_yaml(text, "the new recipe")
     return text, notes
 
@@ -84,6 +85,7 @@ def _task_section(found: Guess, output: Path) -> str:
             "  # Label value: label word. Words begin with a space, differ, and are best one token each.",
             "  labels:",
             *(f"    {_quoted(value)}: {_quoted(word)}" for value, word in found.labels.items()),
+            *_end_mark(list(found.labels.values())),
             "  metrics: [accuracy, f1]",
         ]
     else:
@@ -97,21 +99,36 @@ def _task_section(found: Guess, output: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _recipe_text(request: Request, output: Path, task: str, length: int, *, generation: bool) -> str:
-    here = output.resolve().parent
+def _end_mark(words: list[str]) -> list[str]:
+    """`append_eos` where a word begins another: scores could not tell " lost" from the start of " lost card"."""
+    begins = any(word != other and other.startswith(word) for word in words for other in words)
+    return (
+        ["  append_eos: true        # a word begins another: the end of text tells them apart"]
+        if begins
+        else []
+    )
+
+
+def _recipe_text(
+    request: Request, output: Path, task: str, length: int, rows: int, *, generation: bool
+) -> str:
+    here, name = output.resolve().parent, _comment(shlex.quote(output.name))
     data = [f"  train: {_quoted(_relative(request.train, here))}"]
     if request.validation:
         data.append(f"  validation: {_quoted(_relative(request.validation, here))}")
     if request.test:
         data.append(f"  test: {_quoted(_relative(request.test, here))}")
     if not request.validation and not request.test:
-        data.append("  validation_fraction: 0.1        # held out by seed, since no test rows were given")
+        share = 0.1 if rows >= 10 else 0.5  # at least one row, where there are two
+        data.append(
+            f"  validation_fraction: {share}        # held out by seed, since no test rows were given"
+        )
     distill = "{lambda: 1.0, gamma: auto}" if generation else "{gamma: auto}"
     model = _relative(request.model, here) if Path(request.model).expanduser().exists() else request.model
     return f"""\
 # Written by: {_comment(request.command)}
-# Check it:  bitdistill plan {output.name}
-# Run it:    bitdistill run {output.name}
+# Check it:  bitdistill plan {name}
+# Run it:    bitdistill run {name}
 # Paths are relative to this file. Every key: docs/recipes.md. Override one: --set distill.gamma=auto
 
 name: {_name(output.stem)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill.config import ModelSource
+from bitdistill.engine.text import FolderTokenizer
 from bitdistill.errors import ModelError
 from bitdistill.models.gguf_header import config_from_gguf, read_gguf
 
@@ -86,6 +87,22 @@ def cached_config(name: str, revision: str | None) -> Path | None:
         return None
     path = folder / "snapshots" / commit / "config.json"
     return path if path.is_file() else None
+
+
+def find_tokenizer(source: ModelSource) -> FolderTokenizer | None:
+    """The model's tokenizer where a fast one lies in a local folder or in the Hugging Face cache, else None.
+
+    Raises:
+        ModelError: a tokenizer is there and unreadable.
+    """
+    name = source.path if source.tokenizer is None else source.tokenizer
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        cached = cached_config(name, source.revision) if _is_hub_name(name) else None
+        if cached is None:
+            return None
+        folder = cached.parent
+    return FolderTokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def _is_hub_name(text: str) -> bool:

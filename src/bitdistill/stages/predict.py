@@ -12,13 +12,13 @@ import torch
 
 from bitdistill.config import Task
 from bitdistill.data import tasks
-from bitdistill.data.readers import Row
+from bitdistill.data.readers import Row, check_strings
 from bitdistill.errors import ArtifactError, DataError
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
 from bitdistill.models.student import load_student
 from bitdistill.recipe import parse_recipe
-from bitdistill.stages.common import pad_token_id
+from bitdistill.stages.common import choose_device, pad_token_id
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,17 @@ class Predictor:
 
     Args:
         path: a packed student, or any other folder that a run wrote (its manifest names the task).
-        device: where to run.
+        device: where to run; auto takes a GPU when there is one.
         batch_rows: rows of one forward pass.
 
     Raises:
         ArtifactError: no model there, corrupt, or without a recipe in its manifest.
+        RecipeError: cuda is asked for and absent.
     """
 
     def __init__(self, path: str | Path, *, device: str = "cpu", batch_rows: int = 32) -> None:
-        model, self.tokenizer, manifest = load_student(Path(path), device=device)
+        self.device, self.batch_rows = choose_device(device), batch_rows
+        model, self.tokenizer, manifest = load_student(Path(path), device=self.device)
         self.model = model.eval()
         if not isinstance(manifest.get("recipe"), dict):
             raise ArtifactError(
@@ -57,19 +59,23 @@ class Predictor:
         recipe = parse_recipe(_by_alias(manifest["recipe"]), f"{path}: recipe in the manifest")
         self.task: Task = recipe.task
         self.max_length = recipe.data.max_length
-        self.device, self.batch_rows = device, batch_rows
 
     @torch.inference_mode()
-    def __call__(self, inputs: Sequence[str | Mapping[str, Any] | Row]) -> list[Answer]:
+    def __call__(
+        self, inputs: Sequence[str | Mapping[str, Any] | Row], places: Sequence[str] | None = None
+    ) -> list[Answer]:
         """Answer each input, in order.
 
         Args:
             inputs: texts (for tasks with one field), mappings from field to value, or rows from a file.
+            places: where each comes from, for errors and answers; default: input 1, input 2 and so on. Rows know.
 
         Raises:
-            DataError: a field is missing, or a text is given to a task with several fields.
+            DataError: a field is missing, a text holds half a character, or a text is given to a task with
+                several fields.
         """
-        rows = [as_row(self.task, value, number) for number, value in enumerate(inputs, start=1)]
+        places = [f"input {n}" for n in range(1, len(inputs) + 1)] if places is None else places
+        rows = [as_row(self.task, value, place) for value, place in zip(inputs, places, strict=True)]
         if not rows:
             raise DataError("predict: no input; give a text, --field or --file")
         vocab = self.model.get_input_embeddings().weight.shape[0]
@@ -109,24 +115,24 @@ def predict(
     return Predictor(path, device=device, batch_rows=batch_rows)(inputs)
 
 
-def as_row(task: Task, value: str | Mapping[str, Any] | Row, number: int) -> Row:
+def as_row(task: Task, value: str | Mapping[str, Any] | Row, where: str) -> Row:
     """An input as a row of the task.
 
     Raises:
-        DataError: a bare text for a task whose template has several fields.
+        DataError: a bare text for a task whose template has several fields, or half a character, as an argument or
+            line in another encoding gives it.
     """
     if isinstance(value, Row):
         return value
-    where = f"input {number}"
-    if not isinstance(value, str):
-        return Row(dict(value), where)
     fields = tasks.template_fields(task)
-    if len(fields) != 1:
+    if isinstance(value, str) and len(fields) != 1:
         named = " ".join(f"--field {name}=…" for name in fields)
         raise DataError(
             f"{where}: task {task.name} needs {len(fields)} fields, not one text; use {named} or --file"
         )
-    return Row({fields[0]: value}, where)
+    row = Row({fields[0]: value} if isinstance(value, str) else dict(value), where)
+    check_strings(row.fields, where)
+    return row
 
 
 def softmax(scores: Sequence[float]) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 
 from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
 from bitdistill.data.batches import Batch
-from bitdistill.data.tasks import Example, check_tokenizer
+from bitdistill.data.tasks import Example, check_tokenizer, label_token_ids
 from bitdistill.losses.logits import cross_entropy_sum
 from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
@@ -62,8 +62,13 @@ def train_on_task(
         frozen: other models that the step runs.
         fused: train `model`, a ternary student, with fused layers.
         examples: encoded rows; None: the task's training rows.
+
+    Raises:
+        DataError, ModelError: rows, label words or tokenizer are not usable.
     """
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+    if examples is None and run.recipe.task.kind == "classification":
+        label_token_ids(run.recipe.task, tokenizer)  # or scoring would refuse them, after all training
     rows = run.train_examples(tokenizer) if examples is None else list(examples)
     batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop))
     total_steps = max(1, round(epochs * batches.steps_per_epoch))

@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError, model_validator
 from bitdistill import recipe_errors
 from bitdistill.artifact import hash_json
 from bitdistill.config import Recipe, Strict
-from bitdistill.errors import RecipeError
+from bitdistill.errors import RecipeError, UsageError
 from bitdistill.recipe import absolute_source, load_recipe, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -155,7 +155,8 @@ def expand(
         only: patterns (`*`, `?`) over `recipe/cell/seed`; none: all.
 
     Raises:
-        RecipeError: a recipe, key or value is not valid, nothing matches `only`, or more than MAX_RUNS runs.
+        UsageError: nothing matches `only`.
+        RecipeError: a recipe, key or value is not valid, or more than MAX_RUNS runs.
     """
     units: list[Unit] = []
     for recipe_path in sweep.recipes:
@@ -194,7 +195,7 @@ def expand(
         for pattern in only:
             if not any(_matches(unit, pattern) for unit in units):
                 known = ", ".join(dict.fromkeys(unit.id for unit in units))
-                raise RecipeError(f"--only {pattern}: no run matches; runs: {known[:300]}")
+                raise UsageError(f"--only {pattern}: no run matches; runs: {known[:300]}")
         units = [unit for unit in units if any(_matches(unit, pattern) for pattern in only)]
     return units
 
@@ -276,10 +277,10 @@ def only_rows(units: Sequence[Unit], names: Sequence[str]) -> list[Unit]:
     """
     for name in names:
         if name not in get_args(RowName):
-            raise RecipeError(f"--row {name}: expected some of {', '.join(get_args(RowName))}")
+            raise UsageError(f"--row {name}: expected some of {', '.join(get_args(RowName))}")
     kept = [(unit, tuple(row for row in unit.rows if row in names)) for unit in units]
     if not any(rows for _, rows in kept):
-        raise RecipeError(f"--row {', '.join(names)}: no run of this sweep has it")
+        raise UsageError(f"--row {', '.join(names)}: no run of this sweep has it")
     return [replace(unit, rows=rows) for unit, rows in kept if rows]
 
 
