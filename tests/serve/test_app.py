@@ -114,7 +114,7 @@ def test_classify(client: TestClient, engine: Engine) -> None:
     texts = [f"my card has not arrived after {n} weeks" for n in range(20)]  # more than one batch
     answer = client.post("/v1/classify", json={"input": texts}).json()
     want = engine.classify(texts)
-    assert [row["value"] for row in answer["data"]] == [one.label for one in want]
+    assert [row["label"] for row in answer["data"]] == [one.label for one in want]
     assert [row["index"] for row in answer["data"]] == list(range(20))
     assert answer["data"][0]["probabilities"] == pytest.approx(want[0].probabilities)
     one = client.post("/v1/classify", json={"input": {"text": texts[0]}}).json()

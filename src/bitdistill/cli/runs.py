@@ -221,6 +221,7 @@ def _show(recipe: Recipe, result: RunResult, quiet: bool) -> None:
     packed = shlex.quote(str(result.packed))
     console.print("Next:")
     console.print(f"  bitdistill predict {packed} {escape(_example(recipe))}", soft_wrap=True)
+    console.print(f"  bitdistill serve {packed}", soft_wrap=True)
     console.print(f"  bitdistill inspect {packed}", soft_wrap=True)
 
 

@@ -137,7 +137,7 @@ class Routes:
             self.task = {
                 "name": task.name,
                 "fields": list(template_fields(task)),
-                "labels": [word.strip() for word in task.labels.values()],
+                "labels": list(task.labels),
             }
 
     def guarded(self, handler: Handler) -> Handler:
@@ -332,8 +332,8 @@ class Routes:
         data = [
             {
                 "index": index,
-                "label": answer.text,
-                "value": answer.label,
+                "label": answer.label,
+                "word": answer.text,
                 "probabilities": answer.probabilities,
             }
             for index, answer in enumerate(answers)
