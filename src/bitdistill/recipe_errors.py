@@ -12,8 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-HUGE = 10**15
-"""Bounds from here on keep out slips of the pen; only the error about one tells them."""
+from bitdistill.config import MOST_COUNT
 
 
 @dataclass
@@ -112,7 +111,7 @@ def _message(
         expected = "a text that is not empty"
     elif kind in ("less_than", "less_than_equal"):
         limit = next(iter(details["ctx"].values()))
-        expected = expected if limit < HUGE else f"less than {limit:.0e}"
+        expected = expected if limit < MOST_COUNT else f"less than {limit:.0e}"
     message = f"got {show(value)}, expected {expected}"
     return f"{message}; {hint}" if hint else message
 
@@ -209,7 +208,7 @@ def _describe(annotation: Any, constraints: Iterable[Any] = ()) -> str:
     parts = [_NAMES.get(annotation, str(annotation))]
     for constraint in _flatten(constraints):
         for kind, attribute, sign in _SIGNS:
-            if isinstance(constraint, kind) and getattr(constraint, attribute) < HUGE:
+            if isinstance(constraint, kind) and getattr(constraint, attribute) < MOST_COUNT:
                 parts.append(f"{sign} {getattr(constraint, attribute):g}")
         pattern = getattr(constraint, "pattern", None)
         if isinstance(pattern, str):

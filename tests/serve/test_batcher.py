@@ -54,15 +54,15 @@ def test_long_prompts_run_in_pieces_beside_others(
     monkeypatch.setattr(module, "PROMPT_TOKENS_A_TURN", 16)
     long = (engine.encode("the card was charged twice and ") * 30)[:150]
     arrived: list[str] = []
+    release = threading.Event()
+    batcher.call(release.wait)  # so that both begin in the same turn
     short = batcher.submit("How do I", max_new_tokens=40, on_text=lambda text: arrived.append("short"))
-    while not arrived:
-        time.sleep(0.001)
     other = batcher.submit(long, max_new_tokens=4, on_text=lambda text: arrived.append("long"))
+    release.set()
     first, second = short.future.result(timeout=60), other.future.result(timeout=60)
     assert first.ids == engine.generate("How do I", max_new_tokens=40).ids
     assert second.ids == engine.generate(long, max_new_tokens=4).ids
-    if "long" in arrived:  # ten turns of sixteen prompt tokens, a token of the other in each
-        assert arrived.index("long") >= 5
+    assert arrived.index("long") >= 5  # ten turns of sixteen prompt tokens, a token of the other in each
 
 
 def test_a_conversation_reuses_what_was_run(engine: Engine, batcher: Batcher) -> None:
@@ -79,16 +79,17 @@ def test_a_conversation_reuses_what_was_run(engine: Engine, batcher: Batcher) ->
 
 
 def test_cancelled_requests_end_and_leave_the_others_alone(engine: Engine, batcher: Batcher) -> None:
-    seen = threading.Event()
-    victim = batcher.submit("How do I", max_new_tokens=400, on_text=lambda text: seen.set())
+    release = threading.Event()
+    batcher.call(release.wait)
+    victim = batcher.submit("How do I", max_new_tokens=400, on_text=lambda text: victim.cancel())
     other = batcher.submit("My card", max_new_tokens=30)
-    assert seen.wait(30)
-    victim.cancel()
-    victim.cancel()
+    release.set()
     cut = victim.future.result(timeout=30)
-    assert cut.finish_reason in ("callback", "stop")  # the model may have ended first
+    assert cut.finish_reason == "callback"
+    assert 1 <= len(cut.ids) < 10
+    assert cut.ids == engine.generate("How do I", max_new_tokens=len(cut.ids)).ids
     assert other.future.result(timeout=60).ids == engine.generate("My card", max_new_tokens=30).ids
-    assert batcher.counters().cancelled <= 1
+    assert batcher.counters().cancelled == 1
 
 
 def test_a_failing_callback_ends_its_own_request_only(engine: Engine, batcher: Batcher) -> None:
@@ -154,7 +155,7 @@ def test_a_full_queue_refuses_and_a_closed_batcher_fails_what_is_left(engine: En
     release.set()
     closing.join(30)
     ended = [ticket.future.exception(timeout=30) for ticket in tickets]
-    assert any(isinstance(error, Closed) for error in ended)
+    assert all(isinstance(error, Closed) for error in ended)
     with pytest.raises(Closed):
         batcher.submit("x")
 

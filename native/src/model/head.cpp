@@ -239,7 +239,6 @@ float LowBitHead::rest_of(const Input& input, std::int64_t t, std::int64_t row) 
 
 void LowBitHead::refine(const Input& input, std::int64_t t, float floor, float* y, std::int64_t begin,
                         std::int64_t end) const {
-  if (bits_ == 8) return;
   const float by_scale = input.tokens[static_cast<std::size_t>(t)].rest_factor;
   thread_local std::vector<std::int32_t> reach;  // all of them first, so that their bits can be asked for ahead
   reach.resize(static_cast<std::size_t>(end - begin + kAhead));

@@ -77,8 +77,7 @@ class LowBitHead {
   // y[t * rows + o] for o in [begin, end) (borders as for matmul): an estimate of the logit, or with `upper` its
   // upper end (of 4 bits: the one that three of them allow).
   void product(const Input& input, bool upper, float* y, std::int64_t begin, std::int64_t end) const;
-  // Lowers the upper ends of one token's words in [begin, end) that reach `floor` to those of 4 bits; y[o] is word o's.
-  // With 8 bits there is nothing to lower.
+  // Of 4 bits: lowers the upper ends of one token's words in [begin, end) that reach `floor`; y[o] is word o's.
   void refine(const Input& input, std::int64_t token, float floor, float* y, std::int64_t begin, std::int64_t end) const;
 
  private:

@@ -21,14 +21,12 @@ MOST_TOKENS = 2**31 - 1
 """What the engine's counts hold."""
 
 
-class IsaName(StrEnum):
-    """Instruction sets that kernels are written for; the CPU has some of them."""
+def _of_this_cpu(name: str | None) -> str | None:
+    from bitdistill.engine import _native  # here, for --help must stay light
 
-    scalar = "scalar"
-    avx2 = "avx2"
-    avxvnni = "avxvnni"
-    avx512vnni = "avx512vnni"
-    neondot = "neondot"
+    if name is not None and name not in (known := ["auto", *_native.available_isas()]):
+        raise typer.BadParameter(f"{name} is none of {', '.join(known)}, which this CPU has")
+    return name
 
 
 class LayoutName(StrEnum):
@@ -87,9 +85,11 @@ Threads = Annotated[
     ),
 ]
 Isa = Annotated[
-    IsaName | None,
+    str | None,
     typer.Option(
-        help="Instruction set of the kernels; default: BITDISTILL_ISA, else the best.", show_default=False
+        callback=_of_this_cpu,
+        help="Instruction set of the kernels; default: BITDISTILL_ISA, else the best.",
+        show_default=False,
     ),
 ]
 LayoutOption = Annotated[LayoutName, typer.Option("--layout", help="Packed codes in memory: 2 or 1.6 bits.")]
@@ -236,14 +236,12 @@ def bench(
 
 
 def load_engine(
-    model: Path, threads: int | None, isa: IsaName | None, layout: LayoutName, kv: KvName, head: HeadName
+    model: Path, threads: int | None, isa: str | None, layout: LayoutName, kv: KvName, head: HeadName
 ) -> Engine:
     """The engine that the options describe."""
     from bitdistill.engine import Engine
 
-    return Engine(
-        model, threads=threads, isa=isa and isa.value, layout=layout.value, kv=kv.value, head=head.value
-    )
+    return Engine(model, threads=threads, isa=isa, layout=layout.value, kv=kv.value, head=head.value)
 
 
 def _write(_: int, text: str) -> None:

@@ -24,7 +24,7 @@ from bitdistill.cli.native import (
     load_engine,
 )
 from bitdistill.cli.options import stderr
-from bitdistill.errors import StorageError
+from bitdistill.errors import UsageError
 
 KEY_VARIABLE = "BITDISTILL_API_KEY"
 
@@ -119,7 +119,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, before a large model is loaded for nothing.
 
     Raises:
-        StorageError: the address cannot be had.
+        UsageError: the address cannot be had.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -131,7 +131,7 @@ def listen(host: str, port: int) -> socket.socket:
         remedy = (
             "choose another --port" if error.errno == errno.EADDRINUSE else "choose another --host or --port"
         )
-        raise StorageError(f"{host}:{port}: {reason}; {remedy}") from error
+        raise UsageError(f"{host}:{port}: {reason}; {remedy}") from error
 
 
 def _only_here(address: str) -> bool:

@@ -265,7 +265,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         where = f"{path}:{number}"
         text = _decode(line, where)
         try:
-            fields = json.loads(text, parse_constant=_no_constant)
+            fields = json.loads(text, parse_constant=no_constant)
         except RecursionError:
             raise DataError(f"{where}: nested too deeply; drop the row") from None
         except ValueError as error:
@@ -280,7 +280,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         yield Row(fields, where)
 
 
-def _no_constant(name: str) -> float:
+def no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 

@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill.engine import _native
-from bitdistill.engine.engine import SHARED_PREFIX_TOKENS, Engine, Prompt
+from bitdistill.engine.engine import SHARED_PREFIX_TOKENS, Engine, Prompt, reusable
 from bitdistill.engine.generation import Generation, NewText
 from bitdistill.errors import BitDistillError
 
@@ -34,13 +35,9 @@ T = TypeVar("T")
 class Overloaded(BitDistillError):
     """The queue is full; try again later."""
 
-    exit_code = 5
-
 
 class Closed(BitDistillError):
     """The batcher was closed before the request was finished."""
-
-    exit_code = 5
 
 
 @dataclass
@@ -61,9 +58,7 @@ class Counters:
 class Ticket:
     """One request on its way. `future` holds its `Generation`, or the error that ended it."""
 
-    def __init__(
-        self, prompt: NDArray[np.int32], text: NewText, sampler: Any, stream: int, on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, prompt: NDArray[np.int32], text: NewText, sampler: Any, stream: int) -> None:
         self.prompt, self.text, self.sampler, self.stream = prompt, text, sampler, stream
         self.future: Future[Generation] = Future()
         self.cancelled = False
@@ -71,7 +66,6 @@ class Ticket:
         self.next = prompt  # tokens that the sequence has not seen
         self.reused = 0
         self.step = 0
-        self._on_end = on_end
 
     def cancel(self) -> None:
         """End it at the next token; `future` then holds what was written. Safe from any thread, and twice."""
@@ -79,19 +73,13 @@ class Ticket:
 
     def finish(self) -> None:
         """Hand over what was written."""
-        self._settle(lambda: self.future.set_result(self.text.result(len(self.prompt), self.reused)))
+        with suppress(InvalidStateError):  # cancelled through the future itself
+            self.future.set_result(self.text.result(len(self.prompt), self.reused))
 
     def fail(self, error: BaseException) -> None:
         """Hand over an error."""
-        self._settle(lambda: self.future.set_exception(error))
-
-    def _settle(self, settle: Callable[[], None]) -> None:
-        try:
-            settle()
-        except InvalidStateError:  # settled, or cancelled through the future itself
-            return
-        finally:
-            self._on_end()
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
 
 @dataclass
@@ -137,14 +125,12 @@ class Batcher:
         draw: int = 0,
         stop: str | Sequence[str | int] = (),
         on_text: Callable[[str], bool | None] | None = None,
-        on_end: Callable[[], None] = lambda: None,
     ) -> Ticket:
         """Queue a prompt. Arguments are those of `Engine.generate`.
 
         Args:
             draw: tells apart draws of one seed: the place in the batch of `Engine.generate`.
             on_text: called by the batcher's thread with new text; it must not block. False ends the request.
-            on_end: called by that thread when the future is settled.
 
         Raises:
             ModelError: a prompt or an option that the model cannot take.
@@ -154,7 +140,7 @@ class Batcher:
         ids = self.engine.prompt_ids(prompt)
         sampler = _native.Sampler(temperature, top_k, top_p, seed)
         text = self.engine.new_text(ids, max_new_tokens, stop, on_text)
-        ticket = Ticket(ids, text, sampler, draw, on_end)
+        ticket = Ticket(ids, text, sampler, draw)
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
@@ -292,10 +278,7 @@ class Batcher:
         prompt = ticket.prompt
         best, best_common = None, SHARED_PREFIX_TOKENS - 1
         for sequence in self._kept:
-            old = np.asarray(sequence.tokens, dtype=np.int32)
-            n = min(len(old), len(prompt) - 1)  # the last prompt token runs again: it chooses the next one
-            differs = np.flatnonzero(old[:n] != prompt[:n])
-            common = sequence.keepable(int(differs[0]) if differs.size else n)
+            common = reusable(sequence, prompt)
             if common > best_common:
                 best, best_common = sequence, common
         if best is None:

@@ -218,23 +218,14 @@ class Engine:
         sequence, self._last = self._last, None  # an error below must not leave a half-run sequence behind
         if sequence is None:
             sequence = _native.Sequence(self.model)
-        old = np.asarray(sequence.tokens, dtype=np.int32)
-        # The last prompt token always runs again: its logits choose the next one.
-        n = min(len(old), len(prompts[0]) - 1)
-        differs = np.flatnonzero(old[:n] != prompts[0][:n])
-        common = int(differs[0]) if differs.size else n
-        common = sequence.keepable(common)
+        common = reusable(sequence, prompts[0])
         sequence.truncate(common)
         return [sequence], [common]
 
     def _branches(self, prompts: list[NDArray[np.int32]]) -> tuple[list[Any], list[int]]:
         """Sequences that share the prompts' common beginning, which is run once."""
-        shortest = min(len(ids) for ids in prompts) - 1  # the last token of each prompt chooses the next one
-        first = prompts[0][:shortest]
-        common = min(
-            int(differs[0]) if (differs := np.flatnonzero(ids[:shortest] != first)).size else shortest
-            for ids in prompts
-        )
+        first = prompts[0]
+        common = min(_agreement(first, ids) for ids in prompts)
         if common < SHARED_PREFIX_TOKENS:
             return [_native.Sequence(self.model) for _ in prompts], [0] * len(prompts)
         root = _native.Sequence(self.model)
@@ -350,3 +341,16 @@ class Engine:
         if key not in self._classifiers:
             self._classifiers[key] = Classifier(task, self.tokenizer, length)
         return self._classifiers[key]
+
+
+def _agreement(before: NDArray[np.int32], prompt: NDArray[np.int32]) -> int:
+    """Tokens with which both begin; the last of the prompt is none: it always runs, its logits choose the next one."""
+    n = min(len(before), len(prompt) - 1)
+    differs = np.flatnonzero(before[:n] != prompt[:n])
+    return int(differs[0]) if differs.size else n
+
+
+def reusable(sequence: Any, prompt: NDArray[np.int32]) -> int:
+    """Tokens of a prompt whose keys and values a sequence holds and can be cut back to."""
+    kept: int = sequence.keepable(_agreement(np.asarray(sequence.tokens, dtype=np.int32), prompt))
+    return kept

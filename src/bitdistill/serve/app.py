@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from importlib import resources
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from bitdistill.data.readers import no_constant
 from bitdistill.data.tasks import template_fields
 from bitdistill.engine.batcher import Batcher, Closed, Overloaded, Ticket
 from bitdistill.engine.engine import Engine
@@ -237,9 +239,10 @@ class Routes:
         arrivals: Arrivals = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def hand_over(choice: int, text: str | None = None) -> None:
+        def hand_over(choice: int, text: str | Future[Generation]) -> None:
+            new = text if isinstance(text, str) else None
             with contextlib.suppress(RuntimeError):  # the loop is gone: nobody listens
-                loop.call_soon_threadsafe(arrivals.put_nowait, (choice, text))
+                loop.call_soon_threadsafe(arrivals.put_nowait, (choice, new))
 
         submit = partial(
             self.batcher.submit,
@@ -256,8 +259,10 @@ class Routes:
                 ids = await asyncio.to_thread(self.engine.prompt_ids, prompt)
                 for draw in range(body.n or 1):
                     listener = partial(hand_over, len(tickets))
-                    heard: dict[str, Any] = {"on_text": listener, "on_end": listener} if body.stream else {}
-                    tickets.append(submit(ids, draw=draw, **heard))
+                    ticket = submit(ids, draw=draw, on_text=listener if body.stream else None)
+                    tickets.append(ticket)
+                    if body.stream:
+                        ticket.future.add_done_callback(listener)
             if body.stream:
                 pieces = self._pieces(arrivals, tickets, form, body.with_usage)
                 headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not wait
@@ -381,7 +386,7 @@ async def read(request: Request, kind: type[Body]) -> Body:
         if len(data) > MAX_BODY_BYTES:
             raise Refused(413, f"the request passes {MAX_BODY_BYTES >> 20} MB; send less")
     try:
-        value = json.loads(bytes(data), parse_constant=_no_constant)
+        value = json.loads(bytes(data), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {str(error)[:200]}") from error
     try:
@@ -399,7 +404,3 @@ def _first_mistake(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "extra_forbidden":
         return place, "unknown field; docs/serve.md lists those that are known"
     return place, first["msg"].removeprefix("Value error, ")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
