@@ -241,6 +241,10 @@ class PretrainConfig(Strict):
     loop: Loop = Loop(batch_rows=64)
     ternary_warmup_fraction: Fraction = 0.0
     """Share of steps over which weights are blended from full precision to ternary (lambda 0 -> 1)."""
+    processes: Count | Literal["auto"] = 1
+    """Stage 2 on several GPUs of one machine: so many copies of the student, one process and GPU each, share every
+    step's rows. auto: one for each visible GPU, 1 on a CPU. Gradients are the same sums in another order, so neither
+    this nor the number of GPUs makes another base."""
     seed: Seed | None = None
     """Of the data order; None: the recipe's. A number lets the seeds of an experiment share one base."""
     branch_steps: tuple[Count, ...] = ()

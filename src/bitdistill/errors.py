@@ -13,6 +13,7 @@ Exit codes (documented in docs/cli.md):
 7     the file system refused (disk full, no permission)
 8     training diverged (NaN, Inf or a spike that could not be skipped)
 9     an optional dependency is missing
+10    one of several training processes ended too early
 130   interrupted by SIGINT after saving a checkpoint
 143   interrupted by SIGTERM after saving a checkpoint
 ====  =====================================================================
@@ -73,6 +74,12 @@ class MissingDependencyError(BitDistillError):
     """An optional package is needed; the message holds the pip command."""
 
     exit_code = 9
+
+
+class ReplicaError(BitDistillError):
+    """One of the processes that train copies of a model ended too early; checkpoints are kept."""
+
+    exit_code = 10
 
 
 class Interrupted(BitDistillError):

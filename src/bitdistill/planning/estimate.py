@@ -220,7 +220,8 @@ class _Context:
         )
         if teacher and config.hidden_weight:
             memory["block outputs"] = self.teacher_outputs(tokens)
-        seconds = config.budget_tokens * flops / self.rate
+        processes = 1 if config.processes == "auto" else config.processes  # what is visible is not asked here
+        seconds = config.budget_tokens * flops / self.rate / processes
         return Stage("pretrain", config.budget_tokens, seconds, {**memory, "logits": logits})
 
     def teacher_outputs(self, tokens: int) -> int:

@@ -17,7 +17,8 @@ import torch
 from bitdistill import artifact
 from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
-from bitdistill.errors import ArtifactError
+from bitdistill.data.corpus import TokenShards
+from bitdistill.errors import ArtifactError, RecipeError
 from bitdistill.losses.hidden import block_errors_sum, relative_error
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only, fastest_attention
@@ -28,9 +29,11 @@ from bitdistill.quant.linear import BitLinear
 from bitdistill.stages import branch, kernels
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
+from bitdistill.train import replicas
 from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.gradients import FUSED_LAUNCH_BOUND, LAUNCH_BOUND
-from bitdistill.train.loop import fit
+from bitdistill.train.loop import FitResult, fit
+from bitdistill.train.replicas import Replicas
 from bitdistill.train.step import StepOutput, Totals
 
 
@@ -111,15 +114,13 @@ def pretrain(run: Run, refined: Path) -> Path:
             "pretrain: neither `corpus` nor `base` is set; "
             "name a corpus, or set `pretrain: null` to leave stage 2 out"
         )
-    # In the dtype it runs in: casting a float32 model later would round its rotary frequencies too.
-    dtype = "bfloat16" if run.device.type == "cuda" else "float32"
-    source, tokenizer = load_source(run.recipe.model, dtype=dtype, device=run.device)
-    shards = open_corpus(run, tokenizer)
+    source, tokenizer, shards = _source_and_corpus(run)
     section = run.section("pretrain")
     section["corpus"] = shards.fingerprint
-    # Where the data order is a key of its own, and branches change no result.
+    # The data order is a key of its own; branches and processes change no result.
     section.pop("seed")
     section.pop("branch_steps")
+    section.pop("processes")
     inputs = {
         "model": source_fingerprint(run.recipe.model),
         "refined": run.keys["refine"],
@@ -146,7 +147,7 @@ def _make_base(
     student, _, manifest = load_student(refined, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
     trunk = branch.trunk(inputs, config, _total_steps(config))
-    result = _train(run, student, teacher, shards, trunk)
+    result = _train(run, student, teacher, shards, trunk, refined)
     branched_from = branch.branched_from(run.checkpoints("pretrain"))
     run.save_artifact(
         "pretrain",
@@ -168,22 +169,85 @@ def _total_steps(config: PretrainConfig) -> int:
     return max(1, round(config.budget_tokens / (config.loop.batch_rows * config.sequence_length)))
 
 
-def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path) -> Any:
+def _processes(config: PretrainConfig, device: torch.device) -> int:
+    """Resolve `pretrain.processes`.
+
+    Raises:
+        RecipeError: more than there are GPUs to see, or rows in a batch.
+    """
+    gpus = len(replicas.visible_gpus()) if device.type == "cuda" else 0
+    if config.processes == "auto":
+        return max(1, min(gpus, config.loop.batch_rows))
+    if device.type == "cuda" and config.processes > gpus:
+        raise RecipeError(f"pretrain.processes: {config.processes}, but {gpus} GPUs are visible; use auto")
+    if config.processes > config.loop.batch_rows:
+        raise RecipeError(
+            f"pretrain.processes: {config.processes} for {config.loop.batch_rows} rows of a step "
+            "(pretrain.loop.batch_rows); at most one a row"
+        )
+    return config.processes
+
+
+def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path, refined: Path) -> FitResult:
+    """Train the student, alone or as the first of several processes."""
     config = run.recipe.pretrain
     assert config is not None
-    loop = config.loop
+    total_steps = _total_steps(config)
+    branch.check(config, total_steps)
+    processes = _processes(config, run.device)
+    checkpoints = run.checkpoints("pretrain")
+    if config.optim.schedule == "wsd":
+        branch.start(trunk, checkpoints, run.keys["pretrain"], branch.stable_end(config, total_steps))
+    job = {
+        "recipe": run.recipe.model_dump(mode="json", by_alias=True),
+        "run_dir": str(run.run_dir),
+        "refined": str(refined),
+        "key": run.keys["pretrain"],
+        "device": run.device.type,
+        "processes": processes,
+    }
+    with replicas.led(processes, "bitdistill.stages.replica", job, run.device, run.run_dir / "logs") as group:
+        return _fit(run, student, teacher, shards, group, trunk)
+
+
+def follow(run: Run, refined: Path, rank: int, processes: int, meeting: Path) -> None:
+    """Stage 2 in a process beside the one that leads; writes nothing.
+
+    Args:
+        rank: 1 to processes - 1.
+        meeting: see `replicas.join`.
+    """
+    config = run.recipe.pretrain
+    assert config is not None
+    group = replicas.join(rank, processes, meeting, run.device)
+    source, shards = _source_and_corpus(run)[::2]
+    student, _, _ = load_student(refined, device=run.device)
+    teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
+    _fit(run, student, teacher, shards, group, None)
+
+
+def _source_and_corpus(run: Run) -> tuple[Any, Any, TokenShards]:
+    """Full-precision model, tokenizer and corpus."""
+    # In the dtype it runs in: casting a float32 model later would round its rotary frequencies too.
+    dtype = "bfloat16" if run.device.type == "cuda" else "float32"
+    source, tokenizer = load_source(run.recipe.model, dtype=dtype, device=run.device)
+    return source, tokenizer, open_corpus(run, tokenizer)
+
+
+def _fit(
+    run: Run, student: Any, teacher: Any | None, shards: TokenShards, group: Replicas, trunk: Path | None
+) -> FitResult:
+    config = run.recipe.pretrain
+    assert config is not None
+    loop, total_steps = config.loop, _total_steps(config)
+    rows = replicas.rows_at_a_time(loop.batch_rows, loop.rows_at_a_time(config.sequence_length), group.size)
     batches = PackedBatches(
         shards,
         sequence_length=config.sequence_length,
         batch_rows=loop.batch_rows,
-        micro_batch_rows=loop.rows_at_a_time(config.sequence_length),
+        micro_batch_rows=rows,
         seed=_seed(run),
     )
-    total_steps = _total_steps(config)
-    branch.check(config, total_steps)
-    checkpoints = run.checkpoints("pretrain")
-    if config.optim.schedule == "wsd":
-        branch.start(trunk, checkpoints, run.keys["pretrain"], branch.stable_end(config, total_steps))
     compiling = run.compiling(loop)
     fused = kernels.usable(loop, run.device, student)
     if loop.gradient_checkpointing:
@@ -199,9 +263,9 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         stack.enter_context(causal_only(student, *([] if teacher is None else [teacher])))
         if fused:
             before_step = kernels.FusedAfterWarmup(student, stack, before_step, loop.int8_backward)
-            rows = loop.rows_at_a_time(config.sequence_length)
             stack.enter_context(fastest_attention(student.config, rows, config.sequence_length, run.device))
-        before_step = branch.keeper(trunk, checkpoints, config.branch_steps, before_step)
+        if trunk is not None:
+            before_step = branch.keeper(trunk, run.checkpoints("pretrain"), config.branch_steps, before_step)
         return fit(
             student,
             batches,
@@ -211,9 +275,10 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
             total_steps=total_steps,
             device=run.device,
             tracker=run.tracker("pretrain", total_steps),
-            checkpoint_root=checkpoints,
+            checkpoint_root=run.checkpoints("pretrain"),
             key=run.keys["pretrain"],
             before_step=before_step,
+            replicas=group,
         )
 
 

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,7 @@ from bitdistill.report.sweep_results import RunResult, SweepResults
 from bitdistill.sweep.run import failed_result, is_done, open_results, run_sweep
 from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, only_rows, read_local
 from bitdistill.train.loop import Signals
+from bitdistill.train.replicas import visible_gpus as visible_gpus
 
 log = logging.getLogger("bitdistill")
 SHARED = ("pretrain", "sft", "augment", "bitnet_sft")
@@ -74,16 +75,6 @@ class Place:
     @property
     def devices(self) -> int:
         return max(1, len(self.gpus))
-
-
-def visible_gpus(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
-    import torch
-
-    count = torch.cuda.device_count()
-    named = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [name.strip() for name in named.split(",")] if named else [str(n) for n in range(count)]
-    return tuple(names[:count])
 
 
 def plan_jobs(units: Sequence[Unit], *, on_gpu: bool) -> list[Job]:

@@ -262,6 +262,8 @@ def _digest(recipe: Recipe) -> str:
         tree.pop(place)
     if tree["augment"] is None:  # results from before this section stay valid
         del tree["augment"]
+    if tree["pretrain"] is not None:  # changes no result
+        del tree["pretrain"]["processes"]
     for section in tree.values():  # and those from before this key
         loop = section.get("loop") if isinstance(section, dict) else None
         if loop is not None and loop["micro_batch_tokens"] is None:

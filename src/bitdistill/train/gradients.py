@@ -118,8 +118,11 @@ class ReplayedGradients(EagerGradients):
         parameters: Sequence[nn.Parameter],
         device: torch.device,
         precision: str,
+        among_others: bool = False,
     ) -> None:
         super().__init__(step_function, device, precision)
+        # What watches over exchanges with other processes asks the device from a thread of its own meanwhile
+        self.errors = "thread_local" if among_others else "global"
         self.parameters = list(parameters)
         self.graphs: dict[tuple[int, ...], _Graph] = {}
         self.seen: set[tuple[int, ...]] = set()
@@ -167,7 +170,9 @@ class ReplayedGradients(EagerGradients):
             torch.cuda.synchronize(self.device)
             # What the eager step before left in the allocator's cache is of no use to the graph's own pool
             torch.cuda.empty_cache()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode=self.errors
+            ):
                 results = self._run(static, scalars)
         except RuntimeError as error:
             self.enabled = False

@@ -31,6 +31,7 @@ from bitdistill.train.gradients import (
     wants_graphs,
 )
 from bitdistill.train.optim import OptimizerSet, build_optimizer, learning_rate_at
+from bitdistill.train.replicas import ALONE, CHECK_EVERY_STEPS, Replicas
 from bitdistill.train.step import StepFunction, Totals
 from bitdistill.train.tracking import Tracker, truncate_log
 
@@ -100,6 +101,7 @@ def fit(
     key: str,
     state: Stateful | None = None,
     before_step: Callable[[int], None] | None = None,
+    replicas: Replicas = ALONE,
 ) -> FitResult:
     """Train `model` in place for `total_steps` optimizer steps, resuming from `checkpoint_root` if it can.
 
@@ -108,24 +110,32 @@ def fit(
         key: hash of everything that determines the result; a checkpoint with another key is refused.
         state: extra state saved in checkpoints.
         before_step: called with the step number before each step (for schedules such as the ternary warm-up).
+        replicas: this process among several that train copies of the model, each called with the same arguments.
+            Only the one that leads writes logs and checkpoints.
 
     Raises:
         DivergenceError: non-finite loss or gradient and `loop.on_nonfinite` is "stop", or 10 in a row.
         Interrupted: a signal came; a checkpoint was saved first.
+        ReplicaError: another process ended too early.
     """
     optimizer = build_optimizer(model, optim)
-    checkpoint.require_space(checkpoint_root, model)
+    if replicas.leads:
+        checkpoint.require_space(checkpoint_root, model)
     done = checkpoint.restore(checkpoint_root, model, optimizer, key) or {}
     progress = _Progress(**{k: done[k] for k in _Progress.__dataclass_fields__ if k in done})
     if state is not None and "extra" in done:
         state.load_state_dict(done["extra"])
-    truncate_log(tracker.path, progress.step)
+    if replicas.leads:
+        truncate_log(tracker.path, progress.step)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    replicas.check_equal(parameters, progress.step)
     gradients: Gradients = EagerGradients(step_function, device, loop.precision)
     weights = sum(p.numel() for p in parameters)
     tokens = batches.micro_batches(0)[0].input_ids_BT.numel()
     if wants_graphs(loop, device, weights, tokens, getattr(step_function, "launch_bound", LAUNCH_BOUND)):
-        gradients = ReplayedGradients(step_function, parameters, device, loop.precision)
+        gradients = ReplayedGradients(
+            step_function, parameters, device, loop.precision, among_others=replicas.size > 1
+        )
     saved_at = time.monotonic()
 
     def save() -> None:
@@ -141,23 +151,31 @@ def fit(
                 before_step(progress.step)
             micro_batches = batches.micro_batches(progress.step)
             rate = learning_rate_at(progress.step, total_steps, optim)
-            metrics = _update(parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip)
+            metrics = _update(
+                parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip, replicas
+            )
             _note_nonfinite(metrics, progress, loop, micro_batches)
             progress.step += 1
             progress.tokens += sum(b.tokens for b in micro_batches)
             progress.elapsed_s += time.perf_counter() - started
-            if progress.step % loop.log_every_steps == 0 or progress.step == total_steps:
+            if progress.step == total_steps or progress.step % CHECK_EVERY_STEPS == 0:
+                replicas.check_equal(parameters, progress.step)
+            if not replicas.leads:
+                pass
+            elif progress.step % loop.log_every_steps == 0 or progress.step == total_steps:
                 _log(tracker, progress, metrics, rate)
             else:
                 tracker.advance(progress.step)
-            if signals.received is not None:
-                save()
+            if replicas.any(signals.received is not None):
+                if replicas.leads:
+                    save()
+                number = signals.received or signal.SIGTERM
                 raise Interrupted(
-                    f"{tracker.stage}: stopped by signal {signals.received} at step {progress.step} of "
+                    f"{tracker.stage}: stopped by signal {number} at step {progress.step} of "
                     f"{total_steps}; a checkpoint is saved, the same command goes on from there",
-                    signals.received,
+                    number,
                 )
-            if progress.step < total_steps and _due(loop, progress.step, saved_at):
+            if replicas.leads and progress.step < total_steps and _due(loop, progress.step, saved_at):
                 save()
                 saved_at = time.monotonic()
     model.eval()
@@ -191,6 +209,7 @@ def _update(
     gradients: Gradients,
     learning_rate: float,
     grad_clip: float,
+    replicas: Replicas,
 ) -> dict[str, float]:
     """One optimizer step; the update is left out when loss or gradient is not finite."""
     totals = Totals(
@@ -199,12 +218,15 @@ def _update(
         answers=sum(len(b.answer_index_N) for b in micro_batches),
     )
     sums: dict[str, Tensor | float] = {}
-    for batch in micro_batches:
+    for batch in replicas.share(micro_batches):
         for name, value in gradients.add(batch, totals).items():
             sums[name] = sums.get(name, 0.0) + value
+    replicas.sum_gradients(parameters)
     limit = grad_clip if grad_clip > 0 else math.inf
     sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
     metrics = _to_host(sums)
+    norm = metrics.pop("grad_norm")  # of the sum already
+    metrics = {**replicas.total(metrics), "grad_norm": norm}
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         optimizer.set_learning_rate(learning_rate)
         optimizer.step()
