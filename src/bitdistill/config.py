@@ -126,6 +126,9 @@ class AugmentConfig(Strict):
     """Texts whose sentences stand in for the first of two fields. One source or a list."""
     texts_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """Share of the rows that begin with such a sentence."""
+    whole_share: Fraction = 0.0
+    """Share of the rows that are written whole. The others take all fields but the last from a training row, so their
+    premises, questions or passages are those that the teacher knows. A task of one field has no others."""
     temperature: Positive = 1.0
     seed: Seed | None = None
     """Of the writer and its samples; None: the recipe's. Set, the rows are shared by runs of other seeds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bitdistill import artifact, pipeline
 from bitdistill.cli.augment import augment as augment_command
 from bitdistill.config import AugmentConfig, Task
 from bitdistill.data import tasks
-from bitdistill.data.readers import read_rows
+from bitdistill.data.readers import Row, read_rows
 from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.classify import classify
 from bitdistill.eval.prediction import Prediction
@@ -122,13 +123,94 @@ PAIRS = Task(
 
 
 def test_the_turned_task() -> None:
-    turned = augment.writer_task(PAIRS)
-    assert turned.template == "Label: {_label}\n{premise}\nClaim:"
-    assert (turned.target_field, turned.answer_prefix) == ("hypothesis", " ")
-    one = augment.writer_task(PAIRS.model_copy(update={"template": "{sentence}\nSentiment:"}))
-    assert (one.template, one.target_field, one.answer_prefix) == ("Label: {_label}\n", "sentence", " ")
+    trained, last = augment.forms(PAIRS, whole=False)
+    assert trained == last
+    assert last.task.template == "Label: {_label}\n{premise}\nClaim:"
+    assert (last.task.target_field, last.task.answer_prefix) == ("hypothesis", " ")
+    one, _ = augment.forms(PAIRS.model_copy(update={"template": "{sentence}\nSentiment:"}), whole=False)
+    turned = one.task
+    assert (turned.template, turned.target_field, turned.answer_prefix) == (
+        "Label: {_label}\n",
+        "sentence",
+        " ",
+    )
     with pytest.raises(RecipeError, match="classification tasks only"):
-        augment.writer_task(Task(name="s", kind="generation", template="{article}", target_field="title"))
+        augment.forms(
+            Task(name="s", kind="generation", template="{article}", target_field="title"), whole=False
+        )
+
+
+@pytest.mark.parametrize(
+    "template", ["{premise}\nClaim: {hypothesis}\nTrue:", "Text: {premise} / {hypothesis}?"]
+)
+def test_rows_written_whole(template: str) -> None:
+    """What the trained form writes after its prompt is what the other form is given, and fields are read back."""
+    task = PAIRS.model_copy(update={"template": template})
+    whole, last = augment.forms(task, whole=True)
+    row = Row({"premise": "It rains.", "hypothesis": "It is wet", "label": 1}, "here")
+    turned, given = whole.turned(task, row), last.turned(task, row)
+    prompt = tasks.renderer(whole.task)({"_label": "no"})
+    text = str(turned.fields[augment.WHOLE_FIELD])
+    short = tasks.renderer(last.task)({"_label": "no", "premise": "It rains."})
+    assert prompt + whole.task.answer_prefix + text == short + last.task.answer_prefix + str(
+        given.fields["hypothesis"]
+    )
+    assert prompt.startswith("Label: no\n")
+    pair = {"premise": "It rains.", "hypothesis": "It is wet"}
+    assert whole.read(turned, text) == pair
+    assert last.read(given, "It is wet") == pair
+    separator = whole.between[0]
+    for odd in ("It rains.", f"{separator}It is wet", f"It rains.{separator}", f"a{separator}b{separator}c"):
+        assert whole.read(turned, odd) is None, odd
+
+
+def test_rows_that_cannot_be_taken_apart_are_not_written_whole(work: Path) -> None:
+    for template in ("{premise}{hypothesis}?", "{premise} {hypothesis} {premise}?"):
+        with pytest.raises(RecipeError, match=r"augment\.whole_share: task nli: .* set it to 0"):
+            augment.forms(PAIRS.model_copy(update={"template": template}), whole=True)
+    with pytest.raises(RecipeError, match="set it to 0"):
+        check_data(recipe(work, 'task.template="{text}{text}"', "augment={rows: 10, whole_share: 0.5}"))
+    one = PAIRS.model_copy(update={"template": "{sentence}?"})
+    assert augment.forms(one, whole=True) == augment.forms(one, whole=False)
+
+
+def test_a_share_of_the_rows_is_written_whole(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pair_run(work)
+    texts = iter(
+        ["w30 w77\nClaim: w40", "w30 w31", "w78\nClaim: w41 w42", "w79\nClaim: w43", "w50", "w51", "", "w53"]
+    )
+    asked: list[tuple[str, int]] = []
+
+    def record(model: Any, tokenizer: Any, task: Task, examples: Any, **options: Any) -> list[Any]:
+        asked.append((str(task.target_field), len(examples)))
+        found = [Prediction(n, None, (), next(texts), ended=True) for n in range(len(examples))]
+        return [dataclasses.replace(p, ended=p.text != "w79\nClaim: w43") for p in found]
+
+    monkeypatch.setattr(augment, "sample", record)
+    rows = list(augment.written_rows(run, AugmentConfig(rows=8, whole_share=0.5)))
+    assert asked == [(augment.WHOLE_FIELD, 4), ("hypothesis", 4)]
+    assert rows[:2] == [
+        {"premise": "w30 w77", "hypothesis": "w40"},
+        {"premise": "w78", "hypothesis": "w41 w42"},
+    ]
+    assert [r["hypothesis"] for r in rows[2:]] == ["w50", "w51", "w53"]
+    first = artifact.read_manifest(run.run_dir / "writer")["key"]
+    monkeypatch.undo()
+    with pytest.raises(ArtifactError, match="made with other settings"):  # another writer
+        list(augment.written_rows(pair_run(work), AugmentConfig(rows=4)))
+    assert artifact.read_manifest(run.run_dir / "writer")["key"] == first
+
+
+def test_whole_rows_are_sampled_by_a_writer_that_learnt_them(work: Path) -> None:
+    """With a random model few rows come out whole; those that do have both fields, and no field holds a separator."""
+    run = pair_run(work)
+    rows = list(augment.written_rows(run, AugmentConfig(rows=24, whole_share=1.0, temperature=0.5)))
+    for row in rows:
+        assert list(row) == ["premise", "hypothesis"]
+        assert all(row.values())
+        assert "Claim:" not in row["hypothesis"]
+    examples = artifact.read_manifest(run.run_dir / "writer")["inputs"]
+    assert examples["writer"]["target_field"] == augment.WHOLE_FIELD
 
 
 def pair_run(work: Path) -> Run:

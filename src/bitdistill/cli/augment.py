@@ -39,6 +39,15 @@ def augment(
     texts_share: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of rows that begin so.", show_default=False)
     ] = None,
+    whole_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of rows that are written whole, not their last field alone.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.01, help="Of sampling.", show_default=False)
     ] = None,
@@ -59,7 +68,10 @@ def augment(
     if out is not None and not out.name.endswith((".jsonl", ".jsonl.zst")):
         raise UsageError(f"--out {out}: name a .jsonl or .jsonl.zst file")
     loaded = load_recipe(recipe, set_ or [])
-    given = {"rows": rows, "texts": texts, "texts_share": texts_share, "temperature": temperature}
+    given = {
+        "rows": rows, "texts": texts, "texts_share": texts_share, "whole_share": whole_share,
+        "temperature": temperature,
+    }  # fmt: skip
     if out is None and (loaded.augment is None or any(value is not None for value in given.values())):
         # Rows in the run's folder are those of the recipe: `run` would not take up any others.
         raise RecipeError(

@@ -203,7 +203,7 @@ def renderer(task: Task) -> Callable[[dict[str, str]], str]:
     Raises:
         RecipeError: a placeholder with an index, attribute, conversion or format.
     """
-    parts = _template_parts(task)
+    parts = template_parts(task)
 
     def render(texts: dict[str, str]) -> str:
         return "".join(literal + (texts[name] if name is not None else "") for literal, name in parts)
@@ -213,7 +213,7 @@ def renderer(task: Task) -> Callable[[dict[str, str]], str]:
 
 def template_fields(task: Task) -> list[str]:
     """The template's fields in the order of their first use."""
-    return list(dict.fromkeys(name for _, name in _template_parts(task) if name is not None))
+    return list(dict.fromkeys(name for _, name in template_parts(task) if name is not None))
 
 
 def check_first_field(task: Task, texts: Sequence[str]) -> None:
@@ -229,7 +229,23 @@ def check_first_field(task: Task, texts: Sequence[str]) -> None:
         )
 
 
-def _template_parts(task: Task) -> list[tuple[str, str | None]]:
+def between_fields(task: Task) -> tuple[str, ...]:
+    """The template's text between one field and the next, for rows that `augment` writes whole.
+
+    Raises:
+        RecipeError: fields that come twice or stand side by side, so that such a row could not be taken apart.
+    """
+    literals = [(text, name) for text, name in template_parts(task) if name is not None]
+    between = tuple(text for text, _ in literals[1:])
+    if len(literals) != len(template_fields(task)) or not all(between):
+        raise RecipeError(
+            f"augment.whole_share: task {task.name}: fields come twice or side by side in the template "
+            f"{task.template!r}, so rows written whole could not be taken apart; set it to 0"
+        )
+    return between
+
+
+def template_parts(task: Task) -> list[tuple[str, str | None]]:
     """(literal text, field after it or None) pairs."""
     try:
         parsed = list(string.Formatter().parse(task.template))

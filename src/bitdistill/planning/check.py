@@ -93,6 +93,8 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
     found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
     if recipe.augment is not None:
         tasks.check_first_field(recipe.task, recipe.augment.texts)
+        if recipe.augment.whole_share:
+            tasks.between_fields(recipe.task)
         for text in recipe.augment.texts:
             if not hub.is_hub(text) and not Path(text).exists():
                 raise DataError(

@@ -161,7 +161,8 @@ def costs(run: RunFolder) -> dict[str, StageCost]:
             key=str(manifest.get("key", "")),
             steps=int(training["steps"]),
             tokens=int(training["tokens"]),
-            elapsed_s=round(float(training["elapsed_s"]), 2),
+            # Device time: of all processes that trained side by side
+            elapsed_s=round(float(training["elapsed_s"]) * training.get("processes", 1), 2),
             saved_s=round(float(saved.get("elapsed_s", 0.0)), 2),
         )
     return found

@@ -3,7 +3,7 @@
 The full-precision model is fine-tuned on the training rows the other way round, label and leading fields in, last field
 out, and sampled. The label only steers it (all labels come up equally often); what a row's answer is, the teacher says
 later. For a task of two fields (premise and hypothesis) the first may come from other texts: new premises, with
-hypotheses written for them.
+hypotheses written for them. Or the writer learns to write rows whole (`whole_share`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
 
 LABEL_FIELD = "_label"
+WHOLE_FIELD = "_row"
+"""Of a row that is written whole: its fields with the template's text between them."""
 WRITTEN_ROWS = "rows.jsonl.zst"
 """File of the artifact."""
 LENGTH_SHARE = 0.99
@@ -43,11 +46,54 @@ WORDS = (5, 40)
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
-def writer_task(task: Task) -> Task:
-    """The task turned round: label and all fields but the last in, the last field out.
+@dataclass(frozen=True)
+class Form:
+    """A way to write a row: what the writer is given, and how fields are read out of what it writes."""
+
+    task: Task
+    """Generation task: the label and the given fields in, the others out."""
+    given: tuple[str, ...]
+    written: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    """Text of the template between the written fields."""
+
+    def turned(self, task: Task, row: Row) -> Row:
+        """A labelled row of `task` as one of the writer's."""
+        word = list(task.labels.values())[tasks.label_index(task, row)]
+        texts = {name: str(row.fields[name]) for name in (*self.given, *self.written) if name in row.fields}
+        return Row({**texts, LABEL_FIELD: word.strip(), **self._target(texts)}, row.where)
+
+    def _target(self, texts: dict[str, str]) -> dict[str, str]:
+        if not self.between or not set(self.written) <= texts.keys():
+            return {}
+        ends = (*self.between, "")
+        return {WHOLE_FIELD: "".join(texts[f] + end for f, end in zip(self.written, ends, strict=True))}
+
+    def read(self, given: Row, text: str) -> dict[str, str] | None:
+        """The fields of a written row; None where a field is empty or it is not clear where one ends."""
+        values, rest = [], text
+        for separator in self.between:
+            value, found, rest = rest.partition(separator)
+            if not found:
+                return None
+            values.append(value)
+        if any(separator in rest for separator in self.between):
+            return None
+        made = {name: str(given.fields[name]) for name in self.given}
+        made |= {f: v.strip() for f, v in zip(self.written, (*values, rest), strict=True)}
+        return made if all(made[name] for name in self.written) else None
+
+
+def forms(task: Task, whole: bool) -> tuple[Form, Form]:
+    """How one writer is trained, and how it writes a row's last field alone.
+
+    Args:
+        whole: train it to write all fields; given the first ones, it goes on from there. A task of one field has one
+            form.
 
     Raises:
-        RecipeError: a generation task, which has no labels to write for.
+        RecipeError: a generation task, which has no labels to write for; or fields that come twice or stand side by
+            side in the template, which could not be told apart in a row written whole.
     """
     if task.kind != "classification":
         raise RecipeError(
@@ -55,15 +101,31 @@ def writer_task(task: Task) -> Task:
         )
     fields = tasks.template_fields(task)
     before, _, _ = task.template.rpartition("{" + fields[-1] + "}")
-    template = f"Label: {{{LABEL_FIELD}}}\n{before.rstrip()}"
-    prefix = before[len(before.rstrip()) :]
+    start = f"Label: {{{LABEL_FIELD}}}\n"
+    if not whole or len(fields) == 1:
+        last = _last_field(task, fields, start, before)
+        return last, last
+    between = tasks.between_fields(task)
+    head, _, _ = before.partition("{" + fields[0] + "}")
+    opening, space = start + head.rstrip(), head[len(head.rstrip()) :] or " "
+    trained = Form(_turned_task(task, opening, WHOLE_FIELD, space), (), tuple(fields), between)
+    return trained, _last_field(task, fields, opening + space, before[len(head) :])
+
+
+def _last_field(task: Task, fields: Sequence[str], opening: str, before: str) -> Form:
+    """The form for the last field; `before` is the template up to it, `opening` what precedes that."""
+    prefix = before[len(before.rstrip()) :] or " "  # words after a space tokenize as in running text
+    turned = _turned_task(task, opening + before.rstrip(), fields[-1], prefix)
+    return Form(turned, tuple(fields[:-1]), (fields[-1],))
+
+
+def _turned_task(task: Task, template: str, target_field: str, prefix: str) -> Task:
     return Task(
         name=f"{task.name}-writer",
         kind="generation",
         template=template,
-        target_field=fields[-1],
-        # Words after a space tokenize as in running text
-        answer_prefix=prefix or " ",
+        target_field=target_field,
+        answer_prefix=prefix,
     )
 
 
@@ -73,22 +135,24 @@ def augment(run: Run) -> Path:
     The artifact's training record is the writer's, with the time of sampling in it.
 
     Raises:
-        RecipeError: `texts` for a task that has not two fields.
+        RecipeError: `texts` for a task that has not two fields; and see `forms`.
         DataError: no usable sentence in `texts`.
     """
     config, folder = run.recipe.augment, run.run_dir / "written"
     assert config is not None, "the pipeline leaves the stage out"
     section = run.section("augment")
     section.pop("texts")
+    if not section["whole_share"]:  # rows from before this key stay valid
+        del section["whole_share"]
     inputs = {
-        "writer": _writer_inputs(run, _seed(run, config)),
+        "writer": _writer_inputs(run, config),
         **section,
         "seed": _seed(run, config),
         "texts": [readers.source_fingerprint(source) for source in config.texts],
     }
     if run.finished("augment", folder, inputs):
         return folder
-    writer = train_writer(run, _seed(run, config))
+    writer = train_writer(run, config)
     training = artifact.read_manifest(writer)["training"]
     started = time.monotonic()
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in written_rows(run, config, writer)]
@@ -105,29 +169,43 @@ def _seed(run: Run, config: AugmentConfig) -> int:
     return run.recipe.seed if config.seed is None else config.seed
 
 
-def _writer_inputs(run: Run, seed: int) -> dict[str, Any]:
+def _forms(run: Run, config: AugmentConfig) -> tuple[Form, Form]:
+    return forms(run.recipe.task, whole=config.whole_share > 0)
+
+
+def _length(run: Run, form: Form) -> int:
+    """Tokens of a row's prompt and answer for the writer. An answer may take half of them, which a row that is written
+    whole needs for itself."""
+    return run.recipe.data.max_length * (2 if form.between else 1)
+
+
+def _writer_inputs(run: Run, config: AugmentConfig) -> dict[str, Any]:
     return {
         "model": source_fingerprint(run.recipe.model),
         **run.train_inputs(),
-        "writer": writer_task(run.recipe.task).model_dump(mode="json", by_alias=True),
+        "writer": _forms(run, config)[0].task.model_dump(mode="json", by_alias=True),
         "sft": run.section("sft"),
-        "seed": seed,
+        "seed": _seed(run, config),
     }
 
 
-def train_writer(run: Run, seed: int) -> Path:
-    """Fine-tune the full-precision model as a writer, with the teacher's settings; writes `writer/`."""
+def train_writer(run: Run, wanted: AugmentConfig) -> Path:
+    """Fine-tune the full-precision model as a writer, with the teacher's settings; writes `writer/`.
+
+    Raises:
+        RecipeError: see `forms`.
+    """
     config, folder = run.recipe.sft, run.run_dir / "writer"
-    task = writer_task(run.recipe.task)
-    inputs = _writer_inputs(run, seed)
+    form, _ = _forms(run, wanted)
+    inputs = _writer_inputs(run, wanted)
     if run.finished("writer", folder, inputs):
         return folder
     model, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
-    rows = [_turned(run.recipe.task, row) for row in run.train_rows()]
-    examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length)
+    rows = [form.turned(run.recipe.task, row) for row in run.train_rows()]
+    examples = tasks.encode(form.task, rows, tokenizer, _length(run, form))
     if run.compiling(config.loop):
         compile_blocks(model)
-    seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
+    seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": _seed(run, wanted)}))
     result = train_on_task(
         seeded, "writer", model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs,
         examples=examples,
@@ -151,35 +229,54 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
     """
     task = run.recipe.task
     tasks.check_first_field(task, config.texts)
+    trained, last = _forms(run, config)
     seed = _seed(run, config)
     train = run.train_rows()
-    folder = train_writer(run, seed) if writer is None else writer
+    folder = train_writer(run, config) if writer is None else writer
     source = run.recipe.model.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
     dtype = "bfloat16" if run.device.type == "cuda" else "float32"
     model, tokenizer = load_source(source, dtype=dtype, device=run.device)
-    rows = list(itertools.islice(_openings(run.recipe.task, train, config, seed), config.rows))
-    written = writer_task(task)
-    known = tasks.encode(written, [_turned(task, r) for r in train], tokenizer, run.recipe.data.max_length)
+    model.eval()
+    whole = round(config.rows * config.whole_share) if trained.between else 0
+    words = [word.strip() for word in task.labels.values()]
+    labels = [Row({LABEL_FIELD: words[n % len(words)]}, f"written row {n + 1}") for n in range(whole)]
+    given = list(itertools.islice(_openings(task, train, config, seed), config.rows - whole))
+    seen = {_key(task, row.fields) for row in train}
+    for form, rows in ((trained, labels), (last, given)):
+        written = _sampled(run, config, model, tokenizer, form, _length(run, trained), rows)
+        for row, text in zip(rows, written, strict=True):
+            made = None if text is None else form.read(row, text)
+            if made is not None and _key(task, made) not in seen:
+                seen.add(_key(task, made))
+                yield {name: made[name] for name in tasks.template_fields(task)}
+
+
+def _key(task: Task, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What makes two rows the same."""
+    return tuple(str(fields[name]).strip() for name in tasks.template_fields(task))
+
+
+def _sampled(
+    run: Run, config: AugmentConfig, model: Any, tokenizer: Any, form: Form, length: int, rows: list[Row]
+) -> list[str | None]:
+    """What the writer writes for each row; None where a row to be written whole did not come to its end."""
+    if not rows:
+        return []
+    turned = [form.turned(run.recipe.task, row) for row in run.train_rows()]
+    known = tasks.encode(form.task, turned, tokenizer, length)
     lengths = sorted(len(e.answer_ids) for e in known)
     *rounds, longest = (
         lengths[min(len(lengths) - 1, int(m * len(lengths)))] for m in (*ROUNDS, LENGTH_SHARE)
     )
-    fields = tasks.template_fields(task)
     # Encoded as the writer's training rows were: the longest answer, set below, would leave prompts another room.
-    examples = tasks.encode(written, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
-    written = written.model_copy(update={"max_new_tokens": longest})
+    examples = tasks.encode(form.task, rows, tokenizer, length, require_answers=False)
     predictions = sample(
-        model.eval(), tokenizer, written, examples, temperature=config.temperature, seed=seed,
+        model, tokenizer, form.task.model_copy(update={"max_new_tokens": longest}), examples,
+        temperature=config.temperature, seed=_seed(run, config),
         batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),
         rounds=sorted(set(rounds)),
     )  # fmt: skip
-    seen = {tuple(str(row.fields[f]).strip() for f in fields) for row in train}
-    for row, prediction in zip(rows, predictions, strict=True):
-        made = {f: str(row.fields[f]) for f in fields[:-1]} | {fields[-1]: prediction.text}
-        key = tuple(value.strip() for value in made.values())
-        if prediction.text and key not in seen:
-            seen.add(key)
-            yield made
+    return [None if form.between and not p.ended else p.text for p in predictions]
 
 
 def write_rows(rows: Iterator[dict[str, str]], out: Path) -> int:
@@ -197,11 +294,6 @@ def _packed(lines: Sequence[str]) -> bytes:
     import zstandard
 
     return zstandard.ZstdCompressor(level=10).compress("".join(lines).encode("utf-8"))
-
-
-def _turned(task: Task, row: Row) -> Row:
-    word = list(task.labels.values())[tasks.label_index(task, row)]
-    return Row({**row.fields, LABEL_FIELD: word.strip()}, row.where)
 
 
 def _openings(task: Task, train: list[Row], config: AugmentConfig, seed: int) -> Iterator[Row]:

@@ -260,8 +260,12 @@ def _digest(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json", by_alias=True)
     for place in ("name", "output_dir", "track", "report"):
         tree.pop(place)
-    if tree["augment"] is None:  # results from before this section stay valid
+    if (
+        tree["augment"] is None
+    ):  # results from before this section stay valid, and those from before its last key
         del tree["augment"]
+    elif not tree["augment"]["whole_share"]:
+        del tree["augment"]["whole_share"]
     if tree["pretrain"] is not None:  # changes no result
         del tree["pretrain"]["processes"]
     for section in tree.values():  # and those from before this key

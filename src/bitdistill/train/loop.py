@@ -61,6 +61,8 @@ class FitResult:
     elapsed_s: float
     skipped_steps: int
     final_loss: float
+    processes: int = 1
+    """That trained side by side; `elapsed_s` is not multiplied by them."""
 
 
 class Signals:
@@ -180,7 +182,12 @@ def fit(
                 saved_at = time.monotonic()
     model.eval()
     return FitResult(
-        progress.step, progress.tokens, progress.elapsed_s, progress.skipped_steps, progress.last_loss
+        progress.step,
+        progress.tokens,
+        progress.elapsed_s,
+        progress.skipped_steps,
+        progress.last_loss,
+        replicas.size,
     )
 
 
