@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bitdistill.config import Task
 from bitdistill.data import tasks
@@ -16,6 +17,7 @@ from bitdistill.data.tasks import Example
 from bitdistill.errors import DataError
 from bitdistill.eval import generate as module
 from bitdistill.eval.generate import decode_answer, generate, perplexity, stop_ids
+from bitdistill.models.attention import decoding_attention
 
 TASK = Task(name="t", kind="generation", template="{text}\nTL;DR:", target_field="summary", max_new_tokens=9)
 TEXTS = ["a film", "the card is lost .", "x", "a charming film , and the card is not lost yet", "yes no yes"]
@@ -46,6 +48,39 @@ def test_generation_equals_the_slow_twin(model: Any, tokenizer: Any, batch_rows:
         expected = slow_greedy(model, example.prompt_ids, stops, 9)
         assert prediction.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
         assert (prediction.index, prediction.label, prediction.scores) == (n, None, ())
+
+
+def test_sampling_draws_from_the_models_own_distribution(model: Any, tokenizer: Any) -> None:
+    """Near a temperature of 0 the draws are the slow twin's best tokens: cache and attention of sampling are right."""
+    examples = encode(tokenizer)
+    own = model.config._attn_implementation
+    drawn = module.sample(
+        model, tokenizer, TASK, examples, temperature=1e-6, seed=0, batch_rows=3, device="cpu", pad_id=1
+    )
+    stops = stop_ids(model, tokenizer)
+    for prediction, example in zip(drawn, examples, strict=True):
+        expected = slow_greedy(model, example.prompt_ids, stops, 9)
+        assert prediction.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert model.config._attn_implementation == own
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (3, 1)])
+def test_attention_of_decoding_is_that_of_sdpa(heads: int, groups: int) -> None:
+    g = torch.Generator().manual_seed(heads)
+    query, key, value = (
+        torch.randn(5, n, t, 8, generator=g) for n, t in ((heads, 1), (groups, 7), (groups, 7))
+    )
+    mask = torch.rand(5, 1, 1, 7, generator=g) < 0.6
+    mask[..., 3] = True
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = heads // groups, True  # type: ignore[assignment]
+    for given, scaling in ((mask, None), (mask, 0.3), (None, None)):
+        out, _ = decoding_attention(layer, query, key, value, given, scaling=scaling)
+        expected, _ = sdpa_attention_forward(layer, query, key, value, given, scaling=scaling)
+        torch.testing.assert_close(out, expected)
+    longer = torch.randn(5, heads, 7, 8, generator=g)
+    out, _ = decoding_attention(layer, longer, key, value, None)
+    torch.testing.assert_close(out, sdpa_attention_forward(layer, longer, key, value, None)[0])
 
 
 def test_batches_fit_a_gpus_memory(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

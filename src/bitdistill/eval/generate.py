@@ -19,6 +19,7 @@ from bitdistill.data.tokenizer import eos_id
 from bitdistill.errors import DataError
 from bitdistill.eval.metrics import Score, perplexity_score
 from bitdistill.eval.prediction import Prediction
+from bitdistill.models.attention import decoding
 from bitdistill.models.forward import final_hidden, logits_at
 
 CACHE_SHARE = 0.4
@@ -74,8 +75,11 @@ def sample(
             distribution is the same.
     """
     torch.manual_seed(seed)
-    choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds)
+    choice: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    # A growing cache is copied for every token, which with thousands of rows takes longer than the model
+    choice |= {"cache_implementation": "static", "disable_compile": True}
+    with decoding(model):
+        return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds)
 
 
 def _generate(

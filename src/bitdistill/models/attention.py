@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import ModelError
 
 log = logging.getLogger("bitdistill")
 CAUSAL_NAME = "bitdistill_causal"
+"""Registered as an attention, not as a mask: transformers makes no mask for a name it has no mask for."""
+DECODING_NAME = "bitdistill_decoding"
 TIMED_TOKENS = 32_768
 """Backends are timed on so many tokens: a batch whose kernels end before the next ones are launched tells nothing."""
-"""Registered as an attention, not as a mask: transformers makes no mask for a name it has no mask for."""
 
 
 def causal_attention(
@@ -81,7 +83,50 @@ def packed_attention(
     return out.transpose(1, 2)
 
 
+def decoding_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """sdpa, but for one new token a row over a cache: two products in which keys and values are read once.
+
+    The queries [B, H, 1, D] of a group share their keys [B, G, T, D], where sdpa with a mask copies these for every
+    head or runs a kernel made for many queries. The softmax is in float32.
+    """
+    rows, heads, tokens, size = query.shape
+    groups = key.shape[1]
+    if tokens != 1:
+        result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
+    grouped = query.view(rows, groups, heads // groups, size)
+    scores = (grouped @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:  # bool [B, 1, 1, T]
+        scores = scores.masked_fill(~attention_mask[..., : key.shape[2]], torch.finfo(scores.dtype).min)
+    out = scores.softmax(-1).to(value.dtype) @ value
+    return out.view(rows, 1, heads, size), None
+
+
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL_NAME, causal_attention)
+ALL_ATTENTION_FUNCTIONS.register(DECODING_NAME, decoding_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(DECODING_NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Inside, a model that attends by sdpa decodes by `decoding_attention`; others stay as they are."""
+    own = model.config._attn_implementation
+    try:
+        if own == "sdpa":
+            model.config._attn_implementation = DECODING_NAME
+        yield
+    finally:
+        model.config._attn_implementation = own
 
 
 @contextlib.contextmanager
