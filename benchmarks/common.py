@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from bitdistill.config import Optim
 from bitdistill.data.batches import Batch, TaskBatches, index_of
 from bitdistill.data.tasks import Example
-from bitdistill.train.loop import _update
+from bitdistill.train.loop import update
 from bitdistill.train.optim import build_optimizer
 
 DEVICE = torch.device("cuda")
@@ -208,7 +208,7 @@ def timed_steps(
             at = time.perf_counter()
             refresh()
             losses.append(
-                _update(parameters, optimizer, batches[k % len(batches)], gradients, 1e-4, 1.0)["loss"]
+                update(parameters, optimizer, batches[k % len(batches)], gradients, 1e-4, 1.0)["loss"]
             )
             times.append(time.perf_counter() - at)
         torch.cuda.synchronize()
@@ -239,7 +239,7 @@ def profiled(
 
     def one() -> None:
         refresh()
-        _update(parameters, optimizer, batch, gradients, 1e-4, 1.0)
+        update(parameters, optimizer, batch, gradients, 1e-4, 1.0)
 
     for _ in range(3):
         one()
@@ -252,7 +252,7 @@ def profiled(
         wall_ms = (time.perf_counter() - at) * 500
     kernels: dict[str, list[float]] = {}
     for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch._C._autograd.DeviceType.CUDA:
             entry = kernels.setdefault(event.name, [0.0, 0])
             entry[0] += event.device_time_total / 2e3
             entry[1] += 1

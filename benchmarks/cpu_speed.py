@@ -70,7 +70,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args}: ended with code {self.process.wait()}")
+            raise SystemExit(f"{self.process.args!r}: ended with code {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

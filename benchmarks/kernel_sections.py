@@ -76,12 +76,12 @@ def section_check(report: Report, shape: Shape, name: str) -> None:
         for matrix, (o, i) in block_matrices(config).items():
             x, w = rand_codes(1000, i, -128, 128), rand_codes(o, i, -1, 2)
             x_scale, w_scale = randn(1000).abs() + 0.01, randn(o).abs() + 0.01
-            want = twins.int8_product(x, x_scale, w, w_scale, torch.bfloat16)
+            product = twins.int8_product(x, x_scale, w, w_scale, torch.bfloat16)
             differ = {}
-            for tile in (matmul.INT_MM, *range(len(matmul.TILES))):
-                y = torch.full_like(want, math.nan)
+            for tile in matmul.ways(product, x, persistent=True):
+                y = torch.full_like(product, math.nan)
                 matmul._product(y, x, x_scale, w, w_scale, tile)
-                differ[tile] = int((y != want).sum())
+                differ[matmul.name_of(tile)] = int(torch.ne(y, product).sum())
             report.line("check", shape=name, what=f"product {matrix}", differ=differ)
     with report.caught("check", shape=name, what="weights"):
         latents = [randn(o, i) * 0.02 for o, i in block_matrices(config).values()]
@@ -119,15 +119,15 @@ def section_check(report: Report, shape: Shape, name: str) -> None:
             found = torch.autograd.grad(loss, list(student.model.layers.parameters()))
             return hidden.detach(), list(found)
 
-        want, want_grads = run()
+        plain, plain_grads = run()
         with fused_layers(student):
-            got, grads = run()
-        cosines = [cosine(a, b) for a, b in zip(grads, want_grads, strict=True)]
+            fused, grads = run()
+        cosines = [cosine(a, b) for a, b in zip(grads, plain_grads, strict=True)]
         report.line(
             "check",
             shape=name,
             what="student",
-            hidden_error=relative(got, want),
+            hidden_error=relative(fused, plain),
             lowest_gradient_cosine=min(cosines),
         )
 
@@ -236,9 +236,13 @@ def section_attention(report: Report, shape: Shape, name: str) -> None:
                 )
 
             grad = torch.randn_like(forward())
+
+            def both(g: Tensor = grad, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+                torch.autograd.grad(forward(q, k, v), (q, k, v), g)
+
             report.line(
                 "attention", shape=name, backend=backend.name, forward_ms=milliseconds(forward),
-                both_ms=milliseconds(lambda g=grad, q=q, k=k, v=v: torch.autograd.grad(forward(), (q, k, v), g)),
+                both_ms=milliseconds(both),
             )  # fmt: skip
 
 

@@ -161,9 +161,9 @@ def costs(run: RunFolder) -> dict[str, StageCost]:
             key=str(manifest.get("key", "")),
             steps=int(training["steps"]),
             tokens=int(training["tokens"]),
-            # Device time: of all processes that trained side by side
-            elapsed_s=round(float(training["elapsed_s"]) * training.get("processes", 1), 2),
-            saved_s=round(float(saved.get("elapsed_s", 0.0)), 2),
+            # Of all processes that trained side by side; artifacts from before there were several have no such entry
+            elapsed_s=round(float(training.get("device_s") or training["elapsed_s"]), 2),
+            saved_s=round(float(saved.get("device_s") or saved.get("elapsed_s", 0.0)), 2),
         )
     return found
 

@@ -156,9 +156,10 @@ def augment(run: Run) -> Path:
     training = artifact.read_manifest(writer)["training"]
     started = time.monotonic()
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in written_rows(run, config, writer)]
-    elapsed = training["elapsed_s"] + time.monotonic() - started
+    took = time.monotonic() - started
+    times = {name: training[name] + took for name in ("elapsed_s", "device_s") if name in training}
     about = {"kind": "written rows", "rows": len(lines), **run.meta("augment", inputs)}
-    with artifact.writing(folder, {**about, "training": {**training, "elapsed_s": elapsed}}) as partial:
+    with artifact.writing(folder, {**about, "training": {**training, **times}}) as partial:
         (partial / WRITTEN_ROWS).write_bytes(_packed(lines))
     run.redo.done("augment")
     log.info("augment: %d rows of %d are new and not empty", len(lines), config.rows)

@@ -89,7 +89,12 @@ def start(folder: Path, checkpoints: Path, key: str, last: int) -> None:
             log.warning("stable-phase checkpoint passed over: %s", error)
             continue
         state = json.loads((kept / "state.json").read_text("utf-8"))
-        note = {"step": step, "tokens": state["tokens"], "elapsed_s": state["elapsed_s"]}
+        note = {
+            "step": step,
+            "tokens": state["tokens"],
+            "elapsed_s": state["elapsed_s"],
+            "device_s": state.get("device_s", state["elapsed_s"]),
+        }
         _copy(kept, checkpoints / kept.name, key, step)
         with artifact.storage_errors(checkpoints):
             (checkpoints / _BRANCH).write_text(json.dumps(note), "utf-8")

@@ -61,8 +61,8 @@ class FitResult:
     elapsed_s: float
     skipped_steps: int
     final_loss: float
-    processes: int = 1
-    """That trained side by side; `elapsed_s` is not multiplied by them."""
+    device_s: float = 0.0
+    """Seconds of all processes that trained side by side, each of them counted."""
 
 
 class Signals:
@@ -124,6 +124,8 @@ def fit(
     if replicas.leads:
         checkpoint.require_space(checkpoint_root, model)
     done = checkpoint.restore(checkpoint_root, model, optimizer, key) or {}
+    if "elapsed_s" in done:  # of a checkpoint from before several processes could train
+        done.setdefault("device_s", done["elapsed_s"])
     progress = _Progress(**{k: done[k] for k in _Progress.__dataclass_fields__ if k in done})
     if state is not None and "extra" in done:
         state.load_state_dict(done["extra"])
@@ -153,13 +155,13 @@ def fit(
                 before_step(progress.step)
             micro_batches = batches.micro_batches(progress.step)
             rate = learning_rate_at(progress.step, total_steps, optim)
-            metrics = _update(
-                parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip, replicas
-            )
+            metrics = update(parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip, replicas)
             _note_nonfinite(metrics, progress, loop, micro_batches)
             progress.step += 1
             progress.tokens += sum(b.tokens for b in micro_batches)
-            progress.elapsed_s += time.perf_counter() - started
+            took = time.perf_counter() - started
+            progress.elapsed_s += took
+            progress.device_s += took * replicas.size
             if progress.step == total_steps or progress.step % CHECK_EVERY_STEPS == 0:
                 replicas.check_equal(parameters, progress.step)
             if not replicas.leads:
@@ -187,7 +189,7 @@ def fit(
         progress.elapsed_s,
         progress.skipped_steps,
         progress.last_loss,
-        replicas.size,
+        progress.device_s,
     )
 
 
@@ -196,6 +198,7 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
+    device_s: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     last_loss: float = math.nan
@@ -209,14 +212,14 @@ def _due(loop: Loop, step: int, saved_at: float) -> bool:
     return time.monotonic() - saved_at >= loop.checkpoint_every_s
 
 
-def _update(
+def update(
     parameters: list[nn.Parameter],
     optimizer: OptimizerSet,
     micro_batches: list[Batch],
     gradients: Gradients,
     learning_rate: float,
     grad_clip: float,
-    replicas: Replicas,
+    replicas: Replicas = ALONE,
 ) -> dict[str, float]:
     """One optimizer step; the update is left out when loss or gradient is not finite."""
     totals = Totals(
