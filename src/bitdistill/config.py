@@ -117,8 +117,8 @@ class DataConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """Rows of a classification task without answers, for stage 3: written by the full-precision model, fine-tuned with
-    the `sft` settings on the training rows turned round. The teacher answers them."""
+    """Rows without answers, for stage 3: written by the full-precision model, fine-tuned with the `sft` settings on the
+    training rows turned round. The teacher answers them."""
 
     rows: Count = 50_000
     """Rows to sample; empty and repeated ones are left out of them."""
@@ -395,13 +395,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _labels_to_draw_by(self) -> Recipe:
-        if self.task.kind != "classification":
-            if self.data.rows_per_label is not None:
-                raise ValueError("data.rows_per_label: a generation task has no labels; use data.limit_train")
-            if self.augment is not None:
-                raise ValueError(
-                    "augment: rows are written for classification tasks only; remove the section"
-                )
+        if self.task.kind != "classification" and self.data.rows_per_label is not None:
+            raise ValueError("data.rows_per_label: a generation task has no labels; use data.limit_train")
         return self
 
 

@@ -122,6 +122,9 @@ PAIRS = Task(
 )  # fmt: skip
 
 
+TITLES = Task(name="titles", kind="generation", template="{article}\nTitle:", target_field="title")
+
+
 def test_the_turned_task() -> None:
     trained, last = augment.forms(PAIRS, whole=False)
     assert trained == last
@@ -134,10 +137,10 @@ def test_the_turned_task() -> None:
         "sentence",
         " ",
     )
-    with pytest.raises(RecipeError, match="classification tasks only"):
-        augment.forms(
-            Task(name="s", kind="generation", template="{article}", target_field="title"), whole=False
-        )
+    titles, _ = augment.forms(TITLES, whole=False)
+    assert (titles.task.template, titles.task.target_field) == ("Answer: {_label}\n", "article")
+    turned_row = titles.turned(TITLES, Row({"article": "It rained.", "title": "Rain "}, "here"))
+    assert turned_row.fields == {"article": "It rained.", "_label": "Rain"}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,42 @@ def test_whole_rows_are_sampled_by_a_writer_that_learnt_them(work: Path) -> None
         assert "Claim:" not in row["hypothesis"]
     examples = artifact.read_manifest(run.run_dir / "writer")["inputs"]
     assert examples["writer"]["target_field"] == augment.WHOLE_FIELD
+
+
+def test_rows_of_a_generation_task_are_written_for_answers_of_training_rows(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"article": f"w{30 + n} w31 w32", "title": f"w{60 + n}"} for n in range(20)]
+    (work / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    task = json.dumps({**TITLES.model_dump(mode="json"), "max_new_tokens": 4})
+    run = opened(work, f"task={task}", "augment={rows: 30, seed: 3}")
+    assert run.recipe.augment is not None
+    prompts: list[str] = []
+    real = augment.sample
+
+    def record(model: Any, tokenizer: Any, task: Task, examples: Any, **options: Any) -> list[Any]:
+        prompts.extend(e.prompt for e in examples)
+        return real(model, tokenizer, task, examples, **options)
+
+    monkeypatch.setattr(augment, "sample", record)
+    rows = list(augment.written_rows(run, run.recipe.augment))
+    steers = [prompt.splitlines()[0].removeprefix("Answer: ") for prompt in prompts]
+    assert len(steers) == 30
+    assert set(steers) <= {r["title"] for r in lines}
+    assert len(set(steers)) > 5
+    assert rows
+    assert all(list(row) == ["article"] for row in rows)
+
+
+def test_the_teacher_answers_written_rows_of_a_generation_task(work: Path) -> None:
+    lines = [{"article": f"w{30 + n} w31 w32", "title": f"w{60 + n % 9}"} for n in range(24)]
+    for name in ("train", "test"):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    task = json.dumps({**TITLES.model_dump(mode="json"), "max_new_tokens": 4})
+    wanted = recipe(work, f"task={task}", "augment={rows: 12, temperature: 2.0}", "bitnet_sft=null")
+    made = pipeline.run(wanted, command="test", quiet=True)
+    student = artifact.read_manifest(made.run_dir / "student")
+    assert 0 < student["teacher_answered_rows"] <= 12
 
 
 def pair_run(work: Path) -> Run:
@@ -335,10 +374,7 @@ def test_the_plan_counts_written_rows(work: Path) -> None:
         check_data(pairs)
 
 
-def test_generation_tasks_and_the_papers_method_have_no_written_rows(work: Path) -> None:
-    task = {"name": "copy", "kind": "generation", "template": "{text} w9", "target_field": "label"}
-    with pytest.raises(RecipeError, match="augment: rows are written for classification tasks only"):
-        recipe(work, f"task={json.dumps(task)}", "augment={rows: 10}")
+def test_the_papers_method_has_no_written_rows(work: Path) -> None:
     assert recipe(work, "method=paper", "augment={rows: 10}").augment is not None  # a flag wins over a method
     path = work / "with.yaml"
     path.write_text(dump_recipe(recipe(work, "augment={rows: 10}")))

@@ -1,4 +1,4 @@
-"""`bitdistill augment`: further rows of a classification task, without answers."""
+"""`bitdistill augment`: further rows of a task, without answers."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ from bitdistill.cli import (
 from bitdistill.errors import BitDistillError
 
 EPILOG = """Exit codes: 0 success, 1 a bug, 2 usage, 3 recipe, 4 data, 5 model, 6 artifact or checkpoint,
-7 file system, 8 training diverged, 9 missing optional package, 130 or 143 interrupted after saving."""
+7 file system, 8 training diverged, 9 missing optional package, 10 a training process ended too early,
+130 or 143 interrupted after saving."""
 
 COMMANDS: dict[str, list[tuple[str, Callable[..., Any]]]] = {
     "Start": [

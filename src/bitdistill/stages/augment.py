@@ -1,9 +1,10 @@
-"""More rows of a classification task, written by a model: inputs without answers, for stage 3.
+"""More rows of a task, written by a model: inputs without answers, for stage 3.
 
-The full-precision model is fine-tuned on the training rows the other way round, label and leading fields in, last field
-out, and sampled. The label only steers it (all labels come up equally often); what a row's answer is, the teacher says
-later. For a task of two fields (premise and hypothesis) the first may come from other texts: new premises, with
-hypotheses written for them. Or the writer learns to write rows whole (`whole_share`).
+The full-precision model is fine-tuned on the training rows the other way round, answer and leading fields in, last
+field out, and sampled. The answer only steers it (all labels come up equally often, or answers of training rows by
+chance); what the new row's answer is, the teacher says later. For a task of two fields (premise and hypothesis) the
+first may come from other texts: new premises, with hypotheses written for them. Or the writer learns to write rows
+whole (`whole_share`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bitdistill import artifact
 from bitdistill.config import AugmentConfig, Task
 from bitdistill.data import readers, tasks
 from bitdistill.data.readers import Row
-from bitdistill.errors import DataError, RecipeError
+from bitdistill.errors import DataError
 from bitdistill.eval.generate import sample
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.stages.common import Run, log, pad_token_id
@@ -58,10 +59,9 @@ class Form:
     """Text of the template between the written fields."""
 
     def turned(self, task: Task, row: Row) -> Row:
-        """A labelled row of `task` as one of the writer's."""
-        word = list(task.labels.values())[tasks.label_index(task, row)]
+        """A row of `task` with its answer as one of the writer's."""
         texts = {name: str(row.fields[name]) for name in (*self.given, *self.written) if name in row.fields}
-        return Row({**texts, LABEL_FIELD: word.strip(), **self._target(texts)}, row.where)
+        return Row({**texts, LABEL_FIELD: _answer(task, row), **self._target(texts)}, row.where)
 
     def _target(self, texts: dict[str, str]) -> dict[str, str]:
         if not self.between or not set(self.written) <= texts.keys():
@@ -84,6 +84,21 @@ class Form:
         return made if all(made[name] for name in self.written) else None
 
 
+def _answer(task: Task, row: Row) -> str:
+    if task.kind == "generation":
+        return str(row.fields[str(task.target_field)]).strip()
+    return list(task.labels.values())[tasks.label_index(task, row)].strip()
+
+
+def _steers(task: Task, train: Sequence[Row], seed: int) -> Iterator[str]:
+    """Without end: the answers that rows are written for."""
+    if task.kind == "classification":
+        yield from itertools.cycle(word.strip() for word in task.labels.values())
+    rng = random.Random(f"answers {seed}")
+    while True:
+        yield _answer(task, rng.choice(train))
+
+
 def forms(task: Task, whole: bool) -> tuple[Form, Form]:
     """How one writer is trained, and how it writes a row's last field alone.
 
@@ -92,16 +107,12 @@ def forms(task: Task, whole: bool) -> tuple[Form, Form]:
             form.
 
     Raises:
-        RecipeError: a generation task, which has no labels to write for; or fields that come twice or stand side by
-            side in the template, which could not be told apart in a row written whole.
+        RecipeError: fields that come twice or stand side by side in the template, which could not be told apart in a
+            row written whole.
     """
-    if task.kind != "classification":
-        raise RecipeError(
-            f"augment: task {task.name} is a {task.kind} task; rows are written for classification tasks only"
-        )
     fields = tasks.template_fields(task)
     before, _, _ = task.template.rpartition("{" + fields[-1] + "}")
-    start = f"Label: {{{LABEL_FIELD}}}\n"
+    start = f"{'Label' if task.kind == 'classification' else 'Answer'}: {{{LABEL_FIELD}}}\n"
     if not whole or len(fields) == 1:
         last = _last_field(task, fields, start, before)
         return last, last
@@ -177,7 +188,8 @@ def _forms(run: Run, config: AugmentConfig) -> tuple[Form, Form]:
 def _length(run: Run, form: Form) -> int:
     """Tokens of a row's prompt and answer for the writer. An answer may take half of them, which a row that is written
     whole needs for itself."""
-    return run.recipe.data.max_length * (2 if form.between else 1)
+    whole = form.between or (run.recipe.task.kind == "generation" and not form.given)
+    return run.recipe.data.max_length * (2 if whole else 1)
 
 
 def _writer_inputs(run: Run, config: AugmentConfig) -> dict[str, Any]:
@@ -239,8 +251,8 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
     model, tokenizer = load_source(source, dtype=dtype, device=run.device)
     model.eval()
     whole = round(config.rows * config.whole_share) if trained.between else 0
-    words = [word.strip() for word in task.labels.values()]
-    labels = [Row({LABEL_FIELD: words[n % len(words)]}, f"written row {n + 1}") for n in range(whole)]
+    steers = itertools.islice(_steers(task, train, seed + 1), whole)
+    labels = [Row({LABEL_FIELD: steer}, f"written row {n + 1}") for n, steer in enumerate(steers)]
     given = list(itertools.islice(_openings(task, train, config, seed), config.rows - whole))
     seen = {_key(task, row.fields) for row in train}
     for form, rows in ((trained, labels), (last, given)):
@@ -298,22 +310,21 @@ def _packed(lines: Sequence[str]) -> bytes:
 
 
 def _openings(task: Task, train: list[Row], config: AugmentConfig, seed: int) -> Iterator[Row]:
-    """Without end: what the writer continues, training rows and sentences mixed, labels in turn."""
+    """Without end: what the writer continues, training rows and sentences mixed."""
     rng = random.Random(seed)
     fields = tasks.template_fields(task)
-    words = [word.strip() for word in task.labels.values()]
     sentences: list[str] = []
     if config.texts:
         sentences = _sentences(config.texts, rng)
         log.info("augment: %d sentences of %s", len(sentences), ", ".join(config.texts))
-    for number in itertools.count():
+    for number, steer in enumerate(_steers(task, train, seed)):
         given: dict[str, Any]
         if sentences and rng.random() < config.texts_share:
             given = {fields[0]: rng.choice(sentences)}
         else:
             row = rng.choice(train)
             given = {f: row.fields[f] for f in fields[:-1]}
-        yield Row({**given, LABEL_FIELD: words[number % len(words)]}, f"written row {number + 1}")
+        yield Row({**given, LABEL_FIELD: steer}, f"written row {number + 1}")
 
 
 def _sentences(texts: Sequence[str], rng: random.Random, limit: int = 200_000) -> list[str]:
