@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,14 +94,14 @@ class Fake:
 
 def scheduled(
     jobs: list[Job], place: Place, verdicts: dict[str, list[str]] | None = None
-) -> tuple[list[tuple[str, int]], list[dict[int, list[str]]]]:
-    """Starts (job, device) in their order, and what ran on each device after every step."""
-    starts: list[tuple[str, int]] = []
+) -> tuple[list[tuple[str, tuple[int, ...]]], list[dict[int, list[str]]]]:
+    """Starts (job, devices) in their order, and what ran on each device after every step."""
+    starts: list[tuple[str, tuple[int, ...]]] = []
     history: list[dict[int, list[str]]] = []
     verdicts = verdicts or {}
 
-    def launch(job: Job, device: int) -> Fake:
-        starts.append((job.name, device))
+    def launch(job: Job, devices: tuple[int, ...]) -> Fake:
+        starts.append((job.name, devices))
         return Fake(2 + len(job.name) % 2)
 
     def ended(job: Job, status: int) -> str:
@@ -111,7 +112,7 @@ def scheduled(
         going = scheduler.step()
         history.append(
             {
-                d: [j.name for j in jobs if j.state == "running" and j.device == d]
+                d: [j.name for j in jobs if j.state == "running" and d in j.devices]
                 for d in range(place.devices)
             }
         )
@@ -145,6 +146,48 @@ def test_jobs_wait_for_what_they_need_and_devices_are_not_overfull(work: Path, g
         for names in running.values():
             assert len(names) <= slots
             assert "base" not in names or len(names) == 1
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "taken"),
+    [("auto", 1, 1), ("auto", 2, 1), ("auto", 4, 3), (2, 4, 2), (3, 2, 2), (1, 4, 1)],
+)
+def test_a_base_takes_the_idle_gpus_but_one(work: Path, processes: Any, gpus: int, taken: int) -> None:  # noqa: F811
+    _, units = units_of(work)
+    jobs = jobs_of(units[0])
+    jobs[2].processes = processes
+    starts, history = scheduled(jobs, Place(tuple("0123"[:gpus]), 2))
+    devices = dict(starts)
+    assert len(devices["base"]) == taken
+    assert sorted(devices) == ["base", "last-a", "last-b", "teacher-a", "teacher-b", "teacher-c"]
+    for running in history:
+        for names in running.values():
+            assert "base" not in names or names == ["base"]
+    if taken < gpus:  # others go on beside it
+        assert any("base" in running[0] and running[gpus - 1] for running in history)
+
+
+def test_several_bases_share_the_idle_gpus(work: Path) -> None:  # noqa: F811
+    _, units = units_of(work)
+    bases = [Job(f"base-{n}", units[0], "pretrain", alone=True, processes="auto") for n in "ab"]
+    teacher = Job("teacher", units[0], "sft")
+    starts, _ = scheduled([*bases, teacher], Place(tuple("01234"), 2))
+    assert [len(devices) for _, devices in starts] == [2, 2, 1]
+    starts, _ = scheduled(
+        [Job("base", units[0], "pretrain", alone=True, processes="auto")], Place(tuple("0123"), 2)
+    )
+    assert starts == [("base", (0, 1, 2, 3))]  # nothing else waits for a GPU
+
+
+def test_a_base_that_wants_several_gpus_gets_them_in_the_end(work: Path) -> None:  # noqa: F811
+    """Smaller jobs, of which there are always some, do not keep it waiting."""
+    _, units = units_of(work)
+    jobs = [Job(f"teacher-{n}", units[0], "sft") for n in range(30)]
+    base = Job("base", units[0], "pretrain", frozenset({"teacher-0"}), alone=True, processes=2)
+    starts, _ = scheduled([base, *jobs], Place(tuple("012"), 2))
+    order = [name for name, _ in starts]
+    assert order.index("base") < 12
+    assert len(dict(starts)["base"]) == 2
 
 
 def test_a_job_gets_a_second_try_alone_and_failures_do_not_hold_others_up(work: Path) -> None:  # noqa: F811
@@ -190,10 +233,10 @@ def test_no_process_is_left_when_results_cannot_be_written(
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    environment = parallel._environment(Place(("3", "5"), 2), 1)
+    environment = parallel._environment(Place(("3", "5"), 2), (1,))
     assert (environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]) == ("5", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert parallel._environment(Place((), 2), 0)["OMP_NUM_THREADS"] == "1"
+    assert parallel._environment(Place((), 2), (0,))["OMP_NUM_THREADS"] == "1"
 
 
 def test_memory_errors_are_told_from_others(tmp_path: Path) -> None:

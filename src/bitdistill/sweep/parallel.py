@@ -1,9 +1,9 @@
 """Runs of a sweep side by side: jobs in processes of their own, some to a GPU.
 
 What several runs share (a teacher, a base, written rows) is a job of its own, made once and before the runs that
-need it; a base takes a GPU for itself. A run's last job makes what is left and scores it. A job that runs out of
-memory beside others gets one more try alone; a shared job that fails otherwise leaves its error to the runs that
-need it, which meet and record it as a sweep in one process does.
+need it; a base takes GPUs for itself, with `pretrain.processes: auto` all idle ones but one. A run's last job makes
+what is left and scores it. A job that runs out of memory beside others gets one more try alone; a shared job that
+fails otherwise leaves its error to the runs that need it, which meet and record it as a sweep in one process does.
 
     python -m bitdistill.sweep.parallel JOB.json      what this module starts for each job
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from bitdistill.artifact import hash_json
 from bitdistill.config import Recipe
@@ -50,9 +50,11 @@ class Job:
     needs: frozenset[str] = frozenset()
     alone: bool = False
     """Takes a GPU for itself."""
+    processes: int | Literal["auto"] = 1
+    """Of a base: GPUs that it takes; auto: what is idle when it starts, but for one that is left to other jobs."""
     state: str = "waiting"
     """waiting, running, done, failed."""
-    device: int | None = None
+    devices: tuple[int, ...] = ()
 
 
 class Process(Protocol):
@@ -92,7 +94,10 @@ def plan_jobs(units: Sequence[Unit], *, on_gpu: bool) -> list[Job]:
             name = f"{unit.recipe_name}--{stage}-{_signature(unit.recipe, stage)}"
             if stage == "pretrain":  # the same for every task of a model
                 name = f"base-{_signature(unit.recipe, stage)}"
-            shared.setdefault(name, Job(name, unit, stage, alone=on_gpu and stage == "pretrain"))
+            job = Job(name, unit, stage)
+            if on_gpu and stage == "pretrain" and unit.recipe.pretrain is not None:
+                job.alone, job.processes = True, unit.recipe.pretrain.processes
+            shared.setdefault(name, job)
             needs.add(name)
         last.append(Job(f"run-{unit.recipe.name}-seed{unit.seed}", unit, None, frozenset(needs)))
     first = sorted(shared.values(), key=lambda job: SHARED.index(str(job.until)))
@@ -129,14 +134,14 @@ class Scheduler:
     """Starts jobs as their needs are met and slots are free.
 
     Args:
-        launch: starts a job on a device (an index).
+        launch: starts a job on devices (indices).
         ended: told about each job that has ended, with its exit status; returns "done", "failed" or "again" (once more,
             alone).
     """
 
     jobs: list[Job]
     place: Place
-    launch: Callable[[Job, int], Process]
+    launch: Callable[[Job, tuple[int, ...]], Process]
     ended: Callable[[Job, int], str]
     running: dict[str, Process] = field(default_factory=dict)
 
@@ -144,7 +149,20 @@ class Scheduler:
         return self.place.slots if job.alone else 1
 
     def load(self, device: int) -> int:
-        return sum(self.weight(j) for j in self.jobs if j.state == "running" and j.device == device)
+        return sum(self.weight(j) for j in self.jobs if j.state == "running" and device in j.devices)
+
+    def places(self, job: Job, free: list[int], ready: list[Job]) -> tuple[int, ...]:
+        """Devices for a job among those that are free to start on; none: it waits."""
+        least = min(free, key=self.load)
+        idle = [d for d in free if self.load(d) == 0]
+        if not job.alone or job.processes == 1:
+            return (least,) if self.load(least) + self.weight(job) <= self.place.slots else ()
+        if job.processes == "auto":
+            bases = sum(other.processes == "auto" and other.alone for other in ready)
+            others = len(ready) > bases
+            return tuple(idle[: max(1, (len(idle) - others) // bases)])
+        count = min(job.processes, self.place.devices)  # more than there are: its own process says so
+        return tuple(idle[:count]) if len(idle) >= count else ()
 
     def step(self) -> bool:
         """Take in what has ended and start what can start; False when all is over."""
@@ -157,19 +175,20 @@ class Scheduler:
                 job.alone = job.alone or verdict == "again"
         over = {job.name for job in self.jobs if job.state in ("done", "failed")}
         kept_free: set[int] = set()
-        for job in self.jobs:
-            if job.state != "waiting" or not job.needs <= over:
-                continue
-            free = [d for d in range(self.place.devices) if d not in kept_free]
+        ready = [job for job in self.jobs if job.state == "waiting" and job.needs <= over]
+        for job in list(ready):
+            free = sorted(set(range(self.place.devices)) - kept_free, key=lambda d: (self.load(d), d))
             if not free:
                 break
-            device = min(free, key=self.load)
-            if self.load(device) + self.weight(job) > self.place.slots:
-                # One that needs a device for itself would wait for ever if smaller ones went on filling it.
-                kept_free |= {device} if job.alone else set()
+            devices = self.places(job, free, ready)
+            if not devices:
+                # One that needs devices for itself would wait for ever if smaller ones went on filling them.
+                count = job.processes if isinstance(job.processes, int) else 1
+                kept_free |= set(free[:count]) if job.alone else set()
                 continue
-            job.state, job.device = "running", device
-            self.running[job.name] = self.launch(job, device)
+            ready.remove(job)
+            job.state, job.devices = "running", devices
+            self.running[job.name] = self.launch(job, devices)
         return any(job.state in ("waiting", "running") for job in self.jobs)
 
     def stop(self) -> None:
@@ -239,7 +258,7 @@ def run_parallel(
     base += [word for text in overrides for word in ("--set", text)]
     started: dict[str, float] = {}
 
-    def launch(job: Job, device: int) -> subprocess.Popen[bytes]:
+    def launch(job: Job, devices: tuple[int, ...]) -> subprocess.Popen[bytes]:
         written = folder / f"{job.name}.json"
         written.unlink(missing_ok=True)
         told = Order(
@@ -248,12 +267,13 @@ def run_parallel(
         )  # fmt: skip
         orders = folder / f"{job.name}.job.json"
         orders.write_text(json.dumps(asdict(told), indent=1) + "\n", "utf-8")
-        log.info("sweep: %s starts%s", _named(job), f" on GPU {place.gpus[device]}" if place.gpus else "")
+        where = f" on GPU {', '.join(place.gpus[d] for d in devices)}" if place.gpus else ""
+        log.info("sweep: %s starts%s", _named(job), where)
         started[job.name] = time.monotonic()
         with (folder / f"{job.name}.log").open("ab") as lines:
             return subprocess.Popen(
                 [sys.executable, "-m", "bitdistill.sweep.parallel", str(orders)],
-                stdin=subprocess.DEVNULL, stdout=lines, stderr=lines, env=_environment(place, device),
+                stdin=subprocess.DEVNULL, stdout=lines, stderr=lines, env=_environment(place, devices),
                 start_new_session=True,
             )  # fmt: skip
 
@@ -294,10 +314,10 @@ def _named(job: Job) -> str:
     return job.unit.id if job.until is None else f"{job.unit.id}, {job.until}"
 
 
-def _environment(place: Place, device: int) -> dict[str, str]:
+def _environment(place: Place, devices: tuple[int, ...]) -> dict[str, str]:
     environment = dict(os.environ)
     if place.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = place.gpus[device]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus[d] for d in devices)
     # Processes that each take every core are in one another's way
     threads = max(1, (os.cpu_count() or 1) // (place.slots * place.devices))
     environment.setdefault("OMP_NUM_THREADS", str(threads))
