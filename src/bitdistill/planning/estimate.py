@@ -62,6 +62,8 @@ _MODEL_NAMES = {
 }
 TERNARY_SLOWDOWN = {"cpu": 1.3, "gpu": 1.3}
 """Time of a ternary training token over a plain one (measured on a CPU core: 1.25 to 1.32)."""
+FURTHER_PROCESS = 0.55
+"""Of one GPU's speed that a further one adds to stage 2 (measured: three H200 are 2.1 times one at 135M parameters)."""
 STEP_S_PER_BLOCK = {"plain": 0.8e-3, "ternary": 2.3e-3, "teacher": 0.3e-3}
 """Least seconds of a GPU step a block, however few tokens: kernels are launched one by one (measured: 70 ms a
 step of stage 3 at 30 blocks). Short rows are bound by this, not by FLOP/s."""
@@ -221,7 +223,7 @@ class _Context:
         if teacher and config.hidden_weight:
             memory["block outputs"] = self.teacher_outputs(tokens)
         processes = 1 if config.processes == "auto" else config.processes  # what is visible is not asked here
-        seconds = config.budget_tokens * flops / self.rate / processes
+        seconds = config.budget_tokens * flops / self.rate / (1 + FURTHER_PROCESS * (processes - 1))
         return Stage("pretrain", config.budget_tokens, seconds, {**memory, "logits": logits})
 
     def teacher_outputs(self, tokens: int) -> int:

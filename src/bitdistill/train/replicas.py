@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from bitdistill.errors import DivergenceError, ReplicaError
 
+log = logging.getLogger("bitdistill")
 Item = TypeVar("Item")
 BUCKET_BYTES = 256 << 20
 """Gradients are summed in buckets of about this size: few messages, and little memory beside the gradients."""
@@ -113,6 +115,7 @@ class Replicas:
         own = torch.stack(
             [n.double().cpu() for n in norms] + [torch.tensor(float(step), dtype=torch.float64)]
         )
+        own = own.nan_to_num(nan=-1.0)  # weights that are none are for the loop to notice
         low, high = own.clone(), own.clone()
         with self._peers():
             dist.all_reduce(low, dist.ReduceOp.MIN)
@@ -193,32 +196,33 @@ def led(
         orders = Path(place) / "job.json"
         orders.write_text(json.dumps(dict(job)), "utf-8")
         meeting = Path(place) / "meeting"
-        followers = []
-        for rank in range(1, count):
-            environment = {**os.environ, "OMP_NUM_THREADS": str(own_threads)}
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[rank]
-            with (logs / f"replica-{rank}.log").open("wb") as said:
-                followers.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", module, str(orders), str(rank), str(meeting)],
-                        stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment,
-                        start_new_session=True,  # Ctrl-C reaches the leader alone, which tells the others
-                    )
-                )  # fmt: skip
+        followers: list[subprocess.Popen[bytes]] = []
         over = threading.Event()
-        if device.type == "cpu":
-            torch.set_num_threads(own_threads)
         try:
+            for rank in range(1, count):
+                environment = {**os.environ, "OMP_NUM_THREADS": str(own_threads)}
+                if gpus:
+                    environment["CUDA_VISIBLE_DEVICES"] = gpus[rank]
+                with (logs / f"replica-{rank}.log").open("wb") as said:
+                    followers.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", module, str(orders), str(rank), str(meeting)],
+                            stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment,
+                            start_new_session=True,  # Ctrl-C reaches the leader alone, which tells the others
+                        )
+                    )  # fmt: skip
+            if device.type == "cpu":
+                torch.set_num_threads(own_threads)
             group = join(0, count, meeting, device)
             watch = threading.Thread(target=_watch, args=(group, followers, logs, over), daemon=True)
             watch.start()
             yield group
             over.set()
             for rank, follower in enumerate(followers, 1):
-                follower.wait(timeout=STOP_S)
-                if follower.returncode:
-                    raise ReplicaError(f"stage 2: {_ended(rank, follower.returncode, logs)}")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    follower.wait(timeout=STOP_S)
+                if follower.returncode != 0:  # the leader has all there is to have
+                    log.warning("stage 2, after its end: %s", _ended(rank, follower.returncode, logs))
         finally:
             over.set()
             for follower in followers:  # none left, or all of them waiting for a leader that has failed
@@ -244,7 +248,7 @@ def _watch(
                 return
 
 
-def _ended(rank: int, status: int, logs: Path) -> str:
+def _ended(rank: int, status: int | None, logs: Path) -> str:
     path = logs / f"replica-{rank}.log"
     lines = [line for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
     last = lines[-1].strip() if lines else "it said nothing"
