@@ -252,6 +252,29 @@ def test_the_teacher_answers_written_rows_of_a_generation_task(work: Path) -> No
     assert 0 < student["teacher_answered_rows"] <= 12
 
 
+def test_answers_put_to_encoded_prompts_are_as_if_encoded_with_them(work: Path) -> None:
+    """Classification and generation, prompts and answers that are cut among them, and answers without an end."""
+    tokenizer = (
+        opened(work).recipe and sft.load_source(opened(work).recipe.model, dtype="float32", device="cpu")[1]
+    )
+    texts = [f"w{30 + n} " * (3 + 20 * (n % 3)) for n in range(12)]
+    pairs = [Row({"premise": text, "hypothesis": "w40"}, f"r{n}") for n, text in enumerate(texts)]
+    answers = [list(PAIRS.labels)[n % 2] for n in range(12)]
+    bare = tasks.encode(PAIRS, pairs, tokenizer, 40, require_answers=False)
+    whole = [Row({**row.fields, "label": a}, row.where) for row, a in zip(pairs, answers, strict=True)]
+    assert tasks.with_answers(PAIRS, bare, answers, tokenizer, 40) == tasks.encode(
+        PAIRS, whole, tokenizer, 40
+    )
+    titles = TITLES.model_copy(update={"max_new_tokens": 6})
+    articles = [Row({"article": text}, f"r{n}") for n, text in enumerate(texts)]
+    said = [f"w{50 + n} " * (1 + 15 * (n % 2)) for n in range(12)]
+    ended = [n % 3 > 0 for n in range(12)]
+    bare = tasks.encode(titles, articles, tokenizer, 40, require_answers=False)
+    whole = [Row({**row.fields, "title": a}, row.where) for row, a in zip(articles, said, strict=True)]
+    expected = tasks.encode(titles, whole, tokenizer, 40, ended=ended)
+    assert tasks.with_answers(titles, bare, said, tokenizer, 40, ended=ended) == expected
+
+
 def pair_run(work: Path) -> Run:
     lines = [
         {"premise": f"w{30 + n} w31", "hypothesis": f"w{40 + n}", "label": n % 2, "other": 1}

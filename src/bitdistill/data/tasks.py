@@ -112,6 +112,43 @@ def encode(
     return examples
 
 
+def with_answers(
+    task: Task,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    ended: Sequence[bool] | None = None,
+) -> list[Example]:
+    """Examples that were encoded without answers, with them: what `encode` gives for rows that hold both.
+
+    Args:
+        examples: from `encode(require_answers=False)` with the same `max_length`; where a prompt is cut does not depend
+            on its answer.
+        answers: a label as `task.labels` spells it, or the target text.
+        ended: as for `encode`.
+    """
+    labels = list(task.labels)
+    drafts = []
+    for example, answer, whole in zip(examples, answers, ended or [True] * len(answers), strict=True):
+        label = labels.index(answer) if task.kind == "classification" else None
+        text = answer if label is None else task.labels[answer]
+        learnt = task.answer_prefix + text if label is None else text
+        references = (text if label is None else text.strip(),)
+        drafts.append(_Draft({}, learnt, label, references, example.where, whole))
+    rooms = [min(max_length // 2, max_length - len(e.prompt_ids)) for e in examples]
+    ids, cut = _answer_ids(tokenizer, drafts, _end(task, tokenizer), rooms)
+    if cut:
+        log.warning(
+            "%s: %d of %d answers cut to what max_length %d leaves them", task.name, cut, len(ids), max_length
+        )
+    return [
+        Example(e.prompt_ids, i, d.label, d.references, e.prompt, e.where)
+        for e, i, d in zip(examples, ids, drafts, strict=True)
+    ]
+
+
 def answer_room(task: Task, tokenizer: Any, max_length: int) -> int:
     """Tokens of `max_length` that no prompt may take, the same for all rows: at most half of it.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,15 +78,20 @@ def label_scores(
     rows = [(n, path) for n in range(len(examples)) for path in paths]
     # Equal lengths meet in a batch; the longest first, so that memory runs out early or never.
     rows.sort(key=lambda row: -(len(examples[row[0]].prompt_ids) + len(row[1].prefix)))
-    scores = torch.zeros(len(examples), len(label_ids))
+    scores = np.zeros((len(examples), len(label_ids)), dtype=np.float32)
     for start in range(0, len(rows), batch_rows):
         batch = rows[start : start + batch_rows]
         sequences = [(*examples[n].prompt_ids, *path.prefix) for n, path in batch]
         log_likelihoods = _step_log_probs(model, sequences, [path for _, path in batch], device, pad_id)
-        for (n, path), values in zip(batch, log_likelihoods, strict=True):
-            for (_, labels, _), value in zip(path.steps, values, strict=True):
-                scores[n, labels] += value
-    return scores
+        added = [
+            (n, label, value)
+            for (n, path), values in zip(batch, log_likelihoods, strict=True)
+            for (_, labels, _), value in zip(path.steps, values, strict=True)
+            for label in labels
+        ]
+        at_row, at_label, values = zip(*added, strict=True)
+        np.add.at(scores, (at_row, at_label), np.asarray(values, dtype=np.float32))
+    return torch.from_numpy(scores)
 
 
 @dataclass(frozen=True, slots=True)

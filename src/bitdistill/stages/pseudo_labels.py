@@ -54,32 +54,30 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
     answer_field = task.label_field if task.kind == "classification" else str(task.target_field)
     # Whatever answers the rows bring are hidden: they must not reach the student by this way.
     bare = [Row({k: v for k, v in row.fields.items() if k != answer_field}, row.where) for row in rows]
-    answers = _answers(run, teacher, tokenizer, bare)
-    filled = [
-        (Row({**row.fields, answer_field: text}, row.where), ended)
-        for row, (text, ended) in zip(bare, answers, strict=True)
-        if text.strip()
-    ]
-    log.info("distill: the teacher answered %d of %d unlabelled rows", len(filled), len(rows))
-    if not filled:
+    length = run.recipe.data.max_length
+    examples = tasks.encode(task, bare, tokenizer, length, require_answers=False)
+    answers = _answers(run, teacher, tokenizer, examples)
+    kept = [n for n, (text, _) in enumerate(answers) if text.strip()]
+    log.info("distill: the teacher answered %d of %d unlabelled rows", len(kept), len(rows))
+    if not kept:
         raise DataError(
             "data.unlabelled: the teacher answered no row; check the teacher, or leave the key (or augment) out"
         )
-    return tasks.encode(
+    return tasks.with_answers(
         task,
-        [row for row, _ in filled],
+        [examples[n] for n in kept],
+        [answers[n][0] for n in kept],
         tokenizer,
-        run.recipe.data.max_length,
+        length,
         # An end-of-text token after an answer that max_new_tokens cut would teach to stop in mid-sentence.
-        ended=[ended for _, ended in filled],
+        ended=[answers[n][1] for n in kept],
     )
 
 
 @torch.inference_mode()
-def _answers(run: Run, teacher: Any, tokenizer: Any, rows: list[Row]) -> list[tuple[str, bool]]:
+def _answers(run: Run, teacher: Any, tokenizer: Any, examples: list[Example]) -> list[tuple[str, bool]]:
     """The teacher's answer to each row, the label as the data spell it or the generated text, and whether it ended."""
     task = run.recipe.task
-    examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
     options["batch_rows"] = BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows
     if task.kind == "generation":
