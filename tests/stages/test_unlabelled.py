@@ -254,9 +254,7 @@ def test_the_teacher_answers_written_rows_of_a_generation_task(work: Path) -> No
 
 def test_answers_put_to_encoded_prompts_are_as_if_encoded_with_them(work: Path) -> None:
     """Classification and generation, prompts and answers that are cut among them, and answers without an end."""
-    tokenizer = (
-        opened(work).recipe and sft.load_source(opened(work).recipe.model, dtype="float32", device="cpu")[1]
-    )
+    _, tokenizer = sft.load_source(opened(work).recipe.model, dtype="float32", device="cpu")
     texts = [f"w{30 + n} " * (3 + 20 * (n % 3)) for n in range(12)]
     pairs = [Row({"premise": text, "hypothesis": "w40"}, f"r{n}") for n, text in enumerate(texts)]
     answers = [list(PAIRS.labels)[n % 2] for n in range(12)]
