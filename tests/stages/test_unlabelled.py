@@ -18,6 +18,7 @@ from bitdistill.data.readers import Row, read_rows
 from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.classify import classify
 from bitdistill.eval.prediction import Prediction
+from bitdistill.losses.logits import cross_entropy_sum
 from bitdistill.planning.check import check_data, distilled
 from bitdistill.recipe import dump_recipe, load_recipe
 from bitdistill.report import sweep_results
@@ -26,6 +27,7 @@ from bitdistill.stages import augment, common, pseudo_labels, sft
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.distill import load_teacher
 from bitdistill.stages.reuse import Reuse
+from bitdistill.train.step import Totals
 from tests.stages.conftest import recipe, write_rows
 
 
@@ -412,3 +414,27 @@ def test_the_command_without_a_file_wants_the_recipes_section(work: Path) -> Non
         augment_command(path, set_=["augment={rows: 6}"], rows=7)
     augment_command(path, set_=["augment={rows: 6}"], quiet=True)
     assert artifact.exists(work / "runs" / "tiny" / "written")
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_long_answers_are_learnt_a_chunk_at_a_time(
+    work: Path, monkeypatch: pytest.MonkeyPatch, filled: bool
+) -> None:
+    """The same loss and gradients as with all logits at once, also where the index is filled up."""
+    run = opened(work)
+    model, tokenizer = sft.load_source(run.recipe.model, dtype="float32", device="cpu")
+    batch = run.task_batches(run.train_examples(tokenizer), run.recipe.sft.loop, 0, False).micro_batches(0)[0]
+    if filled:
+        batch = batch.with_filled_index(16)
+    totals = Totals(batch.rows, batch.tokens, 7)
+    found = []
+    for limit in (1 << 28, 0):
+        monkeypatch.setattr(sft, "LOGITS_AT_ONCE", limit)
+        monkeypatch.setattr(sft, "cross_entropy_sum", cross_entropy_sum if limit else None)
+        model.zero_grad()
+        loss = sft.CrossEntropyStep(model)(batch, totals).loss
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for plain, chunked in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(plain, chunked, rtol=1e-4, atol=1e-6)

@@ -12,10 +12,10 @@ import torch
 from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
 from bitdistill.data.batches import Batch
 from bitdistill.data.tasks import Example, check_tokenizer, label_token_ids
-from bitdistill.losses.logits import cross_entropy_sum
+from bitdistill.losses.logits import chunked_language_model_loss, cross_entropy_sum
 from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
-from bitdistill.models.forward import final_hidden, logits_at, predicting, tokens_at
+from bitdistill.models.forward import final_hidden, head_weight, logits_at, predicting, tokens_at
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.stages import kernels
 from bitdistill.stages.common import Run, pad_token_id
@@ -23,6 +23,10 @@ from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.loop import FitResult, fit
 from bitdistill.train.step import StepFunction, StepOutput, Totals
+
+LOGITS_AT_ONCE = 1 << 28
+"""Elements of a micro-batch's logits (1 GiB in float32) above which they are made a chunk of tokens at a time: long
+answers, such as rows that `augment` writes, would take many times the memory of the model."""
 
 
 class CrossEntropyStep:
@@ -32,12 +36,18 @@ class CrossEntropyStep:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.capped = getattr(model.config, "final_logit_softcapping", None) is not None
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
         hidden = final_hidden(self.model, batch.input_ids_BT, **batch.packing)
-        logits_NV = logits_at(self.model, predicting(hidden, batch.answer_index_N))
+        rows_NH = predicting(hidden, batch.answer_index_N)
         targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
-        return StepOutput(cross_entropy_sum(logits_NV, targets_N) / totals.answers)
+        head = head_weight(self.model)
+        if len(targets_N) * head.shape[0] > LOGITS_AT_ONCE and not self.capped:
+            loss, _, _ = chunked_language_model_loss(rows_NH, head, targets_N, lm_weight=1.0, kl_weight=0.0)
+        else:
+            loss = cross_entropy_sum(logits_at(self.model, rows_NH), targets_N)
+        return StepOutput(loss / totals.answers)
 
 
 def train_on_task(
