@@ -252,7 +252,7 @@ def profiled(
         wall_ms = (time.perf_counter() - at) * 500
     kernels: dict[str, list[float]] = {}
     for event in found.events():
-        if event.device_type == torch._C._autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             entry = kernels.setdefault(event.name, [0.0, 0])
             entry[0] += event.device_time_total / 2e3
             entry[1] += 1

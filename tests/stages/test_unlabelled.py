@@ -142,7 +142,7 @@ def test_the_turned_task() -> None:
     titles, _ = augment.forms(TITLES, whole=False)
     assert (titles.task.template, titles.task.target_field) == ("Answer: {_label}\n", "article")
     turned_row = titles.turned(TITLES, Row({"article": "It rained.", "title": "Rain "}, "here"))
-    assert turned_row.fields == {"article": "It rained.", "_label": "Rain"}
+    assert turned_row.fields == {"article": "It rained.", "title": "Rain ", "_label": "Rain"}
 
 
 @pytest.mark.parametrize(
@@ -206,16 +206,26 @@ def test_a_share_of_the_rows_is_written_whole(work: Path, monkeypatch: pytest.Mo
     assert artifact.read_manifest(run.run_dir / "writer")["key"] == first
 
 
-def test_whole_rows_are_sampled_by_a_writer_that_learnt_them(work: Path) -> None:
-    """With a random model few rows come out whole; those that do have both fields, and no field holds a separator."""
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_rows_without_text_are_named(work: Path, share: float) -> None:
     run = pair_run(work)
-    rows = list(augment.written_rows(run, AugmentConfig(rows=24, whole_share=1.0, temperature=0.5)))
+    line = json.dumps({"premise": None, "hypothesis": "w1", "label": 0}) + "\n"
+    with (work / "train.jsonl").open("a") as file:
+        file.write(line)
+    with pytest.raises(DataError, match=r"train\.jsonl:25: field `premise` is null"):
+        list(augment.written_rows(run, AugmentConfig(rows=4, whole_share=share)))
+
+
+def test_whole_rows_are_sampled_by_a_writer_that_learnt_them(work: Path) -> None:
+    """Text between the fields is of words that the test's tokenizer knows."""
+    template = json.dumps("{premise} w8 {hypothesis} w9")
+    run = pair_run(work, f"task.template={template}", "sft.epochs=20", "sft.optim.learning_rate=0.003")
+    rows = list(augment.written_rows(run, AugmentConfig(rows=48, whole_share=1.0)))
+    assert len(rows) > 10  # most of the others are training rows by heart
     for row in rows:
         assert list(row) == ["premise", "hypothesis"]
         assert all(row.values())
-        assert "Claim:" not in row["hypothesis"]
-    examples = artifact.read_manifest(run.run_dir / "writer")["inputs"]
-    assert examples["writer"]["target_field"] == augment.WHOLE_FIELD
+        assert "w8" not in row["hypothesis"]
 
 
 def test_rows_of_a_generation_task_are_written_for_answers_of_training_rows(
@@ -275,13 +285,13 @@ def test_answers_put_to_encoded_prompts_are_as_if_encoded_with_them(work: Path) 
     assert tasks.with_answers(titles, bare, said, tokenizer, 40, ended=ended) == expected
 
 
-def pair_run(work: Path) -> Run:
+def pair_run(work: Path, *overrides: str) -> Run:
     lines = [
         {"premise": f"w{30 + n} w31", "hypothesis": f"w{40 + n}", "label": n % 2, "other": 1}
         for n in range(24)
     ]
     (work / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    return opened(work, f"task={json.dumps(PAIRS.model_dump(mode='json'))}")
+    return opened(work, f"task={json.dumps(PAIRS.model_dump(mode='json'))}", *overrides)
 
 
 def test_written_rows_fit_the_task_and_repeat_by_seed(work: Path) -> None:

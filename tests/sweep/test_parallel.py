@@ -20,6 +20,7 @@ from bitdistill.sweep import parallel
 from bitdistill.sweep.parallel import Job, Place, Scheduler, plan_jobs
 from bitdistill.sweep.run import run_sweep
 from bitdistill.sweep.spec import Unit, expand, load_sweep
+from bitdistill.train.replicas import visible_gpus
 from tests.stages.conftest import _one_thread, work  # noqa: F401
 
 SWEEP = """
@@ -350,8 +351,8 @@ def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.Monkey
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parallel.visible_gpus({}) == ("0", "1")
-    assert parallel.visible_gpus({"CUDA_VISIBLE_DEVICES": "5,7"}) == ("5", "7")
-    assert parallel.visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b,GPU-c"}) == ("GPU-a", "GPU-b")
+    assert visible_gpus({}) == ("0", "1")
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "5,7"}) == ("5", "7")
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b,GPU-c"}) == ("GPU-a", "GPU-b")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert parallel.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()

@@ -190,3 +190,29 @@ def test_followers_end_with_a_killed_leader(work: Path) -> None:
     while Path(f"/proc/{follower}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+DIFFERENT = """
+import sys
+from pathlib import Path
+import torch
+from bitdistill.train import replicas
+rank = int(sys.argv[1])
+group = replicas.join(rank, 2, Path(sys.argv[2]), torch.device("cpu"))
+weights = torch.ones(3)
+group.check_equal([torch.nn.Parameter(weights)], 7)
+group.check_equal([torch.nn.Parameter(weights + 1e-6 * rank)], 8)
+"""
+
+
+@pytest.mark.distributed
+def test_copies_that_differ_are_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DIFFERENT]
+    both = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in both:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert "DivergenceError: step 8: the copies of the student in 2 processes differ in 1 tensors" in said

@@ -99,7 +99,8 @@ def sweep(
 
         found = run_sweep(loaded, units, target, quiet=quiet, **common)
     else:
-        from bitdistill.sweep.parallel import Place, run_parallel, visible_gpus
+        from bitdistill.sweep.parallel import Place, run_parallel
+        from bitdistill.train.replicas import visible_gpus
 
         place = Place(visible_gpus() if any(u.recipe.device != "cpu" for u in units) else (), parallel)
         found = run_parallel(

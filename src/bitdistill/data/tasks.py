@@ -306,7 +306,7 @@ def template_parts(task: Task) -> list[tuple[str, str | None]]:
 
 
 def _draft(task: Task, fields: Sequence[str], row: Row, require_answers: bool) -> _Draft:
-    texts = {name: _text_field(task, row, name) for name in fields}
+    texts = {name: text_field(task, row, name) for name in fields}
     if task.kind == "classification":
         if not require_answers and row.fields.get(task.label_field) is None:
             return _Draft(texts, "", None, (), row.where)
@@ -316,7 +316,7 @@ def _draft(task: Task, fields: Sequence[str], row: Row, require_answers: bool) -
     target_field = task.target_field or ""
     if not require_answers and row.fields.get(target_field) is None:
         return _Draft(texts, "", None, (), row.where)
-    target = _text_field(task, row, target_field)
+    target = text_field(task, row, target_field)
     if not target.strip():
         raise DataError(f"{row.where}: field `{target_field}` is empty; drop the row or give the answer")
     references = (target, *_more_references(task, row))
@@ -335,7 +335,7 @@ def _more_references(task: Task, row: Row) -> list[str]:
     return values
 
 
-def _text_field(task: Task, row: Row, name: str) -> str:
+def text_field(task: Task, row: Row, name: str) -> str:
     """A field as text; numbers and booleans are written out."""
     if name not in row.fields:
         have = ", ".join(f"`{f}`" for f in row.fields) or "none"

@@ -7,7 +7,8 @@ The sum is exact in int32, the product of the scales is rounded once and multipl
 of the two is faster depends on the shape, so the first call of a shape times both.
 
 A third way, persistent programs whose tiles come and go through the tensor memory accelerator (compute capability 9.0),
-has run in the interpreter and been compiled only: `TRY_PERSISTENT` is off until it has been timed on a GPU.
+is faster for two of eight measured shapes (docs/log.md, run 12). `TRY_PERSISTENT` is off until a whole training run has
+had it.
 
 Shape legend: N tokens, O out features, I in features.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,13 +120,20 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(DECODING_NAME, sdpa_mask)
 @contextlib.contextmanager
 def decoding(model: Any) -> Iterator[None]:
     """Inside, a model that attends by sdpa decodes by `decoding_attention`; others stay as they are."""
-    own = model.config._attn_implementation
+    with _attending([model] if model.config._attn_implementation == "sdpa" else [], DECODING_NAME):
+        yield
+
+
+@contextlib.contextmanager
+def _attending(models: Sequence[Any], name: str) -> Iterator[None]:
+    """Inside, models that attend by sdpa do so by another registered attention."""
     try:
-        if own == "sdpa":
-            model.config._attn_implementation = DECODING_NAME
+        for model in models:
+            model.config._attn_implementation = name
         yield
     finally:
-        model.config._attn_implementation = own
+        for model in models:
+            model.config._attn_implementation = "sdpa"
 
 
 @contextlib.contextmanager
@@ -141,13 +148,8 @@ def causal_only(*models: Any) -> Iterator[None]:
             raise ModelError(
                 f"attention implementation is {model.config._attn_implementation!r}; training needs sdpa"
             )
-    try:
-        for model in models:
-            model.config._attn_implementation = CAUSAL_NAME
+    with _attending(models, CAUSAL_NAME):
         yield
-    finally:
-        for model in models:
-            model.config._attn_implementation = "sdpa"
 
 
 def fastest_attention(

@@ -60,14 +60,11 @@ class Form:
 
     def turned(self, task: Task, row: Row) -> Row:
         """A row of `task` with its answer as one of the writer's."""
-        texts = {name: str(row.fields[name]) for name in (*self.given, *self.written) if name in row.fields}
-        return Row({**texts, LABEL_FIELD: _answer(task, row), **self._target(texts)}, row.where)
-
-    def _target(self, texts: dict[str, str]) -> dict[str, str]:
-        if not self.between or not set(self.written) <= texts.keys():
-            return {}
-        ends = (*self.between, "")
-        return {WHOLE_FIELD: "".join(texts[f] + end for f, end in zip(self.written, ends, strict=True))}
+        turned = {**row.fields, LABEL_FIELD: _answer(task, row)}
+        if self.between:
+            parts = zip(self.written, (*self.between, ""), strict=True)
+            turned[WHOLE_FIELD] = "".join(tasks.text_field(task, row, name) + end for name, end in parts)
+        return Row(turned, row.where)
 
     def read(self, given: Row, text: str) -> dict[str, str] | None:
         """The fields of a written row; None where a field is empty or it is not clear where one ends."""
@@ -86,7 +83,7 @@ class Form:
 
 def _answer(task: Task, row: Row) -> str:
     if task.kind == "generation":
-        return str(row.fields[str(task.target_field)]).strip()
+        return tasks.text_field(task, row, str(task.target_field)).strip()
     return list(task.labels.values())[tasks.label_index(task, row)].strip()
 
 
@@ -153,8 +150,6 @@ def augment(run: Run) -> Path:
     assert config is not None, "the pipeline leaves the stage out"
     section = run.section("augment")
     section.pop("texts")
-    if not section["whole_share"]:  # rows from before this key stay valid
-        del section["whole_share"]
     inputs = {
         "writer": _writer_inputs(run, config),
         **section,

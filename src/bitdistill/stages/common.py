@@ -133,7 +133,8 @@ class Run:
         """A recipe section as JSON without the keys that cannot change a result."""
         value = getattr(self.recipe, name)
         dumped: dict[str, Any] = value.model_dump(mode="json", by_alias=True)
-        dumped.pop("cache_dir", None)
+        for noise in ("cache_dir", "branch_steps", "processes"):
+            dumped.pop(noise, None)
         for noise in ("log_every_steps", "checkpoint_every_steps", "checkpoint_every_s"):
             dumped.get("loop", {}).pop(noise, None)
         for later in (
@@ -143,6 +144,8 @@ class Run:
         ):  # artifacts from before these keys stay valid
             if not dumped.get("loop", {}).get(later, True):
                 del dumped["loop"][later]
+        if not dumped.get("whole_share", True):
+            del dumped["whole_share"]
         return dumped
 
     def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:

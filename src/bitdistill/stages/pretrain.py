@@ -117,10 +117,7 @@ def pretrain(run: Run, refined: Path) -> Path:
     source, tokenizer, shards = _source_and_corpus(run)
     section = run.section("pretrain")
     section["corpus"] = shards.fingerprint
-    # The data order is a key of its own; branches and processes change no result.
-    section.pop("seed")
-    section.pop("branch_steps")
-    section.pop("processes")
+    section.pop("seed")  # the data order is a key of its own
     inputs = {
         "model": source_fingerprint(run.recipe.model),
         "refined": run.keys["refine"],
@@ -220,7 +217,7 @@ def follow(run: Run, refined: Path, rank: int, processes: int, meeting: Path) ->
     config = run.recipe.pretrain
     assert config is not None
     group = replicas.join(rank, processes, meeting, run.device)
-    source, shards = _source_and_corpus(run)[::2]
+    source, _, shards = _source_and_corpus(run)
     student, _, _ = load_student(refined, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
     _fit(run, student, teacher, shards, group, None)

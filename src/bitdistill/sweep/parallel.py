@@ -30,7 +30,6 @@ from bitdistill.report.sweep_results import RunResult, SweepResults
 from bitdistill.sweep.run import failed_result, is_done, open_results, run_sweep
 from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, only_rows, read_local
 from bitdistill.train.loop import Signals
-from bitdistill.train.replicas import visible_gpus as visible_gpus
 
 log = logging.getLogger("bitdistill")
 SHARED = ("pretrain", "sft", "augment", "bitnet_sft")

@@ -260,15 +260,14 @@ def _digest(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json", by_alias=True)
     for place in ("name", "output_dir", "track", "report"):
         tree.pop(place)
-    if (
-        tree["augment"] is None
-    ):  # results from before this section stay valid, and those from before its last key
+    # Results from before a section or key stay valid
+    if tree["augment"] is None:
         del tree["augment"]
     elif not tree["augment"]["whole_share"]:
         del tree["augment"]["whole_share"]
     if tree["pretrain"] is not None:  # changes no result
         del tree["pretrain"]["processes"]
-    for section in tree.values():  # and those from before this key
+    for section in tree.values():
         loop = section.get("loop") if isinstance(section, dict) else None
         if loop is not None and loop["micro_batch_tokens"] is None:
             del loop["micro_batch_tokens"]

@@ -164,9 +164,8 @@ def fit(
             progress.device_s += took * replicas.size
             if progress.step == total_steps or progress.step % CHECK_EVERY_STEPS == 0:
                 replicas.check_equal(parameters, progress.step)
-            if not replicas.leads:
-                pass
-            elif progress.step % loop.log_every_steps == 0 or progress.step == total_steps:
+            logged = progress.step % loop.log_every_steps == 0 or progress.step == total_steps
+            if logged and replicas.leads:
                 _log(tracker, progress, metrics, rate)
             else:
                 tracker.advance(progress.step)

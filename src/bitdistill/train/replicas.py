@@ -214,7 +214,9 @@ def led(
             if device.type == "cpu":
                 torch.set_num_threads(own_threads)
             group = join(0, count, meeting, device)
-            watch = threading.Thread(target=_watch, args=(group, followers, logs, over), daemon=True)
+            watch = threading.Thread(
+                target=_watch, args=(group, followers, logs, over, bool(gpus)), daemon=True
+            )
             watch.start()
             yield group
             over.set()
@@ -234,7 +236,7 @@ def led(
 
 
 def _watch(
-    group: Replicas, followers: list[subprocess.Popen[bytes]], logs: Path, over: threading.Event
+    group: Replicas, followers: list[subprocess.Popen[bytes]], logs: Path, over: threading.Event, on_gpu: bool
 ) -> None:
     """Note the first follower that ends while the block runs, and break off what waits for it."""
     while not over.wait(0.2):
@@ -242,7 +244,7 @@ def _watch(
             # One that has met the same non-finite loss as the leader ends by itself, like the leader
             if follower.poll() is not None and not over.wait(2.0):
                 group.failed.append(_ended(rank, follower.returncode, logs))
-                if torch.cuda.is_available():  # gloo notices by itself, nccl would wait for TIMEOUT
+                if on_gpu:  # gloo notices by itself, nccl would wait for TIMEOUT
                     with contextlib.suppress(Exception):
                         dist.distributed_c10d._abort_process_group()
                 return
