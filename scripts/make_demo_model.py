@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -145,7 +146,7 @@ def make_model(args: argparse.Namespace) -> None:
     print(json.dumps({**vars(result), "parameters": sum(p.numel() for p in model.parameters())}))
 
 
-def _without_folders(value: object) -> object:
+def _without_folders(value: Any) -> Any:
     """The recipe with each absolute path cut to its last part: the shipped manifest names no one's folders."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}

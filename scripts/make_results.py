@@ -140,7 +140,8 @@ def sweep_section(results: SweepResults, path: Path) -> tuple[list[str], dict[st
 
 def page(folder: Path) -> tuple[str, dict[str, Figure]]:
     """The whole page and its figures."""
-    parts, figures = [HEADER], {}
+    parts: list[str] = [HEADER]
+    figures: dict[str, Figure] = {}
     sweeps = {path: sweep_results.read(path) for path in sorted((folder / "sweeps").glob("*.json"))}
     sweeps = {path: found for path, found in sweeps.items() if any(run.rows for run in found.runs)}
     if sweeps:

@@ -123,9 +123,13 @@ class AugmentConfig(Strict):
     rows: Count = 50_000
     """Rows to sample; empty and repeated ones are left out of them."""
     texts: Sources = ()
-    """Texts whose sentences stand in for the first of two fields. One source or a list."""
+    """Texts whose sentences stand in for the first of two fields, or are the rows of a task of one field. One source or
+    a list."""
     texts_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Share of the rows that begin with such a sentence."""
+    """Share of the rows that begin with such a sentence, or are one."""
+    min_words: Annotated[int, Field(ge=0, le=MOST_COUNT)] = 0
+    """Rows of fewer words, all fields together, are neither written nor imitated: where training rows are phrases and
+    users ask about sentences."""
     whole_share: Fraction = 0.0
     """Share of the rows that are written whole. The others take all fields but the last from a training row, so their
     premises, questions or passages are those that the teacher knows. A task of one field has no others."""

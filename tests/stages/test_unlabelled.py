@@ -321,9 +321,77 @@ def test_sentences_of_other_texts_come_first(work: Path) -> None:
     (work / "texts.txt").write_text("Too short.")
     with pytest.raises(DataError, match="no sentence of 5 to 40 words"):
         list(augment.written_rows(run, AugmentConfig(rows=3, texts=(texts,))))
-    single = opened(work, "name=single")
-    with pytest.raises(RecipeError, match="first of two fields"):
-        list(augment.written_rows(single, AugmentConfig(rows=3, texts=(texts,))))
+    template = "{premise} {hypothesis} {other}"
+    three = opened(work, f"task={json.dumps(PAIRS.model_copy(update={'template': template}).model_dump())}")
+    with pytest.raises(
+        RecipeError, match=r"the only field or the first of two, task nli has 3; leave it out"
+    ):
+        list(augment.written_rows(three, AugmentConfig(rows=3, texts=(texts,))))
+
+
+def test_sentences_of_other_texts_are_rows_of_a_task_of_one_field(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = "w33 w34 w35 w36 w37 w38"
+    with (work / "train.jsonl").open("a") as file:
+        label = read_rows(str(work / "train.jsonl"))[0].fields["label"]
+        file.write(json.dumps({"text": f"{known}.", "label": label}) + "\n")
+    sentences = [f"w5{n} w51<br />w52 w53 w54 w55 w6{n}." for n in range(9)]
+    (work / "texts.txt").write_text(f"{known}.\n\n" + " ".join(sentences) + " w1 w2 w3. " + sentences[0])
+    section = f"augment={{rows: 24, texts: {work}/texts.txt, texts_share: 0.5, seed: 0}}"
+    run = opened(work, section)
+    config = run.recipe.augment
+    assert config is not None
+    asked: list[Any] = []
+
+    def record(model: Any, tokenizer: Any, task: Task, examples: Any, **options: Any) -> list[Any]:
+        asked.extend(examples)
+        return [Prediction(n, None, (), f"w7 w{n}", ended=True) for n in range(len(examples))]
+
+    monkeypatch.setattr(augment, "sample", record)
+    rows = [row["text"] for row in augment.written_rows(run, config)]
+    # Markup and empty lines end a sentence, short ones are left out, and so are known and repeated ones.
+    taken = [row for row in rows if row.endswith(".")]
+    assert sorted(taken) == [f"w52 w53 w54 w55 w6{n}." for n in range(9)]
+    assert len(asked) == 12
+    assert rows[9:] == [f"w7 w{n}" for n in range(12)]
+    # Nothing but sentences: no writer is trained.
+    only = opened(work, section.replace("0.5", "1.0"), "name=only")
+    written = augment.augment(only)
+    assert len(read_rows(str(written / augment.WRITTEN_ROWS))) == 9
+    assert not (only.run_dir / "writer").exists()
+    assert len(asked) == 12
+
+
+def test_short_rows_are_neither_imitated_nor_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"text": " ".join(f"w{40 + n}" for n in range(2 + k % 6)), "label": k % 2} for k in range(24)]
+    train = work / "train.jsonl"
+    labels = [json.loads(line)["label"] for line in train.read_text().splitlines()]
+    for line, label in zip(lines, labels, strict=False):
+        line["label"] = label
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = opened(work, "augment={rows: 4, min_words: 5, seed: 0}")
+    seen: list[Any] = []
+
+    def learn(*arguments: Any, **options: Any) -> Any:
+        seen.extend(options["examples"])
+        return trained(*arguments, **options)
+
+    trained = augment.train_on_task
+    monkeypatch.setattr(augment, "train_on_task", learn)
+    texts = iter(["w1 w2 w3 w4", "w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6", ""])
+    monkeypatch.setattr(
+        augment, "sample",
+        lambda *a, **k: [Prediction(n, None, (), next(texts), ended=True) for n in range(len(a[3]))],
+    )  # fmt: skip
+    assert run.recipe.augment is not None
+    rows = list(augment.written_rows(run, run.recipe.augment))
+    assert [row["text"] for row in rows] == ["w1 w2 w3 w4 w5", "w1 w2 w3 w4 w5 w6"]
+    assert len(seen) == sum(len(str(line["text"]).split()) >= 5 for line in lines) < len(lines)
+    with pytest.raises(ArtifactError, match="made with other settings"):  # the writer of all rows is another
+        list(augment.written_rows(run, AugmentConfig(rows=4, seed=0)))
+    with pytest.raises(DataError, match=r"min_words: .*train\.jsonl: no training row has 8 words; lower it"):
+        list(augment.written_rows(opened(work, "name=none"), AugmentConfig(rows=4, min_words=8)))
 
 
 def test_labels_steer_in_turn(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,13 +466,14 @@ def test_the_plan_counts_written_rows(work: Path) -> None:
     work_3 = distilled(found, 32)
     assert work_3 is not None
     assert work_3.rows == 32 + 100
-    with pytest.raises(RecipeError, match="first of two fields"):
-        check_data(recipe(work, f"augment={{texts: {work}/none.txt}}"))
     pairs = pair_run(work).recipe
     data = pairs.data.model_copy(update={"test": pairs.data.train, "validation": None})
     pairs = pairs.model_copy(update={"data": data, "augment": AugmentConfig(texts=(f"{work}/none.txt",))})
     with pytest.raises(DataError, match=r"augment\.texts: .*none\.txt: no such file"):
         check_data(pairs)
+    three = PAIRS.model_copy(update={"template": "{premise} {hypothesis} {other}"})
+    with pytest.raises(RecipeError, match="the only field or the first of two"):
+        check_data(pairs.model_copy(update={"task": three}))
 
 
 def test_the_papers_method_has_no_written_rows(work: Path) -> None:

@@ -254,15 +254,16 @@ def template_fields(task: Task) -> list[str]:
 
 
 def check_first_field(task: Task, texts: Sequence[str]) -> None:
-    """Whether `augment.texts` can stand in for the first of the task's two fields.
+    """Whether `augment.texts` can stand in for the task's only field or the first of two.
 
     Raises:
-        RecipeError: `texts` for a task that has not two fields.
+        RecipeError: `texts` for a task of more fields.
     """
     fields = template_fields(task)
-    if texts and len(fields) != 2:
+    if texts and len(fields) > 2:
         raise RecipeError(
-            f"augment.texts: stands in for the first of two fields, task {task.name} has {len(fields)}; leave it out"
+            f"augment.texts: stands in for the only field or the first of two, task {task.name} has {len(fields)}; "
+            "leave it out"
         )
 
 

@@ -3,8 +3,8 @@
 The full-precision model is fine-tuned on the training rows the other way round, answer and leading fields in, last
 field out, and sampled. The answer only steers it (all labels come up equally often, or answers of training rows by
 chance); what the new row's answer is, the teacher says later. For a task of two fields (premise and hypothesis) the
-first may come from other texts: new premises, with hypotheses written for them. Or the writer learns to write rows
-whole (`whole_share`).
+first may come from other texts: new premises, with hypotheses written for them. For a task of one field a share of the
+rows may be sentences of other texts as they are. Or the writer learns to write rows whole (`whole_share`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ ROUNDS = (0.5, 0.8, 0.95)
 """Rows that are not finished when this share of the training rows would be go on in new batches."""
 WORDS = (5, 40)
 """Sentences of other texts that are taken have so many words."""
+SENTENCES = 200_000
+"""At most so many are kept to stand in for a first field."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
+_MARKUP = re.compile(r"(?:<[a-zA-Z/!][^<>]{0,80}>|\n\s*\n)")
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ def augment(run: Run) -> Path:
     The artifact's training record is the writer's, with the time of sampling in it.
 
     Raises:
-        RecipeError: `texts` for a task that has not two fields; and see `forms`.
-        DataError: no usable sentence in `texts`.
+        RecipeError: `texts` for a task of more than two fields; and see `forms`.
+        DataError: no usable sentence in `texts`, or no training row of `min_words`.
     """
     config, folder = run.recipe.augment, run.run_dir / "written"
     assert config is not None, "the pipeline leaves the stage out"
@@ -158,8 +161,11 @@ def augment(run: Run) -> Path:
     }
     if run.finished("augment", folder, inputs):
         return folder
-    writer = train_writer(run, config)
-    training = artifact.read_manifest(writer)["training"]
+    # Where all rows are sentences of other texts there is nothing to write.
+    writer = train_writer(run, config) if _taken(run, config) < config.rows else None
+    training = (
+        {"elapsed_s": 0.0, "device_s": 0.0} if writer is None else artifact.read_manifest(writer)["training"]
+    )
     started = time.monotonic()
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in written_rows(run, config, writer)]
     took = time.monotonic() - started
@@ -180,6 +186,30 @@ def _forms(run: Run, config: AugmentConfig) -> tuple[Form, Form]:
     return forms(run.recipe.task, whole=config.whole_share > 0)
 
 
+def _taken(run: Run, config: AugmentConfig) -> int:
+    """How many rows are sentences of other texts as they are."""
+    one = len(tasks.template_fields(run.recipe.task)) == 1
+    return round(config.rows * config.texts_share) if config.texts and one else 0
+
+
+def _imitated(run: Run, config: AugmentConfig) -> list[Row]:
+    """The training rows that the writer learns from.
+
+    Raises:
+        DataError: none has `min_words`.
+    """
+    rows = [row for row in run.train_rows() if _words(run.recipe.task, row) >= config.min_words]
+    if not rows:
+        raise DataError(
+            f"augment.min_words: {run.recipe.data.train}: no training row has {config.min_words} words; lower it"
+        )
+    return rows
+
+
+def _words(task: Task, row: Row) -> int:
+    return sum(len(tasks.text_field(task, row, name).split()) for name in tasks.template_fields(task))
+
+
 def _length(run: Run, form: Form) -> int:
     """Tokens of a row's prompt and answer for the writer. An answer may take half of them, which a row that is written
     whole needs for itself."""
@@ -194,6 +224,7 @@ def _writer_inputs(run: Run, config: AugmentConfig) -> dict[str, Any]:
         "writer": _forms(run, config)[0].task.model_dump(mode="json", by_alias=True),
         "sft": run.section("sft"),
         "seed": _seed(run, config),
+        **({"min_words": config.min_words} if config.min_words else {}),
     }
 
 
@@ -202,6 +233,7 @@ def train_writer(run: Run, wanted: AugmentConfig) -> Path:
 
     Raises:
         RecipeError: see `forms`.
+        DataError: no training row of `min_words`.
     """
     config, folder = run.recipe.sft, run.run_dir / "writer"
     form, _ = _forms(run, wanted)
@@ -209,7 +241,7 @@ def train_writer(run: Run, wanted: AugmentConfig) -> Path:
     if run.finished("writer", folder, inputs):
         return folder
     model, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
-    rows = [form.turned(run.recipe.task, row) for row in run.train_rows()]
+    rows = [form.turned(run.recipe.task, row) for row in _imitated(run, wanted)]
     examples = tasks.encode(form.task, rows, tokenizer, _length(run, form))
     if run.compiling(config.loop):
         compile_blocks(model)
@@ -232,14 +264,24 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
         writer: from `train_writer`; None: it is made where it is missing.
 
     Raises:
-        RecipeError: `texts` for a task that has not two fields.
-        DataError: no usable sentence in `texts`.
+        RecipeError: `texts` for a task of more than two fields.
+        DataError: no usable sentence in `texts`, or no training row of `min_words`.
     """
     task = run.recipe.task
     tasks.check_first_field(task, config.texts)
     trained, last = _forms(run, config)
     seed = _seed(run, config)
-    train = run.train_rows()
+    seen = {_key(task, row.fields) for row in run.train_rows()}
+    if taken := _taken(run, config):
+        (name,) = tasks.template_fields(task)
+        shortest = min(max(WORDS[0], config.min_words), WORDS[1])
+        for sentence in _sentences(config.texts, random.Random(seed), taken, shortest):
+            if (key := _key(task, {name: sentence})) not in seen:
+                seen.add(key)
+                yield {name: sentence}
+        if taken == config.rows:
+            return
+    train = _imitated(run, config)
     folder = train_writer(run, config) if writer is None else writer
     source = run.recipe.model.model_copy(update={"path": str(folder), "tokenizer": None, "revision": None})
     dtype = "bfloat16" if run.device.type == "cuda" else "float32"
@@ -248,13 +290,14 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
     whole = round(config.rows * config.whole_share) if trained.between else 0
     steers = itertools.islice(_steers(task, train, seed + 1), whole)
     labels = [Row({LABEL_FIELD: steer}, f"written row {n + 1}") for n, steer in enumerate(steers)]
-    given = list(itertools.islice(_openings(task, train, config, seed), config.rows - whole))
-    seen = {_key(task, row.fields) for row in train}
+    given = list(itertools.islice(_openings(task, train, config, seed), config.rows - whole - taken))
     for form, rows in ((trained, labels), (last, given)):
-        written = _sampled(run, config, model, tokenizer, form, _length(run, trained), rows)
+        written = _sampled(run, config, model, tokenizer, form, _length(run, trained), train, rows)
         for row, text in zip(rows, written, strict=True):
             made = None if text is None else form.read(row, text)
-            if made is not None and _key(task, made) not in seen:
+            if made is None or sum(len(text.split()) for text in made.values()) < config.min_words:
+                continue
+            if _key(task, made) not in seen:
                 seen.add(_key(task, made))
                 yield {name: made[name] for name in tasks.template_fields(task)}
 
@@ -265,12 +308,19 @@ def _key(task: Task, fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _sampled(
-    run: Run, config: AugmentConfig, model: Any, tokenizer: Any, form: Form, length: int, rows: list[Row]
+    run: Run,
+    config: AugmentConfig,
+    model: Any,
+    tokenizer: Any,
+    form: Form,
+    length: int,
+    train: list[Row],
+    rows: list[Row],
 ) -> list[str | None]:
     """What the writer writes for each row; None where a row to be written whole did not come to its end."""
     if not rows:
         return []
-    turned = [form.turned(run.recipe.task, row) for row in run.train_rows()]
+    turned = [form.turned(run.recipe.task, row) for row in train]
     known = tasks.encode(form.task, turned, tokenizer, length)
     lengths = sorted(len(e.answer_ids) for e in known)
     *rounds, longest = (
@@ -309,9 +359,8 @@ def _openings(task: Task, train: list[Row], config: AugmentConfig, seed: int) ->
     rng = random.Random(seed)
     fields = tasks.template_fields(task)
     sentences: list[str] = []
-    if config.texts:
-        sentences = _sentences(config.texts, rng)
-        log.info("augment: %d sentences of %s", len(sentences), ", ".join(config.texts))
+    if config.texts and len(fields) > 1:
+        sentences = _sentences(config.texts, rng, SENTENCES)
     for number, steer in enumerate(_steers(task, train, seed)):
         given: dict[str, Any]
         if sentences and rng.random() < config.texts_share:
@@ -322,14 +371,19 @@ def _openings(task: Task, train: list[Row], config: AugmentConfig, seed: int) ->
         yield Row({**given, LABEL_FIELD: steer}, f"written row {number + 1}")
 
 
-def _sentences(texts: Sequence[str], rng: random.Random, limit: int = 200_000) -> list[str]:
-    """At most `limit` sentences, a fair sample of all of usable length."""
+def _sentences(texts: Sequence[str], rng: random.Random, limit: int, shortest: int = WORDS[0]) -> list[str]:
+    """At most `limit` sentences, a fair sample of all of usable length, in no order. Markup ends a sentence.
+
+    Raises:
+        DataError: there is none.
+    """
     kept: list[str] = []
     seen = 0
     for source in texts:
         for document in readers.read_documents(source):
-            for sentence in _SENTENCE_END.split(" ".join(document.split())):
-                if not WORDS[0] <= sentence.count(" ") + 1 <= WORDS[1] or sentence[-1:] not in ".!?\"')":
+            paragraphs = (" ".join(part.split()) for part in _MARKUP.split(document))
+            for sentence in itertools.chain.from_iterable(map(_SENTENCE_END.split, paragraphs)):
+                if not shortest <= sentence.count(" ") + 1 <= WORDS[1] or sentence[-1:] not in ".!?\"')":
                     continue
                 seen += 1
                 if len(kept) < limit:
@@ -338,6 +392,7 @@ def _sentences(texts: Sequence[str], rng: random.Random, limit: int = 200_000) -
                     kept[place] = sentence
     if not kept:
         raise DataError(
-            f"augment: no sentence of {WORDS[0]} to {WORDS[1]} words in {', '.join(texts)}; give other texts"
+            f"augment: no sentence of {shortest} to {WORDS[1]} words in {', '.join(texts)}; give other texts"
         )
+    log.info("augment: %d sentences of %s", len(kept), ", ".join(texts))
     return kept

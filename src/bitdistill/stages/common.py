@@ -144,8 +144,9 @@ class Run:
         ):  # artifacts from before these keys stay valid
             if not dumped.get("loop", {}).get(later, True):
                 del dumped["loop"][later]
-        if not dumped.get("whole_share", True):
-            del dumped["whole_share"]
+        for later in ("whole_share", "min_words"):
+            if not dumped.get(later, True):
+                del dumped[later]
         return dumped
 
     def finished(self, stage: str, folder: Path, inputs: Mapping[str, Any]) -> bool:
