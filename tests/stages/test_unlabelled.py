@@ -361,6 +361,8 @@ def test_sentences_of_other_texts_are_rows_of_a_task_of_one_field(
     assert len(read_rows(str(written / augment.WRITTEN_ROWS))) == 9
     assert not (only.run_dir / "writer").exists()
     assert len(asked) == 12
+    cost = sweep_results.costs(read_run(only.run_dir))["augment"]
+    assert (cost.steps, cost.tokens) == (0, 0)
 
 
 def test_short_rows_are_neither_imitated_nor_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,9 +163,9 @@ def augment(run: Run) -> Path:
         return folder
     # Where all rows are sentences of other texts there is nothing to write.
     writer = train_writer(run, config) if _taken(run, config) < config.rows else None
-    training = (
-        {"elapsed_s": 0.0, "device_s": 0.0} if writer is None else artifact.read_manifest(writer)["training"]
-    )
+    training = {"steps": 0, "tokens": 0, "elapsed_s": 0.0, "device_s": 0.0}
+    if writer is not None:
+        training = artifact.read_manifest(writer)["training"]
     started = time.monotonic()
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in written_rows(run, config, writer)]
     took = time.monotonic() - started

@@ -87,11 +87,12 @@ def calibration_from_corpus(run: Run, shards: TokenShards) -> Tensor:
 
 
 def _calibration_identity(run: Run, calibrated: bool) -> Any:
-    """What the calibration text is, for the stage's key: the corpus by content, else the task's rows."""
+    """What the calibration text is, for the stage's key: the corpus by content, else (there is none, or a given base
+    makes it needless) the task's rows."""
     if not calibrated:
         return None
     pretrain = run.recipe.pretrain
-    if pretrain is None or pretrain.corpus is None:
+    if pretrain is None or pretrain.corpus is None or pretrain.base is not None:
         return run.train_inputs()
     path = Path(pretrain.corpus).expanduser()
     if artifact.exists(path):
@@ -106,7 +107,8 @@ def refine(run: Run) -> Path:
     config, pretrain = run.recipe.refine, run.recipe.pretrain
     folder = run.run_dir / "refined"
     calibrated = config.gains == "calibrated" and config.subln != "none"
-    on_corpus = pretrain is not None and pretrain.corpus is not None
+    # A finished base needs no corpus: what is made here is then for the report alone.
+    on_corpus = pretrain is not None and pretrain.corpus is not None and pretrain.base is None
     inputs: dict[str, Any] = {
         "model": source_fingerprint(run.recipe.model),
         "refine": run.section("refine"),
