@@ -32,12 +32,18 @@ def augment(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Sentences of these texts stand in for the first of two fields. May be given again.",
+            help="Sentences of these texts stand in for the first of two fields, or are the rows of a task of one "
+            "field. May be given again.",
             show_default=False,
         ),
     ] = None,
     texts_share: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of rows that begin so.", show_default=False)
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of rows from such sentences.", show_default=False),
+    ] = None,
+    min_words: Annotated[
+        int | None,
+        typer.Option(min=0, help="Rows of fewer words are neither written nor imitated.", show_default=False),
     ] = None,
     whole_share: Annotated[
         float | None,
@@ -69,8 +75,8 @@ def augment(
         raise UsageError(f"--out {out}: name a .jsonl or .jsonl.zst file")
     loaded = load_recipe(recipe, set_ or [])
     given = {
-        "rows": rows, "texts": texts, "texts_share": texts_share, "whole_share": whole_share,
-        "temperature": temperature,
+        "rows": rows, "texts": texts, "texts_share": texts_share, "min_words": min_words,
+        "whole_share": whole_share, "temperature": temperature,
     }  # fmt: skip
     if out is None and (loaded.augment is None or any(value is not None for value in given.values())):
         # Rows in the run's folder are those of the recipe: `run` would not take up any others.
