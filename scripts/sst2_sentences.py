@@ -10,13 +10,12 @@ on this split (recipes/sweeps/sst2-sentences.yaml) and scored once on the offici
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 from bitdistill.data.readers import read_rows
+from bitdistill.stages.augment import write_rows
 
 SHORTEST = 8
 """Words of a row to score."""
@@ -71,10 +70,6 @@ def split(texts: list[str], held_out: int, seed: int = 0) -> tuple[list[int], li
     )
 
 
-def _write(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("train", help="SST-2's training rows: a file or hub:stanfordnlp/sst2:train")
@@ -86,9 +81,8 @@ def main() -> None:
         train, scored = split([" ".join(str(row["sentence"]).split()) for row in rows], options.rows)
     except ValueError as error:
         parser.error(f"--rows: {error}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    _write(options.out / "train.jsonl", (rows[n] for n in train))
-    _write(options.out / "held-out.jsonl", (rows[n] for n in scored))
+    write_rows((dict(rows[n]) for n in train), options.out / "train.jsonl")
+    write_rows((dict(rows[n]) for n in scored), options.out / "held-out.jsonl")
     print(f"{len(train)} training rows of {len(rows)}, {len(scored)} sentences to score")
 
 

@@ -295,7 +295,7 @@ def written_rows(run: Run, config: AugmentConfig, writer: Path | None = None) ->
         written = _sampled(run, config, model, tokenizer, form, _length(run, trained), train, rows)
         for row, text in zip(rows, written, strict=True):
             made = None if text is None else form.read(row, text)
-            if made is None or sum(len(text.split()) for text in made.values()) < config.min_words:
+            if made is None or _words(task, Row(made, row.where)) < config.min_words:
                 continue
             if _key(task, made) not in seen:
                 seen.add(_key(task, made))

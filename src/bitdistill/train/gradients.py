@@ -27,10 +27,9 @@ MAX_GRAPHS = 32
 LAUNCH_BOUND = 2e12
 """Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward. A step function
 may have a bound of its own (`launch_bound`)."""
-FUSED_LAUNCH_BOUND = 1.2e13
+FUSED_LAUNCH_BOUND = 6e12
 """The same for fused layers, whose operators take the host longer to launch: at stage 2 of a 135M model (32 x 1,024
-tokens) about as long for a forward pass as the GPU to run it; at 0.6B (16 x 1,024) a step took 163 ms on an idle host
-and 174 beside other jobs, compiled bfloat16 the same in both."""
+tokens) about as long for a forward pass as the GPU to run it."""
 INDEX_MULTIPLE = 128
 """Indices of answer and real tokens are filled up to this multiple, so that few shapes occur."""
 
