@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from bitdistill.data.readers import read_rows
+from bitdistill.errors import BitDistillError
 from bitdistill.stages.augment import write_rows
 
 SHORTEST = 8
@@ -76,9 +77,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and held-out.jsonl")
     parser.add_argument("--rows", type=int, default=1500, help="sentences to score")
     options = parser.parse_args()
-    rows = [row.fields for row in read_rows(options.train)]
     try:
+        rows = [row.fields for row in read_rows(options.train)]
         train, scored = split([" ".join(str(row["sentence"]).split()) for row in rows], options.rows)
+    except BitDistillError as error:
+        parser.error(str(error))
+    except KeyError:
+        parser.error(f"{options.train}: a row without the field `sentence`; give SST-2's training rows")
     except ValueError as error:
         parser.error(f"--rows: {error}")
     write_rows((dict(rows[n]) for n in train), options.out / "train.jsonl")

@@ -58,3 +58,17 @@ def test_more_sentences_than_there_are_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         split(tmp_path, [sentence(1), "a phrase"], "--rows", "2")
     assert "error: --rows: 2, but only 1 sentences have 8 words or more" in caught.value.stderr
+
+
+def test_files_that_do_not_fit_are_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"text": "a row"}\n')
+    for name, message in (
+        ("gone.jsonl", "no such file"),
+        ("other.jsonl", "a row without the field `sentence`"),
+    ):
+        command = [sys.executable, str(SCRIPT), str(tmp_path / name), "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
