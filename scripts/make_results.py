@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Generate docs/results.md from results/; nothing in that page is typed by hand.
+"""Generate docs/results.md and the README's table from results/; nothing in them is typed by hand.
 
-    python scripts/make_results.py           write docs/results.md and docs/figures/*.svg
-    python scripts/make_results.py --check   exit 1 if the page is not what the results say
+    python scripts/make_results.py           write docs/results.md, docs/figures/*.svg and the table
+    python scripts/make_results.py --check   exit 1 if a page is not what the results say
 
 results/sweeps/*.json are results of `bitdistill sweep`; results/*.json are single runs' results.json, named
 <experiment>-seed<N>.json. Only what has data is shown: a sweep with one cell done has a table of one line.
@@ -158,6 +158,45 @@ def page(folder: Path) -> tuple[str, dict[str, Figure]]:
     return "\n".join(parts), figures
 
 
+BEGIN, END = "<!-- made by scripts/make_results.py -->", "<!-- end -->"
+
+
+def headline_table(folder: Path) -> str:
+    """The README's table: teacher, student and direct ternary fine-tuning of each headline recipe."""
+    head = ["task, metric", "teacher", "student", "gap [95 %, test rows]", "direct ternary fine-tuning"]
+    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for path in sorted((folder / "sweeps").glob("headline-*.json")):
+        lines = [ln for ln in sweep_tables.lines(sweep_results.read(path)) if ln.cell == "bitdistill"]
+        for recipe in dict.fromkeys(line.recipe for line in lines):
+            found = {line.row: line for line in lines if line.recipe == recipe}
+            if not {"teacher", "bitdistill"} <= found.keys():
+                continue
+            student = found["bitdistill"]
+
+            def words(name: str, found: dict[str, sweep_tables.Line] = found) -> str:
+                line = found.get(name)
+                if line is None:
+                    return "not measured"
+                seeds = len(line.values)
+                return f"{line.mean:.2f}" + (
+                    "" if seeds > 2 else f" ({seeds} seed{'s' if seeds > 1 else ''})"
+                )
+
+            cells = [f"{recipe}, {student.metric}", words("teacher"), words("bitdistill")]
+            cells += [sweep_tables.gap_words(student.gap), words("bitnet_sft")]
+            rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with the table between its marks."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md: the marks {BEGIN} and {END} are missing; put them around the table")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
 def write(text: str, figures: dict[str, Figure], docs: Path) -> None:
     """The page and its figures; figures that the page no longer has are removed."""
     (docs / "results.md").write_text(text, "utf-8")
@@ -177,11 +216,21 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the table")
     args = parser.parse_args()
     text, figures = page(args.results)
+    old = args.readme.read_text("utf-8")
+    readme = with_table(old, headline_table(args.results))
     if not args.check:
         write(text, figures, args.docs)
+        args.readme.write_text(readme, "utf-8")
         return 0
+    if old != readme:
+        print(
+            "README.md: its table is not what results/ say; run python scripts/make_results.py",
+            file=sys.stderr,
+        )
+        return 1
     # Figures are compared by name only: their drawing depends on matplotlib's version.
     there = {path.stem for path in (args.docs / "figures").glob("*.svg")}
     if (args.docs / "results.md").read_text("utf-8") != text or there != set(figures):
