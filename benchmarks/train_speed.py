@@ -107,8 +107,18 @@ CASES = {
     "fused_no_graph": ("fused", "kl", True, False, "ours, with teacher, not replayed"),
     "fused_lm_no_graph": ("fused", "lm", True, False, "ours, not replayed"),
     "fused_lm_int8": ("fused_int8", "lm", True, True, "ours, int8 products for gradients of inputs"),
+    "fused_lm_residual": (
+        "fused_residual",
+        "lm",
+        True,
+        True,
+        "ours, residual additions in products and norms",
+    ),
     "fused_eager": ("fused", "kl", False, False, "ours, with teacher, blocks not compiled"),
 }
+
+
+TERNARY = ("ternary", "fused", "fused_int8", "fused_residual")
 
 
 @contextlib.contextmanager
@@ -127,7 +137,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
         )
         teacher = teacher.to(DEVICE).requires_grad_(False).eval()
     model = source
-    if kind in ("ternary", "fused", "fused_int8"):
+    if kind in TERNARY:
         model = refine(source, gains="ones")
         del source
     elif kind == "onebitllms":
@@ -150,12 +160,13 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             compile_blocks(teacher)
     with contextlib.ExitStack() as stack:
         refresh: Callable[[], None] = lambda: None  # noqa: E731
-        if kind in ("ternary", "fused", "fused_int8"):
+        if kind in TERNARY:
             config = PretrainConfig.model_validate(
                 {"objective": objective, "loop": {"batch_rows": shape.rows}}
             )
             if kind != "ternary":
-                refresh = stack.enter_context(fused_layers(model, kind == "fused_int8")).refresh
+                layers = fused_layers(model, kind == "fused_int8", kind == "fused_residual")
+                refresh = stack.enter_context(layers).refresh
             step = LanguageModelStep(model, teacher, config, compiling, fused=kind != "ternary")
         elif compiling:
             step = fused_loss_step(model)

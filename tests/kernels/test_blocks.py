@@ -178,6 +178,64 @@ def test_product_equals_the_reference_bit_for_bit(n: int, o: int, i: int, tile: 
     assert torch.equal(y, twins.int8_product(x, x_scale, w, w_scale, torch.float32))
 
 
+@pytest.mark.parametrize("tile", range(len(matmul.TILES)))
+@pytest.mark.parametrize(("n", "o", "i"), [(1, 1, 1), (17, 33, 65), (130, 70, 200)])
+def test_product_added_to_a_residual_is_the_addition_of_the_product(
+    n: int, o: int, i: int, tile: int
+) -> None:
+    generator = torch.Generator().manual_seed(n + o)
+    x = torch.randint(-128, 128, (n, i), generator=generator, dtype=torch.int8).to(DEVICE)
+    w = torch.randint(-1, 2, (o, i), generator=generator, dtype=torch.int8).to(DEVICE)
+    x_scale, w_scale = randn(n).abs() + 0.01, randn(o, seed=1).abs() + 0.01
+    residual = randn(n, o, seed=2, scale=50.0)
+    y = torch.full((n, o), float("nan"), device=DEVICE)
+    matmul._product(y, x, x_scale, w, w_scale, tile, residual, torch.float32)
+    assert torch.equal(y, residual + twins.int8_product(x, x_scale, w, w_scale, torch.float32))
+    assert torch.equal(y, twins.int8_product(x, x_scale, w, w_scale, torch.float32, residual))
+    low = torch.full((n, o), float("nan"), device=DEVICE)
+    matmul._product(low, x, x_scale, w, w_scale, tile, residual, torch.bfloat16)
+    want = twins.int8_product(x, x_scale, w, w_scale, torch.bfloat16, residual)
+    assert want.dtype == torch.float32
+    if DEVICE.type == "cuda":
+        assert torch.equal(low, want)
+    else:  # the interpreter cuts bfloat16 off instead of rounding
+        torch.testing.assert_close(low - residual, want - residual, rtol=2**-7, atol=1e-4)
+    assert not torch.equal(low, y) or o * i == 1
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("n", "i"), [*SHAPES, (5, 12300)])
+def test_backward_adds_a_further_gradient(n: int, i: int, norm: bool) -> None:
+    x, added = randn(n, i), randn(n, i, seed=4, scale=3.0)
+    gain = randn(i, seed=1).abs() + 0.3 if norm else None
+    grad, one = randn(n, i, seed=2), torch.ones(1, device=DEVICE)
+    codes, scale, rrms = norm_quantize.norm_quantize(x, gain, 1e-5, 1.0, "none")
+    rest = (one, x, gain, rrms, codes, scale, torch.ones(2, device=DEVICE), 1.0, "none")
+    plain = norm_quantize.norm_quantize_backward(grad, *rest)
+    got = norm_quantize.norm_quantize_backward(grad, *rest, added)
+    assert plain[3].numel() == 0
+    assert torch.equal(got[0], plain[0] + added)
+    assert torch.equal(got[3], got[0])
+    assert torch.equal(got[1], plain[1])
+    assert torch.equal(got[2], plain[2])
+    low = norm_quantize.norm_quantize_backward(grad.bfloat16(), *rest, added)
+    assert low[0].dtype == torch.float32
+    assert low[3].dtype == torch.bfloat16
+    torch.testing.assert_close(low[3].float(), low[0], rtol=2**-7, atol=0)
+    for value, want in zip(got, twins.norm_quantize_backward(grad, *rest, added), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gate_takes_no_further_gradient() -> None:
+    x, grad = randn(2, 8), randn(2, 4)
+    codes, scale, rrms = norm_quantize.norm_quantize(x, None, 0.0, 0.0, "silu")
+    one, two = torch.ones(1, device=DEVICE), torch.ones(2, device=DEVICE)
+    with pytest.raises(ValueError, match="silu"):
+        norm_quantize.norm_quantize_backward(
+            grad, one, x, None, rrms, codes, scale, two, 0.0, "silu", torch.zeros_like(grad)
+        )
+
+
 @pytest.mark.parametrize("tile", [(32, 64, 32, 4, 2), (64, 32, 16, 4, 2)])
 @pytest.mark.parametrize(("n", "o", "i"), [(1, 4, 16), (70, 96, 80), (130, 68, 208), (300, 300, 128)])
 def test_persistent_product_equals_the_reference_bit_for_bit(

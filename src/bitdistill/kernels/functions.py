@@ -41,7 +41,8 @@ class TernaryProjections(torch.autograd.Function):
     """y [N, O] = quantize(norm(x)) (stacked codes)^T with scales, as a tuple of each matrix' part [N, O_p].
 
     Arguments: x [N, I]; gain [I] or None (no norm); eps; gain_offset; codes int8 [O, I]; row_scale float32 [O];
-    compute dtype; whether dL/dx is an int8 product; then the latent weights, whose rows are stacked in `codes`.
+    compute dtype; whether dL/dx is an int8 product; whether x itself is the last output, for the residual stream,
+    whose gradient is then added in the same kernel; then the latent weights, whose rows are stacked in `codes`.
     Latents are not read.
     """
 
@@ -56,32 +57,82 @@ class TernaryProjections(torch.autograd.Function):
         row_scale_O: Tensor,
         dtype: torch.dtype,
         int8_backward: bool,
+        passes_x: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
         ctx.save_for_backward(x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O)
         ctx.gain_offset, ctx.weight_dtype = gain_offset, weights[0].dtype
-        ctx.int8_backward = int8_backward
+        ctx.int8_backward, ctx.passes_x = int8_backward, passes_x
         ctx.rows = [w.shape[0] for w in weights]
         y = ops.int8_product(x_codes, x_scale, codes_OI, row_scale_O, dtype)
-        return (y,) if len(weights) == 1 else y.split(ctx.rows, dim=-1)
+        parts = (y,) if len(weights) == 1 else y.split(ctx.rows, dim=-1)
+        return (*parts, x_NI.view_as(x_NI)) if passes_x else parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O = ctx.saved_tensors
         one = len(ctx.rows) == 1
+        added = None
+        if ctx.passes_x:
+            grads, added = grads[:-1], grads[-1]
         scaled = grads[0] if one else ops.stack_scaled(list(grads), row_scale_O)
         grad_hat = _grad_hat(scaled, codes_OI, ctx.int8_backward)
         grad_scale = row_scale_O[:1] if one else torch.ones_like(row_scale_O[:1])
-        grad_x, grad_gain, x_hat = ops.norm_quantize_backward(
-            grad_hat, grad_scale, x_NI, gain_I, rrms, x_codes, x_scale, row_scale_O, ctx.gain_offset, "none"
+        grad_x, grad_gain, x_hat, _ = ops.norm_quantize_backward(
+            grad_hat,
+            grad_scale,
+            x_NI,
+            gain_I,
+            rrms,
+            x_codes,
+            x_scale,
+            row_scale_O,
+            ctx.gain_offset,
+            "none",
+            added,
         )
         grad_weight = scaled.t() @ x_hat
         if not one:
             grad_weight = grad_weight.to(torch.float32) / row_scale_O[:, None]
         grad_gain = None if gain_I is None else grad_gain.to(gain_I.dtype)
         parts = _parts(grad_weight, ctx.rows, ctx.weight_dtype)
-        return grad_x, grad_gain, *(None,) * 6, *parts
+        return grad_x, grad_gain, *(None,) * 7, *parts
+
+
+def _mlp_backward(
+    ctx: Any, grad_NI: Tensor, saved: list[Any], added: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor]:
+    """Gradients of a gated layer's input (with `added`, the residual stream's), gains, latents, and of the input once
+    more in the compute dtype (empty without `added`)."""
+    (
+        x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+        codes, row_scale, down_codes, down_scale,
+    ) = saved  # fmt: skip
+    features, int8 = ctx.features, ctx.int8_backward
+    # The scales of gate and up: one value each, at the first row of either.
+    gate_up_scale = torch.stack([row_scale[0], row_scale[features]])
+    scaled, grad_sub_gain, h_hat, _ = ops.norm_quantize_backward(
+        _grad_hat(grad_NI, down_codes, int8), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
+        gate_up_scale, 0.0, ctx.activation,
+    )  # fmt: skip
+    grad_down = grad_NI.t() @ h_hat
+    grad_x, grad_gain, x_hat, grad_low = ops.norm_quantize_backward(
+        _grad_hat(scaled, codes, int8), torch.ones_like(down_scale[:1]), x_NI, gain_I, rrms, x_codes, x_scale,
+        row_scale, ctx.gain_offset, "none", added,
+    )  # fmt: skip
+    grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
+    weights = (
+        *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
+        grad_down.to(ctx.weight_dtype),
+    )
+    return (
+        grad_x,
+        None if gain_I is None else grad_gain.to(gain_I.dtype),
+        None if sub_gain_F is None else grad_sub_gain.to(sub_gain_F.dtype),
+        weights,
+        grad_low,
+    )
 
 
 class TernaryGatedMlp(torch.autograd.Function):
@@ -125,28 +176,82 @@ class TernaryGatedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad_NI,) = grads
-        (
-            x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
-            codes, row_scale, down_codes, down_scale,
-        ) = ctx.saved_tensors  # fmt: skip
-        features, int8 = ctx.features, ctx.int8_backward
-        # The scales of gate and up: one value each, at the first row of either.
-        gate_up_scale = torch.stack([row_scale[0], row_scale[features]])
-        scaled, grad_sub_gain, h_hat = ops.norm_quantize_backward(
-            _grad_hat(grad_NI, down_codes, int8), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
-            gate_up_scale, 0.0, ctx.activation,
-        )  # fmt: skip
-        grad_down = grad_NI.t() @ h_hat
-        grad_x, grad_gain, x_hat = ops.norm_quantize_backward(
-            _grad_hat(scaled, codes, int8), torch.ones_like(down_scale[:1]), x_NI, gain_I, rrms, x_codes, x_scale,
-            row_scale, ctx.gain_offset, "none",
-        )  # fmt: skip
-        grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
-        grad_gain = None if gain_I is None else grad_gain.to(gain_I.dtype)
-        grad_sub_gain = None if sub_gain_F is None else grad_sub_gain.to(sub_gain_F.dtype)
-        weights = (
-            *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
-            grad_down.to(ctx.weight_dtype),
+        grad_x, grad_gain, grad_sub_gain, weights, _ = _mlp_backward(
+            ctx, grads[0], list(ctx.saved_tensors), None
         )
         return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 8, *weights
+
+
+class TernaryBlockTail(torch.autograd.Function):
+    """What follows attention in a block, residual additions included: a [N, A], x [N, I] -> [N, I] in x's dtype.
+
+        r = x + o(SubLN(a))
+        y = r + mlp(norm(r))
+
+    Additions ride on the products' epilogues, their gradients on the norms' backward; the values are those of
+    `TernaryProjections`, an addition, `TernaryGatedMlp` and another addition, rounded at the same places.
+
+    Arguments: a; x; SubLN's gain or None and eps; codes [I, A] and row_scale [I] of o; then those of
+    `TernaryGatedMlp` after x, with the latent of o before the other three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a_NA: Tensor,
+        x_NI: Tensor,
+        a_gain_A: Tensor | None,
+        a_eps: float,
+        o_codes: Tensor,
+        o_scale: Tensor,
+        gain_I: Tensor | None,
+        eps: float,
+        gain_offset: float,
+        sub_gain_F: Tensor | None,
+        sub_eps: float,
+        activation: str,
+        codes: Tensor,
+        row_scale: Tensor,
+        down_codes: Tensor,
+        down_scale: Tensor,
+        dtype: torch.dtype,
+        int8_backward: bool,
+        o: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        a_codes, a_scale, a_rrms = ops.norm_quantize(a_NA, a_gain_A, a_eps, 0.0, "none")
+        r_NI = ops.int8_product(a_codes, a_scale, o_codes, o_scale, dtype, x_NI)
+        r_codes, r_scale, rrms = ops.norm_quantize(r_NI, gain_I, eps, gain_offset, "none")
+        gate_up = ops.int8_product(r_codes, r_scale, codes, row_scale, dtype)
+        h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
+        ctx.save_for_backward(
+            a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale,
+            r_NI, gain_I, r_codes, r_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+            codes, row_scale, down_codes, down_scale,
+        )  # fmt: skip
+        ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
+        ctx.features, ctx.int8_backward, ctx.dtype = gate.shape[0], int8_backward, dtype
+        return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype, r_NI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad_y,) = grads
+        (
+            a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale,
+            *mlp,
+        ) = ctx.saved_tensors  # fmt: skip
+        grad_r, grad_gain, grad_sub_gain, weights, grad_o_out = _mlp_backward(
+            ctx, grad_y.to(ctx.dtype), mlp, grad_y
+        )
+        grad_a, grad_a_gain, a_hat, _ = ops.norm_quantize_backward(
+            _grad_hat(grad_o_out, o_codes, ctx.int8_backward), o_scale[:1], a_NA, a_gain_A, a_rrms, a_codes, a_scale,
+            o_scale, 0.0, "none",
+        )  # fmt: skip
+        grad_a_gain = None if a_gain_A is None else grad_a_gain.to(a_gain_A.dtype)
+        grad_o = (grad_o_out.t() @ a_hat).to(ctx.weight_dtype)
+        return (
+            grad_a, grad_r, grad_a_gain, None, None, None, grad_gain, None, None, grad_sub_gain, *(None,) * 8,
+            grad_o, *weights,
+        )  # fmt: skip

@@ -1,10 +1,11 @@
 """int8 product with the scales in its epilogue (Triton), and the faster of two ways by size.
 
-    y[n, o] = float32(sum_i x[n, i] w[o, i]) * (x_scale[n] * w_scale[o])
+    y[n, o] = float32(sum_i x[n, i] w[o, i]) * (x_scale[n] * w_scale[o])     [+ residual[n, o]]
 
 The sum is exact in int32, the product of the scales is rounded once and multiplied once: bit for bit
-`quant.linear`. The other way is cuBLASLt's product (torch._int_mm) with the scaling in a kernel of its own; which
-of the two is faster depends on the shape, so the first call of a shape times both.
+`quant.linear`. With a residual, y is rounded to the layer's dtype first and then added, as a block does. The other way
+is cuBLASLt's product (torch._int_mm) with the scaling in a kernel of its own; which of the two is faster depends on the
+shape, so the first call of a shape times both.
 
 A third way, persistent programs whose tiles come and go through the tensor memory accelerator (compute capability 9.0),
 is faster for two of eight measured shapes (docs/log.md, run 12). `TRY_PERSISTENT` is off until a whole training run has
@@ -42,7 +43,15 @@ PERSISTENT: list[tuple[int, int, int, int, int]] = [
 INT_MM, FIRST_PERSISTENT = -1, 100
 """Ways are numbers: INT_MM, an index of TILES, or FIRST_PERSISTENT and an index of PERSISTENT."""
 TRY_PERSISTENT = False
-_chosen: dict[tuple[int, int, int, torch.dtype], int] = {}
+_chosen: dict[tuple[int, int, int, torch.dtype, torch.dtype | None], int] = {}
+
+
+@triton.jit
+def _store(y_ptr, residual_ptr, at, y, inside, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr):
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = residual + y.to(DTYPE).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -52,9 +61,12 @@ def _product_kernel(
     x_scale_ptr,
     w_scale_ptr,
     y_ptr,
+    residual_ptr,
     n_rows,
     n_out,
     n_in,
+    RESIDUAL: tl.constexpr,
+    DTYPE: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,8 +102,8 @@ def _product_kernel(
     x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
     w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
     y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    y_at = y_ptr + n.to(tl.int64)[:, None] * n_out + o[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(n < n_rows)[:, None] & (o < n_out)[None, :])
+    at = n.to(tl.int64)[:, None] * n_out + o[None, :]
+    _store(y_ptr, residual_ptr, at, y, (n < n_rows)[:, None] & (o < n_out)[None, :], RESIDUAL, DTYPE)
 
 
 @triton.jit
@@ -138,9 +150,12 @@ def _scale_kernel(
     x_scale_ptr,
     w_scale_ptr,
     y_ptr,
+    residual_ptr,
     n_rows,
     n_out,
     stride,
+    RESIDUAL: tl.constexpr,
+    DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -151,20 +166,36 @@ def _scale_kernel(
     x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
     w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
     y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    y_at = y_ptr + n.to(tl.int64)[:, None] * n_out + o[None, :]
-    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    at = n.to(tl.int64)[:, None] * n_out + o[None, :]
+    _store(y_ptr, residual_ptr, at, y, inside, RESIDUAL, DTYPE)
 
 
-def _product(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tile: int) -> None:
-    """One way of the product."""
+_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _product(
+    y: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    tile: int,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """One way of the product; `dtype` is what y is rounded to before a residual is added."""
     (n, i), o = x.shape, w.shape[0]
+    added = {"RESIDUAL": residual is not None, "DTYPE": _TRITON_DTYPES[dtype]}
+    residual = y if residual is None else residual
     if tile >= FIRST_PERSISTENT:
         _persistent_product(y, x, x_scale, w, w_scale, PERSISTENT[tile - FIRST_PERSISTENT])
         return
     if tile == INT_MM:
         total = _int_mm(x, w)
         grid = (triton.cdiv(n, 8), triton.cdiv(o, 512))
-        _scale_kernel[grid](total, x_scale, w_scale, y, n, o, total.stride(0), ROWS=8, BLOCK=512)
+        _scale_kernel[grid](
+            total, x_scale, w_scale, y, residual, n, o, total.stride(0), **added, ROWS=8, BLOCK=512
+        )
         return
     block_n, block_o, block_i, warps, stages = TILES[tile]
     _product_kernel[(triton.cdiv(n, block_n) * triton.cdiv(o, block_o),)](
@@ -173,9 +204,11 @@ def _product(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, 
         x_scale,
         w_scale,
         y,
+        residual,
         n,
         o,
         i,
+        **added,
         GROUP=8,
         WHOLE_I=i % block_i == 0,
         BLOCK_N=block_n,
@@ -248,40 +281,59 @@ def _int_mm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def int8_product(
-    x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype
+    x_NI: Tensor,
+    x_scale_N: Tensor,
+    w_OI: Tensor,
+    w_scale_O: Tensor,
+    dtype: torch.dtype,
+    residual_NO: Tensor | None = None,
 ) -> Tensor:
-    """y [N, O] of `dtype`; see the module docstring. The way is the fastest measured one of this shape."""
+    """y [N, O] of `dtype`, or residual + y in the residual's dtype; see the module docstring.
+
+    The way is the fastest measured one of this shape.
+    """
     x_NI, w_OI = x_NI.contiguous(), w_OI.contiguous()
     (n, i), o = x_NI.shape, w_OI.shape[0]
-    y = torch.empty(n, o, dtype=dtype, device=x_NI.device)
+    residual = None if residual_NO is None else residual_NO.contiguous()
+    y = torch.empty(n, o, dtype=dtype if residual is None else residual.dtype, device=x_NI.device)
     if n == 0:
         return y
-    key = (n, o, i, dtype)
+    arguments = (y, x_NI, x_scale_N, w_OI, w_scale_O)
+    key = (n, o, i, dtype, None if residual is None else residual.dtype)
     if key not in _chosen:
         capturing = x_NI.is_cuda and torch.cuda.is_current_stream_capturing()
         if not x_NI.is_cuda or capturing:
-            _product(y, x_NI, x_scale_N, w_OI, w_scale_O, 0)
+            _product(*arguments, 0, residual, dtype)
             return y
-        _chosen[key] = _fastest(y, x_NI, x_scale_N, w_OI, w_scale_O)
-    _product(y, x_NI, x_scale_N, w_OI, w_scale_O, _chosen[key])
+        _chosen[key] = _fastest(*arguments, residual, dtype)
+    _product(*arguments, _chosen[key], residual, dtype)
     return y
 
 
 def measure(
-    y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, persistent: bool | None = None
+    y: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    persistent: bool | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[int, float]:
     """Milliseconds of every way at this shape, the best of three rounds of five calls (synchronises)."""
     times: dict[int, float] = {}
-    for tile in ways(y, x, TRY_PERSISTENT if persistent is None else persistent):
+    # Persistent programs store through descriptors and add nothing
+    persistent = residual is None and (TRY_PERSISTENT if persistent is None else persistent)
+    for tile in ways(y, x, persistent):
         try:
             for _ in range(2):
-                _product(y, x, x_scale, w, w_scale, tile)
+                _product(y, x, x_scale, w, w_scale, tile, residual, dtype)
             rounds = []
             for _ in range(3):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 for _ in range(5):
-                    _product(y, x, x_scale, w, w_scale, tile)
+                    _product(y, x, x_scale, w, w_scale, tile, residual, dtype)
                 end.record()
                 end.synchronize()
                 rounds.append(start.elapsed_time(end) / 5)
@@ -292,13 +344,21 @@ def measure(
     return times
 
 
-def _fastest(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> int:
+def _fastest(
+    y: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> int:
     """The fastest way of this shape whose result is cuBLASLt's, bit for bit."""
-    times = measure(y, x, x_scale, w, w_scale)
-    _product(y, x, x_scale, w, w_scale, INT_MM)
+    times = measure(y, x, x_scale, w, w_scale, None, residual, dtype)
+    _product(y, x, x_scale, w, w_scale, INT_MM, residual, dtype)
     for tile in sorted(times, key=lambda tile: times[tile]):
         other = torch.empty_like(y)
-        _product(other, x, x_scale, w, w_scale, tile)
+        _product(other, x, x_scale, w, w_scale, tile, residual, dtype)
         if tile == INT_MM or torch.equal(other, y):
             log.debug("int8 product [%d x %d x %d]: %s ms, way %d", *x.shape, w.shape[0], times, tile)
             return tile

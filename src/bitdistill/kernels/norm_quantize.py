@@ -154,8 +154,25 @@ def _store_x_hat(x_hat_row, codes_row, scale, columns, inside):
 
 
 @triton.jit
-def _store_grad(out_row, grad, gate, up, gate_scale, up_scale, columns, inside, n_columns, ACT: tl.constexpr):
+def _store_grad(
+    out_row,
+    added_row,
+    low_row,
+    grad,
+    gate,
+    up,
+    gate_scale,
+    up_scale,
+    columns,
+    inside,
+    n_columns,
+    ACT: tl.constexpr,
+    ADDED: tl.constexpr,
+):
     kind = out_row.dtype.element_ty
+    if ADDED:
+        grad += tl.load(added_row + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(low_row + columns, grad.to(low_row.dtype.element_ty), mask=inside)
     if ACT != 0:
         d_gate = grad * up * _activation_grad(gate, ACT) * gate_scale
         d_up = grad * _activation(gate, ACT) * up_scale
@@ -178,12 +195,15 @@ def _backward_kernel(
     out_ptr,
     gain_grad_ptr,
     x_hat_ptr,
+    added_ptr,
+    low_ptr,
     n_rows,
     n_columns,
     x_stride,
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
+    ADDED: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -212,6 +232,7 @@ def _backward_kernel(
             x_hat_ptr + row * n_columns,
             out_ptr + row * out_stride,
         )
+        added_row, low_row = added_ptr + row * n_columns, low_ptr + row * n_columns
         grad = tl.load(grad_row + columns, mask=inside, other=0.0).to(tl.float32) * grad_scale
         gate, up, h = _hidden(x_row, columns, inside, n_columns, ACT)
         if REST != 0:
@@ -236,10 +257,26 @@ def _backward_kernel(
             grad = (grad - h * along) * rrms
             if REST != 0:
                 more_grad = (more_grad - more_h * along) * rrms
-        _store_grad(out_row, grad, gate, up, gate_scale, up_scale, columns, inside, n_columns, ACT)
+        _store_grad(
+            out_row,
+            added_row,
+            low_row,
+            grad,
+            gate,
+            up,
+            gate_scale,
+            up_scale,
+            columns,
+            inside,
+            n_columns,
+            ACT,
+            ADDED,
+        )
         if REST != 0:
             _store_grad(
                 out_row,
+                added_row,
+                low_row,
                 more_grad,
                 more_gate,
                 more_up,
@@ -249,6 +286,7 @@ def _backward_kernel(
                 more_inside,
                 n_columns,
                 ACT,
+                ADDED,
             )
     if NORM:
         own = gain_grad_ptr + tl.program_id(0).to(tl.int64) * n_columns
@@ -270,12 +308,15 @@ def _wide_backward_kernel(
     out_ptr,
     gain_grad_ptr,
     x_hat_ptr,
+    added_ptr,
+    low_ptr,
     n_rows,
     n_columns,
     x_stride,
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
+    ADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -344,6 +385,9 @@ def _wide_backward_kernel(
                 tl.store(out_ptr + wide, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
                 tl.store(out_ptr + wide + n_columns, d_up.to(out_ptr.dtype.element_ty), mask=inside)
             else:
+                if ADDED:
+                    grad += tl.load(added_ptr + dense, mask=inside, other=0.0).to(tl.float32)
+                    tl.store(low_ptr + dense, grad.to(low_ptr.dtype.element_ty), mask=inside)
                 tl.store(out_ptr + dense, grad.to(out_ptr.dtype.element_ty), mask=inside)
         # The sums above are read again in the next round, maybe by another thread.
         tl.debug_barrier()
@@ -427,14 +471,17 @@ def norm_quantize_backward(
     out_scale_2: Tensor,
     gain_offset: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x, of the gain (float32 [I], zeros without a norm), and x_hat = codes * scale in grad's dtype.
+    added_NI: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of x, of the gain (float32 [I], zeros without a norm), x_hat = codes * scale in grad's dtype, and the
+    first one once more in grad's dtype (empty without `added_NI`).
 
     Args:
         grad_NI: gradient of the quantized rows, to be multiplied by the float32 scalar `grad_scale`.
         rrms_N, codes_NI, scale_N: what the forward gave.
         out_scale_2: float32 [2], multiplied into the gradients of gate and up (the scales of their weights);
             not read without an activation.
+        added_NI: a further gradient of x, such as the residual stream's, added in float32; not with an activation.
 
     Returns:
         the gradient of x is in x's dtype without an activation, in grad's dtype with one.
@@ -447,6 +494,13 @@ def norm_quantize_backward(
         x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype, device=x_NX.device
     )
     x_hat = torch.empty_like(grad_NI)
+    added = added_NI is not None
+    if added and activation != "none":
+        raise ValueError(
+            f"added_NI with activation {activation}: a gate has no residual stream; leave it out"
+        )
+    low = torch.empty_like(grad_NI) if added else grad_NI.new_empty(0)
+    added_NI = out if added_NI is None else added_NI.contiguous()
     wide, shape = columns > WIDE, tile(columns, 24 if activation == "none" else 12)
     at_once = triton.cdiv(n, WIDE_ROWS) if wide else n
     a_processor = 4 if wide else max(1, WARPS // shape.warps)
@@ -456,16 +510,16 @@ def norm_quantize_backward(
         partial.zero_()
     arguments = (
         grad_NI, grad_scale, x_NX, x_NX if gain_I is None else gain_I, rrms_N, codes_NI, scale_N, out_scale_2,
-        out, partial, x_hat, n, columns, x_NX.stride(0), gain_offset,
+        out, partial, x_hat, added_NI, low, n, columns, x_NX.stride(0), gain_offset,
     )  # fmt: skip
-    kind = {"NORM": gain_I is not None, "ACT": ACTIVATIONS[activation]}
+    kind = {"NORM": gain_I is not None, "ACT": ACTIVATIONS[activation], "ADDED": added}
     if n and wide:
         _wide_backward_kernel[(programs,)](*arguments, **kind, ROWS=WIDE_ROWS, BLOCK=WIDE_BLOCK, num_warps=8)
     elif n:
         _backward_kernel[(programs,)](
             *arguments, **kind, MAIN=shape.main, REST=shape.rest, VECTOR=_vector(x_NX), num_warps=shape.warps
         )
-    return out, partial.sum(0), x_hat
+    return out, partial.sum(0), x_hat, low
 
 
 def _multiprocessors(device: torch.device) -> int:

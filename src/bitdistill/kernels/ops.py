@@ -39,14 +39,15 @@ def norm_quantize_backward(
     out_scale_2: Tensor,
     gain_offset: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x, of the gain, and x_hat; see `norm_quantize.py`."""
+    added_NI: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of x, of the gain, x_hat, and the first in grad's dtype; see `norm_quantize.py`."""
     arguments = (grad_NI, grad_scale, x_NX, gain_I, rrms_N, codes_NI, scale_N, out_scale_2)
     if x_NX.is_cuda:
         from bitdistill.kernels import norm_quantize as kernels
 
-        return kernels.norm_quantize_backward(*arguments, gain_offset, activation)
-    return twins.norm_quantize_backward(*arguments, gain_offset, activation)
+        return kernels.norm_quantize_backward(*arguments, gain_offset, activation, added_NI)
+    return twins.norm_quantize_backward(*arguments, gain_offset, activation, added_NI)
 
 
 @norm_quantize_backward.register_fake
@@ -61,27 +62,42 @@ def _(
     out_scale_2: Tensor,
     gain_offset: float,
     activation: str,
+    added_NI: Tensor | None = None,
 ) -> object:
     out = x_NX.new_empty(x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype)
     gain_grad = x_NX.new_empty(grad_NI.shape[1], dtype=torch.float32)
-    return out, gain_grad, grad_NI.new_empty(grad_NI.shape)
+    low = grad_NI.new_empty(0 if added_NI is None else grad_NI.shape)
+    return out, gain_grad, grad_NI.new_empty(grad_NI.shape), low
 
 
 @torch.library.custom_op("bitdistill::int8_product", mutates_args=())
 def int8_product(
-    x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype
+    x_NI: Tensor,
+    x_scale_N: Tensor,
+    w_OI: Tensor,
+    w_scale_O: Tensor,
+    dtype: torch.dtype,
+    residual_NO: Tensor | None = None,
 ) -> Tensor:
-    """float32(x w^T) * (x_scale * w_scale) in `dtype`; see `matmul.py`."""
+    """float32(x w^T) * (x_scale * w_scale) in `dtype`, and a residual added; see `matmul.py`."""
     if x_NI.is_cuda:
         from bitdistill.kernels import matmul as kernels
 
-        return kernels.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype)
-    return twins.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype)
+        return kernels.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype, residual_NO)
+    return twins.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype, residual_NO)
 
 
 @int8_product.register_fake
-def _(x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype) -> object:
-    return x_NI.new_empty(x_NI.shape[0], w_OI.shape[0], dtype=dtype)
+def _(
+    x_NI: Tensor,
+    x_scale_N: Tensor,
+    w_OI: Tensor,
+    w_scale_O: Tensor,
+    dtype: torch.dtype,
+    residual_NO: Tensor | None = None,
+) -> object:
+    kind = dtype if residual_NO is None else residual_NO.dtype
+    return x_NI.new_empty(x_NI.shape[0], w_OI.shape[0], dtype=kind)
 
 
 @torch.library.custom_op("bitdistill::stack_scaled", mutates_args=())
