@@ -110,19 +110,19 @@ KERNELS = {
     "norm_backward": (
         norm_quantize._backward_kernel,
         {**BACKWARD, "x_ptr": F32, "out_ptr": F32},
-        {"NORM": True, "ACT": 0, "ADDED": False, "MAIN": 512, "REST": 64, "VECTOR": 4},
+        {"NORM": True, "ACT": 0, "ADDED": False, "SCALED": True, "MAIN": 512, "REST": 64, "VECTOR": 4},
         1,
     ),
     "residual_backward": (
         norm_quantize._backward_kernel,
         {**BACKWARD, "x_ptr": F32, "out_ptr": F32},
-        {"NORM": True, "ACT": 0, "ADDED": True, "MAIN": 512, "REST": 64, "VECTOR": 4},
+        {"NORM": True, "ACT": 0, "ADDED": True, "SCALED": False, "MAIN": 512, "REST": 64, "VECTOR": 4},
         1,
     ),
     "backward": (
         norm_quantize._backward_kernel,
         BACKWARD,
-        {"NORM": True, "ACT": 1, "ADDED": False, "MAIN": 1024, "REST": 512, "VECTOR": 8},
+        {"NORM": True, "ACT": 1, "ADDED": False, "SCALED": True, "MAIN": 1024, "REST": 512, "VECTOR": 8},
         4,
     ),
     "stack": (
@@ -139,7 +139,7 @@ KERNELS = {
     "wide_backward": (
         norm_quantize._wide_backward_kernel,
         BACKWARD,
-        {"NORM": True, "ACT": 2, "ADDED": False, "ROWS": 2, "BLOCK": 2048},
+        {"NORM": True, "ACT": 2, "ADDED": False, "SCALED": True, "ROWS": 2, "BLOCK": 2048},
         8,
     ),
     "product": (
@@ -211,6 +211,16 @@ KERNELS = {
         },
         {**ALONE, "ROWS": 8, "BLOCK": 512},
         4,
+    ),
+    "gain_sums": (
+        norm_quantize._sums_kernel,
+        {
+            **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr", "out_ptr"), F32),
+            **dict.fromkeys(("first_rows", "second_rows", "third_rows"), I32),
+            **dict.fromkeys(("first_size", "second_size", "third_size"), I32),
+        },
+        {"ROWS": norm_quantize.SUM_ROWS, "BLOCK": norm_quantize.SUM_BLOCK},
+        8,
     ),
     "sums": (
         weights._sums_kernel,

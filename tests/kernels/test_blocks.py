@@ -151,17 +151,18 @@ def test_backward_equals_autograd_in_float64(n: int, i: int, activation: str, no
     x = randn(n, i if activation == "none" else 2 * i)
     gain = randn(i, seed=1).abs() + 0.3 if norm else None
     grad, grad_scale = randn(n, i, seed=2), torch.tensor(0.7, device=DEVICE)
-    out_scale = torch.tensor([0.5, 3.0], device=DEVICE)
+    out_scale = torch.tensor([0.5, 3.0], device=DEVICE).repeat_interleave(i)
     codes, scale, rrms = module.norm_quantize(x, gain, 1e-5, 1.0, activation)
     got = module.norm_quantize_backward(
         grad, grad_scale, x, gain, rrms, codes, scale, out_scale, 1.0, activation
     )
     want = straight_through(x, gain, 1.0, activation, grad * 0.7)
     if activation != "none":
-        want[0] = torch.cat([h * s for h, s in zip(want[0].chunk(2, -1), out_scale, strict=True)], -1)
+        want[0] = torch.cat([h * s for h, s in zip(want[0].chunk(2, -1), (0.5, 3.0), strict=True)], -1)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-4, atol=2e-5)
+    gain_grad = module.sum_rows([got[1]]).double()
     torch.testing.assert_close(
-        got[1].double(), want[1] if norm else torch.zeros_like(got[1].double()), rtol=1e-4, atol=1e-4
+        gain_grad, want[1] if norm else torch.zeros_like(gain_grad), rtol=1e-4, atol=1e-4
     )
     assert torch.equal(got[2], codes * scale[:, None])
 
@@ -208,9 +209,9 @@ def test_product_added_to_a_residual_is_the_addition_of_the_product(
 def test_backward_adds_a_further_gradient(n: int, i: int, norm: bool) -> None:
     x, added = randn(n, i), randn(n, i, seed=4, scale=3.0)
     gain = randn(i, seed=1).abs() + 0.3 if norm else None
-    grad, one = randn(n, i, seed=2), torch.ones(1, device=DEVICE)
+    grad = randn(n, i, seed=2)
     codes, scale, rrms = norm_quantize.norm_quantize(x, gain, 1e-5, 1.0, "none")
-    rest = (one, x, gain, rrms, codes, scale, torch.ones(2, device=DEVICE), 1.0, "none")
+    rest = (None, x, gain, rrms, codes, scale, torch.ones(2 * i, device=DEVICE), 1.0, "none")
     plain = norm_quantize.norm_quantize_backward(grad, *rest)
     got = norm_quantize.norm_quantize_backward(grad, *rest, added)
     assert plain[3].numel() == 0
@@ -222,17 +223,44 @@ def test_backward_adds_a_further_gradient(n: int, i: int, norm: bool) -> None:
     assert low[0].dtype == torch.float32
     assert low[3].dtype == torch.bfloat16
     torch.testing.assert_close(low[3].float(), low[0], rtol=2**-7, atol=0)
-    for value, want in zip(got, twins.norm_quantize_backward(grad, *rest, added), strict=True):
-        torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-4)
+    want = twins.norm_quantize_backward(grad, *rest, added)
+    torch.testing.assert_close(got[1].sum(0, keepdim=True), want[1], rtol=1e-4, atol=1e-4)
+    for k in (0, 2, 3):
+        torch.testing.assert_close(got[k], want[k], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(1, 1)], [(5, 130)], [(300, 17), (1, 64)], [(264, 40), (528, 33), (7, 3)]]
+)
+def test_partial_sums_of_several_gains_are_added_up(shapes: list[tuple[int, int]]) -> None:
+    parts = [randn(*shape, seed=k) for k, shape in enumerate(shapes)]
+    got = norm_quantize.sum_rows(parts)
+    assert got.shape == (sum(columns for _, columns in shapes),)
+    torch.testing.assert_close(got, twins.sum_rows(parts), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [24, 576, 4100, 12300])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_the_number_of_partial_sums_is_known_before_the_rows_are(columns: int, activation: str) -> None:
+    x = randn(3, columns if activation == "none" else 2 * columns)
+    gain = torch.ones(columns, device=DEVICE)
+    codes, scale, rrms = norm_quantize.norm_quantize(x, gain, 1e-5, 0.0, activation)
+    out_scale = torch.ones(2 * columns, device=DEVICE)
+    grad = randn(3, columns)
+    got = norm_quantize.norm_quantize_backward(
+        grad, None, x, gain, rrms, codes, scale, out_scale, 0.0, activation
+    )
+    assert got[1].shape == (norm_quantize.programs_of(columns, activation, DEVICE), columns)
+    assert not got[1].isnan().any()
 
 
 def test_a_gate_takes_no_further_gradient() -> None:
     x, grad = randn(2, 8), randn(2, 4)
     codes, scale, rrms = norm_quantize.norm_quantize(x, None, 0.0, 0.0, "silu")
-    one, two = torch.ones(1, device=DEVICE), torch.ones(2, device=DEVICE)
+    out_scale = torch.ones(8, device=DEVICE)
     with pytest.raises(ValueError, match="silu"):
         norm_quantize.norm_quantize_backward(
-            grad, one, x, None, rrms, codes, scale, two, 0.0, "silu", torch.zeros_like(grad)
+            grad, None, x, None, rrms, codes, scale, out_scale, 0.0, "silu", torch.zeros_like(grad)
         )
 
 

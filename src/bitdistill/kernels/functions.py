@@ -28,6 +28,16 @@ def _parts(stacked_OI: Tensor, rows: list[int], dtype: torch.dtype) -> list[Tens
     return [part.to(dtype) for part in stacked_OI.split(rows)]
 
 
+def _gain_grads(partials: list[Tensor], gains: list[Tensor | None]) -> list[Tensor | None]:
+    """The gains' gradients from their partial sums, in one launch; None where there is no gain."""
+    there = [(part, gain) for part, gain in zip(partials, gains, strict=True) if gain is not None]
+    if not there:
+        return [None] * len(gains)
+    sums = ops.sum_rows([part for part, _ in there]).split([gain.shape[0] for _, gain in there])
+    found = iter([part.to(gain.dtype) for part, (_, gain) in zip(sums, there, strict=True)])
+    return [None if gain is None else next(found) for gain in gains]
+
+
 def _grad_hat(scaled_NO: Tensor, codes_OI: Tensor, int8_backward: bool) -> Tensor:
     """dL/dx_hat [N, I] in the compute dtype."""
     if not int8_backward:
@@ -78,8 +88,8 @@ class TernaryProjections(torch.autograd.Function):
             grads, added = grads[:-1], grads[-1]
         scaled = grads[0] if one else ops.stack_scaled(list(grads), row_scale_O)
         grad_hat = _grad_hat(scaled, codes_OI, ctx.int8_backward)
-        grad_scale = row_scale_O[:1] if one else torch.ones_like(row_scale_O[:1])
-        grad_x, grad_gain, x_hat, _ = ops.norm_quantize_backward(
+        grad_scale = row_scale_O[:1] if one else None
+        grad_x, partial, x_hat, _ = ops.norm_quantize_backward(
             grad_hat,
             grad_scale,
             x_NI,
@@ -95,30 +105,28 @@ class TernaryProjections(torch.autograd.Function):
         grad_weight = scaled.t() @ x_hat
         if not one:
             grad_weight = grad_weight.to(torch.float32) / row_scale_O[:, None]
-        grad_gain = None if gain_I is None else grad_gain.to(gain_I.dtype)
+        (grad_gain,) = _gain_grads([partial], [gain_I])
         parts = _parts(grad_weight, ctx.rows, ctx.weight_dtype)
         return grad_x, grad_gain, *(None,) * 7, *parts
 
 
 def _mlp_backward(
     ctx: Any, grad_NI: Tensor, saved: list[Any], added: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...], Tensor]:
-    """Gradients of a gated layer's input (with `added`, the residual stream's), gains, latents, and of the input once
-    more in the compute dtype (empty without `added`)."""
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...], Tensor]:
+    """Gradients of a gated layer's input (with `added`, the residual stream's), partial sums of the two gains',
+    gradients of the latents, and of the input once more in the compute dtype (empty without `added`)."""
     (
         x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
         codes, row_scale, down_codes, down_scale,
     ) = saved  # fmt: skip
     features, int8 = ctx.features, ctx.int8_backward
-    # The scales of gate and up: one value each, at the first row of either.
-    gate_up_scale = torch.stack([row_scale[0], row_scale[features]])
-    scaled, grad_sub_gain, h_hat, _ = ops.norm_quantize_backward(
+    scaled, sub_partial, h_hat, _ = ops.norm_quantize_backward(
         _grad_hat(grad_NI, down_codes, int8), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
-        gate_up_scale, 0.0, ctx.activation,
+        row_scale, 0.0, ctx.activation,
     )  # fmt: skip
     grad_down = grad_NI.t() @ h_hat
-    grad_x, grad_gain, x_hat, grad_low = ops.norm_quantize_backward(
-        _grad_hat(scaled, codes, int8), torch.ones_like(down_scale[:1]), x_NI, gain_I, rrms, x_codes, x_scale,
+    grad_x, partial, x_hat, grad_low = ops.norm_quantize_backward(
+        _grad_hat(scaled, codes, int8), None, x_NI, gain_I, rrms, x_codes, x_scale,
         row_scale, ctx.gain_offset, "none", added,
     )  # fmt: skip
     grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
@@ -126,13 +134,7 @@ def _mlp_backward(
         *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
         grad_down.to(ctx.weight_dtype),
     )
-    return (
-        grad_x,
-        None if gain_I is None else grad_gain.to(gain_I.dtype),
-        None if sub_gain_F is None else grad_sub_gain.to(sub_gain_F.dtype),
-        weights,
-        grad_low,
-    )
+    return grad_x, [partial, sub_partial], weights, grad_low
 
 
 class TernaryGatedMlp(torch.autograd.Function):
@@ -176,9 +178,9 @@ class TernaryGatedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_x, grad_gain, grad_sub_gain, weights, _ = _mlp_backward(
-            ctx, grads[0], list(ctx.saved_tensors), None
-        )
+        saved = list(ctx.saved_tensors)
+        grad_x, partials, weights, _ = _mlp_backward(ctx, grads[0], saved, None)
+        grad_gain, grad_sub_gain = _gain_grads(partials, [saved[1], saved[6]])
         return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 8, *weights
 
 
@@ -242,14 +244,14 @@ class TernaryBlockTail(torch.autograd.Function):
             a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale,
             *mlp,
         ) = ctx.saved_tensors  # fmt: skip
-        grad_r, grad_gain, grad_sub_gain, weights, grad_o_out = _mlp_backward(
-            ctx, grad_y.to(ctx.dtype), mlp, grad_y
-        )
-        grad_a, grad_a_gain, a_hat, _ = ops.norm_quantize_backward(
+        grad_r, partials, weights, grad_o_out = _mlp_backward(ctx, grad_y.to(ctx.dtype), mlp, grad_y)
+        grad_a, a_partial, a_hat, _ = ops.norm_quantize_backward(
             _grad_hat(grad_o_out, o_codes, ctx.int8_backward), o_scale[:1], a_NA, a_gain_A, a_rrms, a_codes, a_scale,
             o_scale, 0.0, "none",
         )  # fmt: skip
-        grad_a_gain = None if a_gain_A is None else grad_a_gain.to(a_gain_A.dtype)
+        grad_a_gain, grad_gain, grad_sub_gain = _gain_grads(
+            [a_partial, *partials], [a_gain_A, mlp[1], mlp[6]]
+        )
         grad_o = (grad_o_out.t() @ a_hat).to(ctx.weight_dtype)
         return (
             grad_a, grad_r, grad_a_gain, None, None, None, grad_gain, None, None, grad_sub_gain, *(None,) * 8,

@@ -16,6 +16,7 @@ Shape legend: N rows, I features, P programs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ WIDE = 12288
 """Columns of the longest row that the backward kernel keeps in registers."""
 WIDE_ROWS, WIDE_BLOCK = 2, 2048
 """Rows and columns at a time of longer ones."""
+SUM_ROWS, SUM_BLOCK = 256, 16
+"""Rows and columns at a time of the gains' partial sums."""
 WARPS = 16
 """Warps of a multiprocessor that the backward kernel's programs are counted for."""
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 half to even
@@ -204,6 +207,7 @@ def _backward_kernel(
     NORM: tl.constexpr,
     ACT: tl.constexpr,
     ADDED: tl.constexpr,
+    SCALED: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -216,13 +220,15 @@ def _backward_kernel(
         more = MAIN + tl.max_contiguous(tl.arange(0, REST), VECTOR)
         more_inside = more < n_columns
         more_gain_grad = tl.zeros([REST], tl.float32)
-    grad_scale = tl.load(grad_scale_ptr)
+    grad_scale = 1.0
+    if SCALED:
+        grad_scale = tl.load(grad_scale_ptr)
     gate_scale = grad_scale
     up_scale = grad_scale
     out_stride = n_columns
     if ACT != 0:
         gate_scale = tl.load(out_scale_ptr)
-        up_scale = tl.load(out_scale_ptr + 1)
+        up_scale = tl.load(out_scale_ptr + n_columns)
         out_stride = 2 * n_columns
     for number in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + number
@@ -317,6 +323,7 @@ def _wide_backward_kernel(
     NORM: tl.constexpr,
     ACT: tl.constexpr,
     ADDED: tl.constexpr,
+    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -325,10 +332,12 @@ def _wide_backward_kernel(
     A program's share of the gain's gradient lies in memory (its own row, so in L2) between the tiles.
     """
     lanes = tl.arange(0, BLOCK)
-    grad_scale = tl.load(grad_scale_ptr)
+    grad_scale = 1.0
+    if SCALED:
+        grad_scale = tl.load(grad_scale_ptr)
     if ACT != 0:
         gate_scale = tl.load(out_scale_ptr)
-        up_scale = tl.load(out_scale_ptr + 1)
+        up_scale = tl.load(out_scale_ptr + n_columns)
     partial_ptr = gain_grad_ptr + tl.program_id(0) * n_columns
     if NORM:
         for start in range(0, n_columns, BLOCK):
@@ -460,27 +469,39 @@ def norm_quantize(
     return codes, scale, rrms
 
 
+def programs_of(columns: int, activation: str, device: torch.device) -> int:
+    """Programs of the backward kernel: rows of the partial sums, whatever the number of tokens (a compiled graph must
+    know the shape)."""
+    if columns > WIDE:
+        return 4 * _multiprocessors(device)
+    return max(1, WARPS // _backward_tile(columns, activation).warps) * _multiprocessors(device)
+
+
+def _backward_tile(columns: int, activation: str) -> Tile:
+    return tile(columns, 24 if activation == "none" else 12)
+
+
 def norm_quantize_backward(
     grad_NI: Tensor,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
     x_NX: Tensor,
     gain_I: Tensor | None,
     rrms_N: Tensor,
     codes_NI: Tensor,
     scale_N: Tensor,
-    out_scale_2: Tensor,
+    out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
     added_NI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, of the gain (float32 [I], zeros without a norm), x_hat = codes * scale in grad's dtype, and the
-    first one once more in grad's dtype (empty without `added_NI`).
+    """Gradient of x; partial sums [P, I] of the gain's, float32 (zeros [1, I] without a norm; `sum_rows` ends them);
+    x_hat = codes * scale in grad's dtype; and the first once more in grad's dtype (empty without `added_NI`).
 
     Args:
-        grad_NI: gradient of the quantized rows, to be multiplied by the float32 scalar `grad_scale`.
+        grad_NI: gradient of the quantized rows, to be multiplied by the float32 scalar `grad_scale` (None: 1).
         rrms_N, codes_NI, scale_N: what the forward gave.
-        out_scale_2: float32 [2], multiplied into the gradients of gate and up (the scales of their weights);
-            not read without an activation.
+        out_scale_X: float32; elements 0 and I are multiplied into the gradients of gate and up (the scales of their
+            weights, which are the same along each half); not read without an activation.
         added_NI: a further gradient of x, such as the residual stream's, added in float32; not with an activation.
 
     Returns:
@@ -501,25 +522,82 @@ def norm_quantize_backward(
         )
     low = torch.empty_like(grad_NI) if added else grad_NI.new_empty(0)
     added_NI = out if added_NI is None else added_NI.contiguous()
-    wide, shape = columns > WIDE, tile(columns, 24 if activation == "none" else 12)
-    at_once = triton.cdiv(n, WIDE_ROWS) if wide else n
-    a_processor = 4 if wide else max(1, WARPS // shape.warps)
-    programs = max(1, min(at_once, a_processor * _multiprocessors(x_NX.device)))
-    partial = torch.empty(programs, columns, dtype=torch.float32, device=x_NX.device)
+    programs, shape = programs_of(columns, activation, x_NX.device), _backward_tile(columns, activation)
+    kept = 1 if gain_I is None else programs
+    partial = torch.empty(kept, columns, dtype=torch.float32, device=x_NX.device)
     if gain_I is None or n == 0:
         partial.zero_()
     arguments = (
-        grad_NI, grad_scale, x_NX, x_NX if gain_I is None else gain_I, rrms_N, codes_NI, scale_N, out_scale_2,
-        out, partial, x_hat, added_NI, low, n, columns, x_NX.stride(0), gain_offset,
+        grad_NI, scale_N if grad_scale is None else grad_scale, x_NX, x_NX if gain_I is None else gain_I, rrms_N,
+        codes_NI, scale_N, out_scale_X, out, partial, x_hat, added_NI, low, n, columns, x_NX.stride(0), gain_offset,
     )  # fmt: skip
-    kind = {"NORM": gain_I is not None, "ACT": ACTIVATIONS[activation], "ADDED": added}
-    if n and wide:
+    kind = {
+        "NORM": gain_I is not None, "ACT": ACTIVATIONS[activation], "ADDED": added, "SCALED": grad_scale is not None,
+    }  # fmt: skip
+    if n and columns > WIDE:
         _wide_backward_kernel[(programs,)](*arguments, **kind, ROWS=WIDE_ROWS, BLOCK=WIDE_BLOCK, num_warps=8)
     elif n:
         _backward_kernel[(programs,)](
             *arguments, **kind, MAIN=shape.main, REST=shape.rest, VECTOR=_vector(x_NX), num_warps=shape.warps
         )
-    return out, partial.sum(0), x_hat, low
+    return out, partial, x_hat, low
+
+
+@triton.jit
+def _sums_kernel(
+    first_ptr,
+    second_ptr,
+    third_ptr,
+    out_ptr,
+    first_rows,
+    second_rows,
+    third_rows,
+    first_size,
+    second_size,
+    third_size,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    part = tl.program_id(1)
+    source = first_ptr
+    n_rows = first_rows
+    size = first_size
+    start = 0
+    if part == 1:
+        source = second_ptr
+        n_rows = second_rows
+        size = second_size
+        start = first_size
+    if part == 2:
+        source = third_ptr
+        n_rows = third_rows
+        size = third_size
+        start = first_size + second_size
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * BLOCK < size:
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for begin in range(0, n_rows, ROWS):
+            rows = begin + tl.arange(0, ROWS)
+            inside = (rows < n_rows)[:, None] & (columns < size)[None, :]
+            total += tl.load(source + rows[:, None] * size + columns[None, :], mask=inside, other=0.0)
+        tl.store(out_ptr + start + columns, tl.sum(total, 0), mask=columns < size)
+
+
+MOST_PARTIALS = 3
+
+
+def sum_rows(partials: Sequence[Tensor]) -> Tensor:
+    """Sums over the rows of one to three float32 tensors [P_k, I_k], side by side in one tensor: one launch for all
+    gains of a layer, in an order that does not change from run to run."""
+    parts = [part.contiguous() for part in partials]
+    sizes = [part.shape[1] for part in parts]
+    out = torch.empty(sum(sizes), dtype=torch.float32, device=parts[0].device)
+    fill = MOST_PARTIALS - len(parts)
+    _sums_kernel[(triton.cdiv(max(sizes), SUM_BLOCK), len(parts))](
+        *parts, *[parts[0]] * fill, out, *[part.shape[0] for part in parts], *[0] * fill, *sizes, *[0] * fill,
+        ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def _multiprocessors(device: torch.device) -> int:

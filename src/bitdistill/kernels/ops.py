@@ -30,19 +30,19 @@ def _(x_NX: Tensor, gain_I: Tensor | None, eps: float, gain_offset: float, activ
 @torch.library.custom_op("bitdistill::norm_quantize_backward", mutates_args=())
 def norm_quantize_backward(
     grad_NI: Tensor,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
     x_NX: Tensor,
     gain_I: Tensor | None,
     rrms_N: Tensor,
     codes_NI: Tensor,
     scale_N: Tensor,
-    out_scale_2: Tensor,
+    out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
     added_NI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, of the gain, x_hat, and the first in grad's dtype; see `norm_quantize.py`."""
-    arguments = (grad_NI, grad_scale, x_NX, gain_I, rrms_N, codes_NI, scale_N, out_scale_2)
+    """Gradient of x, partial sums of the gain's, x_hat, and the first in grad's dtype; see `norm_quantize.py`."""
+    arguments = (grad_NI, grad_scale, x_NX, gain_I, rrms_N, codes_NI, scale_N, out_scale_X)
     if x_NX.is_cuda:
         from bitdistill.kernels import norm_quantize as kernels
 
@@ -53,21 +53,41 @@ def norm_quantize_backward(
 @norm_quantize_backward.register_fake
 def _(
     grad_NI: Tensor,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
     x_NX: Tensor,
     gain_I: Tensor | None,
     rrms_N: Tensor,
     codes_NI: Tensor,
     scale_N: Tensor,
-    out_scale_2: Tensor,
+    out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
     added_NI: Tensor | None = None,
 ) -> object:
     out = x_NX.new_empty(x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype)
-    gain_grad = x_NX.new_empty(grad_NI.shape[1], dtype=torch.float32)
+    columns, programs = grad_NI.shape[1], 1
+    if x_NX.is_cuda and gain_I is not None:
+        from bitdistill.kernels import norm_quantize as kernels
+
+        programs = kernels.programs_of(int(columns), activation, x_NX.device)
+    gain_grad = x_NX.new_empty(programs, columns, dtype=torch.float32)
     low = grad_NI.new_empty(0 if added_NI is None else grad_NI.shape)
     return out, gain_grad, grad_NI.new_empty(grad_NI.shape), low
+
+
+@torch.library.custom_op("bitdistill::sum_rows", mutates_args=())
+def sum_rows(partials: list[Tensor]) -> Tensor:
+    """Sums over rows, side by side; see `norm_quantize.py`."""
+    if partials[0].is_cuda:
+        from bitdistill.kernels import norm_quantize as kernels
+
+        return kernels.sum_rows(partials)
+    return twins.sum_rows(partials)
+
+
+@sum_rows.register_fake
+def _(partials: list[Tensor]) -> object:
+    return partials[0].new_empty(sum(part.shape[1] for part in partials))
 
 
 @torch.library.custom_op("bitdistill::int8_product", mutates_args=())

@@ -40,24 +40,24 @@ def norm_quantize(
 
 def norm_quantize_backward(
     grad_NI: Tensor,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
     x_NX: Tensor,
     gain_I: Tensor | None,
     rrms_N: Tensor,
     codes_NI: Tensor,
     scale_N: Tensor,
-    out_scale_2: Tensor,
+    out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
     added_NI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, of the gain, x_hat, and the first in grad's dtype (empty without `added_NI`)."""
-    grad = grad_NI.to(torch.float32) * grad_scale
+    """Gradient of x, of the gain [1, I], x_hat, and the first in grad's dtype (empty without `added_NI`)."""
+    grad = grad_NI.to(torch.float32) * (1.0 if grad_scale is None else grad_scale)
     h = gated(x_NX, activation)
-    gain_grad = torch.zeros(grad.shape[1], dtype=torch.float32, device=grad.device)
+    gain_grad = torch.zeros(1, grad.shape[1], dtype=torch.float32, device=grad.device)
     if gain_I is not None:
         normed = h * rrms_N[:, None]
-        gain_grad = (grad * normed).sum(0)
+        gain_grad = (grad * normed).sum(0, keepdim=True)
         grad = grad * (gain_I.to(torch.float32) + gain_offset)
         grad = (grad - normed * (grad * normed).mean(dim=-1, keepdim=True)) * rrms_N[:, None]
     x_hat = (codes_NI.to(torch.float32) * scale_N[:, None]).to(grad_NI.dtype)
@@ -75,8 +75,13 @@ def norm_quantize_backward(
         root, cube = 0.7978845608028654, 0.044715
         s = torch.sigmoid(2 * root * (gate + cube * gate**3))
         acted, slope = gate * s, s + gate * s * (1 - s) * 2 * root * (1 + 3 * cube * gate**2)
-    d_gate, d_up = grad * up * slope * out_scale_2[0], grad * acted * out_scale_2[1]
+    d_gate, d_up = grad * up * slope * out_scale_X[0], grad * acted * out_scale_X[grad.shape[1]]
     return torch.cat([d_gate, d_up], dim=-1).to(grad_NI.dtype), gain_grad, x_hat, low
+
+
+def sum_rows(partials: Sequence[Tensor]) -> Tensor:
+    """Sums over the rows of each, side by side."""
+    return torch.cat([part.sum(0) for part in partials])
 
 
 def int8_product(
