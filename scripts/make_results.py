@@ -165,8 +165,10 @@ def headline_table(folder: Path) -> str:
     """The README's table: teacher, student and direct ternary fine-tuning of each headline recipe."""
     head = ["task, metric", "teacher", "student", "gap [95 %, test rows]", "direct ternary fine-tuning"]
     rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for path in sorted((folder / "sweeps").glob("headline-*.json")):
-        lines = [ln for ln in sweep_tables.lines(sweep_results.read(path)) if ln.cell == "bitdistill"]
+    sweeps = [sweep_results.read(path) for path in sorted((folder / "sweeps").glob("headline-*.json"))]
+    # Sweeps of many recipes first
+    for sweep in sorted(sweeps, key=lambda found: -len({run.recipe for run in found.runs})):
+        lines = [line for line in sweep_tables.lines(sweep) if line.cell == "bitdistill"]
         for recipe in dict.fromkeys(line.recipe for line in lines):
             found = {line.row: line for line in lines if line.recipe == recipe}
             if not {"teacher", "bitdistill"} <= found.keys():
