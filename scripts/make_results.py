@@ -218,14 +218,21 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the page")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the table")
+    parser.add_argument(
+        "--readme", type=Path, help="file with the table (the README, for the repository's own results)"
+    )
     args = parser.parse_args()
     text, figures = page(args.results)
-    old = args.readme.read_text("utf-8")
-    readme = with_table(old, headline_table(args.results))
+    if args.readme is None and args.results == ROOT / "results":
+        args.readme = ROOT / "README.md"
+    old = readme = ""
+    if args.readme is not None:
+        old = args.readme.read_text("utf-8")
+        readme = with_table(old, headline_table(args.results))
     if not args.check:
         write(text, figures, args.docs)
-        args.readme.write_text(readme, "utf-8")
+        if args.readme is not None:
+            args.readme.write_text(readme, "utf-8")
         return 0
     if old != readme:
         print(

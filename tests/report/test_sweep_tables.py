@@ -139,3 +139,41 @@ def test_the_page(tmp_path: Path) -> None:
     assert subprocess.run([*call, "--check"], check=False).returncode == 0
     sweep_results.write(folder / "sweeps/s.json", results(run("a", 0, 0.8)))
     assert subprocess.run([*call, "--check"], check=False, capture_output=True).returncode == 1
+
+
+def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> None:
+    folder, docs, readme = tmp_path / "results", tmp_path / "docs", tmp_path / "README.md"
+    docs.mkdir()
+    two = results(run("bitdistill", 0, 0.8), run("bitdistill", 1, 0.8))
+    sweep_results.write(folder / "sweeps/headline-x.json", two)
+    sweep_results.write(folder / "sweeps/other.json", results(run("bitdistill", 0, 0.5)))
+    call = [
+        sys.executable,
+        str(SCRIPT),
+        "--results",
+        str(folder),
+        "--docs",
+        str(docs),
+        "--readme",
+        str(readme),
+    ]
+    readme.write_text("# A\n\nno marks\n", "utf-8")
+    failed = subprocess.run(call, check=False, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "marks" in failed.stderr
+    readme.write_text("before\n<!-- made by scripts/make_results.py -->\nold\n<!-- end -->\nafter\n", "utf-8")
+    assert subprocess.run([*call, "--check"], check=False, capture_output=True).returncode == 1
+    subprocess.run(call, check=True)
+    text = readme.read_text("utf-8")
+    teacher, student = (
+        sum(found.value for found in (r.row(name) for r in two.runs) if found is not None) / 2
+        for name in ("teacher", "bitdistill")
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| r, ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"| r, accuracy | {teacher:.2f} (2 seeds) | {student:.2f} (2 seeds) | ")
+    assert lines[0].endswith("| not measured |")
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert subprocess.run([*call, "--check"], check=False).returncode == 0
