@@ -30,12 +30,16 @@ def _parts(stacked_OI: Tensor, rows: list[int], dtype: torch.dtype) -> list[Tens
 
 def _gain_grads(partials: list[Tensor], gains: list[Tensor | None]) -> list[Tensor | None]:
     """The gains' gradients from their partial sums, in one launch; None where there is no gain."""
-    there = [(part, gain) for part, gain in zip(partials, gains, strict=True) if gain is not None]
+    there = [part for part, gain in zip(partials, gains, strict=True) if gain is not None]
     if not there:
         return [None] * len(gains)
-    sums = ops.sum_rows([part for part, _ in there]).split([gain.shape[0] for _, gain in there])
-    found = iter([part.to(gain.dtype) for part, (_, gain) in zip(sums, there, strict=True)])
-    return [None if gain is None else next(found) for gain in gains]
+    sums = ops.sum_rows(there).split([part.shape[1] for part in there])
+    grads: list[Tensor | None] = []
+    used = 0
+    for gain in gains:
+        grads.append(None if gain is None else sums[used].to(gain.dtype))
+        used += gain is not None
+    return grads
 
 
 def _grad_hat(scaled_NO: Tensor, codes_OI: Tensor, int8_backward: bool) -> Tensor:

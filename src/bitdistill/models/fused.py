@@ -79,7 +79,7 @@ class Projections:
     def compute(self, x: Tensor) -> list[Tensor]:
         stack = self.stack
         dtype = out_dtype_of(x)
-        *parts, last = TernaryProjections.apply(
+        parts = TernaryProjections.apply(
             x.reshape(-1, x.shape[-1]),
             *_norm_arguments(self.norm),
             stack.codes,
@@ -90,9 +90,7 @@ class Projections:
             *[layer.weight for layer in stack.layers],
         )
         if self.passes_x:
-            self.residual = last.reshape(x.shape)
-        else:
-            parts = [*parts, last]
+            parts, self.residual = parts[:-1], parts[-1].reshape(x.shape)
         shaped = [part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts]
         return [
             part if layer.bias is None else part + layer.bias.to(dtype)
