@@ -45,6 +45,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.add_cleanup(patch.undo)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the tier `gpu`, asked for by name, skip where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible"))
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """Commands set handlers and propagation of the package's logger; the next test wants its own."""

@@ -12,6 +12,7 @@ from bitdistill.errors import ModelError
 from bitdistill.models.fused import fused_layers
 from bitdistill.models.surgery import refine
 from bitdistill.quant.linear import BitLinear
+from bitdistill.train.compile import compile_blocks
 
 from .conftest import TINY, tiny_model
 
@@ -30,7 +31,7 @@ def loss_and_gradients(student: Any, ids: torch.Tensor) -> tuple[torch.Tensor, d
     student.zero_grad(set_to_none=True)
     logits = student(ids, use_cache=False).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-    (logits * weights).sum().backward()
+    (logits * weights.to(logits.device)).sum().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
 
 
@@ -152,6 +153,35 @@ def test_residual_additions_inside_kernels_round_where_a_block_does(name: str, i
     assert grads.keys() == want_grads.keys()
     for key, grad in grads.items():
         assert torch.equal(grad, want_grads[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_kernels_with_and_without_residual_additions_agree_on_a_gpu(
+    name: str, compiling: bool, ids: torch.Tensor
+) -> None:
+    student = student_of(name).to("cuda")
+    found = []
+    for residual in (False, True):
+        torch._dynamo.reset()
+        if compiling:
+            compile_blocks(student)
+        with (
+            torch.autocast("cuda", dtype=torch.bfloat16),
+            fused_layers(student, fuse_residual=residual),
+        ):
+            found.append(loss_and_gradients(student, ids.to("cuda")))
+    torch._dynamo.reset()
+    (want, want_grads), (got, grads) = found
+    assert want.isfinite().all()
+    if compiling:
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.abs().max()))
+    else:
+        assert torch.equal(got, want)
+    assert grads.keys() == want_grads.keys()
+    for key, grad in grads.items():
+        assert float((grad - want_grads[key]).norm()) <= 0.02 * float(want_grads[key].norm()), key
 
 
 def test_what_cannot_be_fused_is_refused_by_name() -> None:
