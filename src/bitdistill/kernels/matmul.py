@@ -27,12 +27,13 @@ from torch import Tensor
 log = logging.getLogger("bitdistill")
 # BLOCK_N, BLOCK_O, BLOCK_I, warps, stages
 TILES: list[tuple[int, int, int, int, int]] = [
-    (128, 256, 64, 8, 3),
     (128, 128, 64, 4, 4),
     (128, 128, 128, 8, 3),
-    (128, 256, 128, 8, 3),
     (256, 128, 128, 8, 3),
     (64, 128, 64, 4, 4),
+    (128, 64, 128, 4, 4),
+    (256, 64, 64, 8, 4),
+    (128, 64, 64, 4, 4),
 ]
 PERSISTENT: list[tuple[int, int, int, int, int]] = [
     (128, 256, 64, 8, 3),
@@ -48,10 +49,36 @@ _chosen: dict[tuple[int, int, int, torch.dtype, torch.dtype | None], int] = {}
 
 @triton.jit
 def _store(y_ptr, residual_ptr, at, y, inside, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr):
+    """y, or residual + y, at int32 offsets `at` from the tile's own start (64 bits an element would take registers)."""
     if RESIDUAL:
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = residual + y.to(DTYPE).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish(
+    y_ptr,
+    residual_ptr,
+    total,
+    x_scale,
+    w_scale_ptr,
+    in_rows,
+    first_column,
+    skipped,
+    n_out,
+    RESIDUAL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Scale and store a tile, or a part of its columns."""
+    columns = skipped + tl.arange(0, BLOCK_O)
+    in_columns = first_column + columns < n_out
+    w_scale = tl.load(w_scale_ptr + first_column + columns, mask=in_columns, other=0.0)
+    y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
+    at = tl.arange(0, BLOCK_N)[:, None] * n_out + columns[None, :]
+    _store(y_ptr, residual_ptr, at, y, in_rows[:, None] & in_columns[None, :], RESIDUAL, DTYPE)
 
 
 @triton.jit
@@ -100,10 +127,21 @@ def _product_kernel(
         x_at += BLOCK_I
         w_at += BLOCK_I
     x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
-    w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
-    y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    at = n.to(tl.int64)[:, None] * n_out + o[None, :]
-    _store(y_ptr, residual_ptr, at, y, (n < n_rows)[:, None] & (o < n_out)[None, :], RESIDUAL, DTYPE)
+    begin = (tile_n * BLOCK_N).to(tl.int64) * n_out + tile_o * BLOCK_O
+    out = (y_ptr + begin, residual_ptr + begin)
+    scales = (x_scale, w_scale_ptr, n < n_rows, tile_o * BLOCK_O)
+    if RESIDUAL:
+        # A quarter of the columns at a time: residuals of a whole tile would not fit registers beside its sums
+        quarter: tl.constexpr = BLOCK_O // 4
+        left, right = tl.split(tl.permute(tl.reshape(total, [BLOCK_N, 2, BLOCK_O // 2]), [0, 2, 1]))
+        first, second = tl.split(tl.permute(tl.reshape(left, [BLOCK_N, 2, quarter]), [0, 2, 1]))
+        third, fourth = tl.split(tl.permute(tl.reshape(right, [BLOCK_N, 2, quarter]), [0, 2, 1]))
+        _finish(*out, first, *scales, 0, n_out, True, DTYPE, BLOCK_N, quarter)
+        _finish(*out, second, *scales, quarter, n_out, True, DTYPE, BLOCK_N, quarter)
+        _finish(*out, third, *scales, 2 * quarter, n_out, True, DTYPE, BLOCK_N, quarter)
+        _finish(*out, fourth, *scales, 3 * quarter, n_out, True, DTYPE, BLOCK_N, quarter)
+    else:
+        _finish(*out, total, *scales, 0, n_out, False, DTYPE, BLOCK_N, BLOCK_O)
 
 
 @triton.jit
@@ -166,8 +204,9 @@ def _scale_kernel(
     x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
     w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
     y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    at = n.to(tl.int64)[:, None] * n_out + o[None, :]
-    _store(y_ptr, residual_ptr, at, y, inside, RESIDUAL, DTYPE)
+    begin = (tl.program_id(0) * ROWS).to(tl.int64) * n_out + tl.program_id(1) * BLOCK
+    at = tl.arange(0, ROWS)[:, None] * n_out + tl.arange(0, BLOCK)[None, :]
+    _store(y_ptr + begin, residual_ptr + begin, at, y, inside, RESIDUAL, DTYPE)
 
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
