@@ -167,7 +167,7 @@ def test_backward_equals_autograd_in_float64(n: int, i: int, activation: str, no
     assert torch.equal(got[2], codes * scale[:, None])
 
 
-@pytest.mark.parametrize("tile", range(len(matmul.TILES)))
+@pytest.mark.parametrize("tile", [matmul.INT_MM, *range(len(matmul.TILES))])
 @pytest.mark.parametrize(("n", "o", "i"), [(1, 1, 1), (17, 33, 65), (130, 70, 200), (3, 300, 128)])
 def test_product_equals_the_reference_bit_for_bit(n: int, o: int, i: int, tile: int) -> None:
     generator = torch.Generator().manual_seed(n + o)
@@ -179,7 +179,7 @@ def test_product_equals_the_reference_bit_for_bit(n: int, o: int, i: int, tile: 
     assert torch.equal(y, twins.int8_product(x, x_scale, w, w_scale, torch.float32))
 
 
-@pytest.mark.parametrize("tile", range(len(matmul.TILES)))
+@pytest.mark.parametrize("tile", [matmul.INT_MM, *range(len(matmul.TILES))])
 @pytest.mark.parametrize(("n", "o", "i"), [(1, 1, 1), (17, 33, 65), (130, 70, 200)])
 def test_product_added_to_a_residual_is_the_addition_of_the_product(
     n: int, o: int, i: int, tile: int
