@@ -22,11 +22,6 @@ def rand_codes(n: int, i: int, low: int, high: int) -> Tensor:
     return torch.randint(low, high, (n, i), device=DEVICE, dtype=torch.int8)
 
 
-def summed(back: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Gradients with the gain's added up."""
-    return back[0], back[1].sum(0), back[2]
-
-
 def section_check(report: Report, shape: Shape, name: str) -> None:
     """Kernels against their twins on this GPU, at the model's own sizes; fused against plain student."""
     from bitdistill.kernels import head, matmul, norm_quantize, weights
@@ -64,18 +59,16 @@ def section_check(report: Report, shape: Shape, name: str) -> None:
             gain = randn(columns).abs() + 0.3
             got = norm_quantize.norm_quantize(x, gain, 1e-5, 0.0, activation)
             want = twins.norm_quantize(x, gain, 1e-5, 0.0, activation)
-            grad, one, two = randn(777, columns).bfloat16(), randn(1), randn(2 * columns).abs()
-            back = norm_quantize.norm_quantize_backward(
-                grad, one, x, gain, got[2], got[0], got[1], two, 0.0, activation
-            )
-            want_back = twins.norm_quantize_backward(
-                grad, one, x, gain, got[2], got[0], got[1], two, 0.0, activation
-            )
+            grad, grad_scale, out_scale = randn(777, columns).bfloat16(), randn(1), randn(2 * columns).abs()
+            given = (grad, grad_scale, x, gain, got[2], got[0], got[1], out_scale, 0.0, activation)
+            back = list(norm_quantize.norm_quantize_backward(*given))
+            want_back = list(twins.norm_quantize_backward(*given))
+            back[1], want_back[1] = norm_quantize.sum_rows([back[1]]), twins.sum_rows([want_back[1]])
             report.line(
                 "check", shape=name, what=kind, codes_differ=int((got[0] != want[0]).sum()), of=got[0].numel(),
                 largest_code_step=int((got[0].int() - want[0].int()).abs().max()),
                 scale_error=float((got[1] / want[1] - 1).abs().max()),
-                gradient_errors=[relative(a, b) for a, b in zip(summed(back), summed(want_back), strict=True)],
+                gradient_errors=[relative(a, b) for a, b in zip(back[:3], want_back[:3], strict=True)],
             )  # fmt: skip
     with report.caught("check", shape=name, what="product"):
         for matrix, (o, i) in block_matrices(config).items():
@@ -193,13 +186,13 @@ def section_rows(report: Report, shape: Shape, name: str) -> None:
         with report.caught("rows", shape=name, what=what):
             wide = columns * (1 if activation == "none" else 2)
             x = torch.randn(n, wide, device=DEVICE).to(dtype)
-            gain, one, two = (torch.ones(k, device=DEVICE) for k in (columns, 1, 2 * columns))
+            gain, grad_scale, out_scale = (torch.ones(k, device=DEVICE) for k in (columns, 1, 2 * columns))
             grad = torch.randn(n, columns, device=DEVICE).bfloat16()
             codes, scale, rrms = norm_quantize.norm_quantize(x, gain, 1e-5, 0.0, activation)
             forward = milliseconds(lambda: norm_quantize.norm_quantize(x, gain, 1e-5, 0.0, activation))
             backward = milliseconds(
                 lambda: norm_quantize.norm_quantize_backward(
-                    grad, one, x, gain, rrms, codes, scale, two, 0.0, activation
+                    grad, grad_scale, x, gain, rrms, codes, scale, out_scale, 0.0, activation
                 )
             )
             bytes_forward = x.nbytes + codes.nbytes

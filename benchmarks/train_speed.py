@@ -47,7 +47,7 @@ from bitdistill.kernels import matmul
 from bitdistill.losses.logits import chunked_language_model_loss
 from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import final_hidden, head_weight, next_tokens
-from bitdistill.models.fused import fused_layers
+from bitdistill.models.fused import FUSE_RESIDUAL, fused_layers
 from bitdistill.models.surgery import refine
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
@@ -107,18 +107,10 @@ CASES = {
     "fused_no_graph": ("fused", "kl", True, False, "ours, with teacher, not replayed"),
     "fused_lm_no_graph": ("fused", "lm", True, False, "ours, not replayed"),
     "fused_lm_int8": ("fused_int8", "lm", True, True, "ours, int8 products for gradients of inputs"),
-    "fused_lm_residual": (
-        "fused_residual",
-        "lm",
-        True,
-        True,
-        "ours, residual additions in products and norms",
-    ),
+    "fused_lm_residual": ("fused_residual", "lm", True, True, "ours, residual additions inside kernels"),
     "fused_eager": ("fused", "kl", False, False, "ours, with teacher, blocks not compiled"),
 }
-
-
-TERNARY = ("ternary", "fused", "fused_int8", "fused_residual")
+TERNARY_KINDS = ("ternary", "fused", "fused_int8", "fused_residual")
 
 
 @contextlib.contextmanager
@@ -137,7 +129,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
         )
         teacher = teacher.to(DEVICE).requires_grad_(False).eval()
     model = source
-    if kind in TERNARY:
+    if kind in TERNARY_KINDS:
         model = refine(source, gains="ones")
         del source
     elif kind == "onebitllms":
@@ -160,13 +152,13 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             compile_blocks(teacher)
     with contextlib.ExitStack() as stack:
         refresh: Callable[[], None] = lambda: None  # noqa: E731
-        if kind in TERNARY:
+        if kind in TERNARY_KINDS:
             config = PretrainConfig.model_validate(
                 {"objective": objective, "loop": {"batch_rows": shape.rows}}
             )
             if kind != "ternary":
-                layers = fused_layers(model, kind == "fused_int8", kind == "fused_residual")
-                refresh = stack.enter_context(layers).refresh
+                residual = FUSE_RESIDUAL or kind == "fused_residual"
+                refresh = stack.enter_context(fused_layers(model, kind == "fused_int8", residual)).refresh
             step = LanguageModelStep(model, teacher, config, compiling, fused=kind != "ternary")
         elif compiling:
             step = fused_loss_step(model)

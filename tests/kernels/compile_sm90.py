@@ -213,7 +213,7 @@ KERNELS = {
         4,
     ),
     "gain_sums": (
-        norm_quantize._sums_kernel,
+        norm_quantize._sum_rows_kernel,
         {
             **dict.fromkeys(("first_ptr", "second_ptr", "third_ptr", "out_ptr"), F32),
             **dict.fromkeys(("first_rows", "second_rows", "third_rows"), I32),

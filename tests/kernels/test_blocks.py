@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bitdistill.kernels import matmul, norm_quantize, stack, twins, weights
+from bitdistill.kernels import matmul, norm_quantize, ops, stack, twins, weights
 from bitdistill.quant.ternary import quantize_activations, ternarize
 
 from .conftest import DEVICE
@@ -259,7 +259,7 @@ def test_a_gate_takes_no_further_gradient() -> None:
     codes, scale, rrms = norm_quantize.norm_quantize(x, None, 0.0, 0.0, "silu")
     out_scale = torch.ones(8, device=DEVICE)
     with pytest.raises(ValueError, match="silu"):
-        norm_quantize.norm_quantize_backward(
+        ops.norm_quantize_backward(
             grad, None, x, None, rrms, codes, scale, out_scale, 0.0, "silu", torch.zeros_like(grad)
         )
 

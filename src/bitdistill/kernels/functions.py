@@ -114,11 +114,42 @@ class TernaryProjections(torch.autograd.Function):
         return grad_x, grad_gain, *(None,) * 7, *parts
 
 
+def _mlp_forward(
+    ctx: Any,
+    x_NI: Tensor,
+    gain_I: Tensor | None,
+    eps: float,
+    gain_offset: float,
+    sub_gain_F: Tensor | None,
+    sub_eps: float,
+    activation: str,
+    codes: Tensor,
+    row_scale: Tensor,
+    down_codes: Tensor,
+    down_scale: Tensor,
+    dtype: torch.dtype,
+    int8_backward: bool,
+    gate: Tensor,
+    residual_NI: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """A gated layer's output (with a residual, their sum), and what `_mlp_backward` needs of it."""
+    x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
+    gate_up = ops.int8_product(x_codes, x_scale, codes, row_scale, dtype)
+    h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
+    ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
+    ctx.features, ctx.int8_backward, ctx.dtype = gate.shape[0], int8_backward, dtype
+    saved = (
+        x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+        codes, row_scale, down_codes, down_scale,
+    )  # fmt: skip
+    return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype, residual_NI), saved
+
+
 def _mlp_backward(
     ctx: Any, grad_NI: Tensor, saved: list[Any], added: Tensor | None
-) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...], Tensor]:
-    """Gradients of a gated layer's input (with `added`, the residual stream's), partial sums of the two gains',
-    gradients of the latents, and of the input once more in the compute dtype (empty without `added`)."""
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], tuple[Tensor, ...], Tensor]:
+    """Gradients of a gated layer's input (with `added`, the residual stream's), partial sums of its two gains' and the
+    gains, gradients of the latents, and of the input once more in the compute dtype (empty without `added`)."""
     (
         x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
         codes, row_scale, down_codes, down_scale,
@@ -138,7 +169,7 @@ def _mlp_backward(
         *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
         grad_down.to(ctx.weight_dtype),
     )
-    return grad_x, [partial, sub_partial], weights, grad_low
+    return grad_x, [partial, sub_partial], [gain_I, sub_gain_F], weights, grad_low
 
 
 class TernaryGatedMlp(torch.autograd.Function):
@@ -169,22 +200,17 @@ class TernaryGatedMlp(torch.autograd.Function):
         up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
-        gate_up = ops.int8_product(x_codes, x_scale, codes, row_scale, dtype)
-        h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
-        ctx.save_for_backward(
-            x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
-            codes, row_scale, down_codes, down_scale,
+        y, saved = _mlp_forward(
+            ctx, x_NI, gain_I, eps, gain_offset, sub_gain_F, sub_eps, activation, codes, row_scale, down_codes,
+            down_scale, dtype, int8_backward, gate, None,
         )  # fmt: skip
-        ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
-        ctx.features, ctx.int8_backward = gate.shape[0], int8_backward
-        return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype)
+        ctx.save_for_backward(*saved)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = list(ctx.saved_tensors)
-        grad_x, partials, weights, _ = _mlp_backward(ctx, grads[0], saved, None)
-        grad_gain, grad_sub_gain = _gain_grads(partials, [saved[1], saved[6]])
+        grad_x, partials, gains, weights, _ = _mlp_backward(ctx, grads[0], list(ctx.saved_tensors), None)
+        grad_gain, grad_sub_gain = _gain_grads(partials, gains)
         return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 8, *weights
 
 
@@ -197,8 +223,8 @@ class TernaryBlockTail(torch.autograd.Function):
     Additions ride on the products' epilogues, their gradients on the norms' backward; the values are those of
     `TernaryProjections`, an addition, `TernaryGatedMlp` and another addition, rounded at the same places.
 
-    Arguments: a; x; SubLN's gain or None and eps; codes [I, A] and row_scale [I] of o; then those of
-    `TernaryGatedMlp` after x, with the latent of o before the other three.
+    Arguments: a; x; SubLN's gain or None and eps; codes [I, A], row_scale [I] and latent of o; then those of
+    `TernaryGatedMlp` after x.
     """
 
     @staticmethod
@@ -210,6 +236,7 @@ class TernaryBlockTail(torch.autograd.Function):
         a_eps: float,
         o_codes: Tensor,
         o_scale: Tensor,
+        o: Tensor,
         gain_I: Tensor | None,
         eps: float,
         gain_offset: float,
@@ -222,42 +249,31 @@ class TernaryBlockTail(torch.autograd.Function):
         down_scale: Tensor,
         dtype: torch.dtype,
         int8_backward: bool,
-        o: Tensor,
         gate: Tensor,
         up: Tensor,
         down: Tensor,
     ) -> Tensor:
         a_codes, a_scale, a_rrms = ops.norm_quantize(a_NA, a_gain_A, a_eps, 0.0, "none")
         r_NI = ops.int8_product(a_codes, a_scale, o_codes, o_scale, dtype, x_NI)
-        r_codes, r_scale, rrms = ops.norm_quantize(r_NI, gain_I, eps, gain_offset, "none")
-        gate_up = ops.int8_product(r_codes, r_scale, codes, row_scale, dtype)
-        h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
-        ctx.save_for_backward(
-            a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale,
-            r_NI, gain_I, r_codes, r_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
-            codes, row_scale, down_codes, down_scale,
+        y, saved = _mlp_forward(
+            ctx, r_NI, gain_I, eps, gain_offset, sub_gain_F, sub_eps, activation, codes, row_scale, down_codes,
+            down_scale, dtype, int8_backward, gate, r_NI,
         )  # fmt: skip
-        ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
-        ctx.features, ctx.int8_backward, ctx.dtype = gate.shape[0], int8_backward, dtype
-        return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype, r_NI)
+        ctx.save_for_backward(a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale, *saved)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad_y,) = grads
-        (
-            a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale,
-            *mlp,
-        ) = ctx.saved_tensors  # fmt: skip
-        grad_r, partials, weights, grad_o_out = _mlp_backward(ctx, grad_y.to(ctx.dtype), mlp, grad_y)
+        a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale, *saved = ctx.saved_tensors
+        grad_r, partials, gains, weights, grad_out = _mlp_backward(ctx, grad_y.to(ctx.dtype), saved, grad_y)
         grad_a, a_partial, a_hat, _ = ops.norm_quantize_backward(
-            _grad_hat(grad_o_out, o_codes, ctx.int8_backward), o_scale[:1], a_NA, a_gain_A, a_rrms, a_codes, a_scale,
+            _grad_hat(grad_out, o_codes, ctx.int8_backward), o_scale[:1], a_NA, a_gain_A, a_rrms, a_codes, a_scale,
             o_scale, 0.0, "none",
         )  # fmt: skip
-        grad_a_gain, grad_gain, grad_sub_gain = _gain_grads(
-            [a_partial, *partials], [a_gain_A, mlp[1], mlp[6]]
-        )
-        grad_o = (grad_o_out.t() @ a_hat).to(ctx.weight_dtype)
+        grad_a_gain, grad_gain, grad_sub_gain = _gain_grads([a_partial, *partials], [a_gain_A, *gains])
+        grad_o = (grad_out.t() @ a_hat).to(ctx.weight_dtype)
         return (
-            grad_a, grad_r, grad_a_gain, None, None, None, grad_gain, None, None, grad_sub_gain, *(None,) * 8,
-            grad_o, *weights,
+            grad_a, grad_r, grad_a_gain, None, None, None, grad_o, grad_gain, None, None, grad_sub_gain, *(None,) * 8,
+            *weights,
         )  # fmt: skip

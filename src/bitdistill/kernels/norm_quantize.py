@@ -31,6 +31,7 @@ WIDE_ROWS, WIDE_BLOCK = 2, 2048
 """Rows and columns at a time of longer ones."""
 SUM_ROWS, SUM_BLOCK = 256, 16
 """Rows and columns at a time of the gains' partial sums."""
+MOST_PARTIALS = 3
 WARPS = 16
 """Warps of a multiprocessor that the backward kernel's programs are counted for."""
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds |v| < 2^22 half to even
@@ -502,7 +503,8 @@ def norm_quantize_backward(
         rrms_N, codes_NI, scale_N: what the forward gave.
         out_scale_X: float32; elements 0 and I are multiplied into the gradients of gate and up (the scales of their
             weights, which are the same along each half); not read without an activation.
-        added_NI: a further gradient of x, such as the residual stream's, added in float32; not with an activation.
+        added_NI: a further gradient of x, such as the residual stream's, added in float32; not with an activation
+            (`ops` refuses it).
 
     Returns:
         the gradient of x is in x's dtype without an activation, in grad's dtype with one.
@@ -516,10 +518,6 @@ def norm_quantize_backward(
     )
     x_hat = torch.empty_like(grad_NI)
     added = added_NI is not None
-    if added and activation != "none":
-        raise ValueError(
-            f"added_NI with activation {activation}: a gate has no residual stream; leave it out"
-        )
     low = torch.empty_like(grad_NI) if added else grad_NI.new_empty(0)
     added_NI = out if added_NI is None else added_NI.contiguous()
     programs, shape = programs_of(columns, activation, x_NX.device), _backward_tile(columns, activation)
@@ -544,7 +542,7 @@ def norm_quantize_backward(
 
 
 @triton.jit
-def _sums_kernel(
+def _sum_rows_kernel(
     first_ptr,
     second_ptr,
     third_ptr,
@@ -583,9 +581,6 @@ def _sums_kernel(
         tl.store(out_ptr + start + columns, tl.sum(total, 0), mask=columns < size)
 
 
-MOST_PARTIALS = 3
-
-
 def sum_rows(partials: Sequence[Tensor]) -> Tensor:
     """Sums over the rows of one to three float32 tensors [P_k, I_k], side by side in one tensor: one launch for all
     gains of a layer, in an order that does not change from run to run."""
@@ -593,7 +588,7 @@ def sum_rows(partials: Sequence[Tensor]) -> Tensor:
     sizes = [part.shape[1] for part in parts]
     out = torch.empty(sum(sizes), dtype=torch.float32, device=parts[0].device)
     fill = MOST_PARTIALS - len(parts)
-    _sums_kernel[(triton.cdiv(max(sizes), SUM_BLOCK), len(parts))](
+    _sum_rows_kernel[(triton.cdiv(max(sizes), SUM_BLOCK), len(parts))](
         *parts, *[parts[0]] * fill, out, *[part.shape[0] for part in parts], *[0] * fill, *sizes, *[0] * fill,
         ROWS=SUM_ROWS, BLOCK=SUM_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -41,7 +41,15 @@ def norm_quantize_backward(
     activation: str,
     added_NI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, partial sums of the gain's, x_hat, and the first in grad's dtype; see `norm_quantize.py`."""
+    """Gradient of x, partial sums of the gain's, x_hat, and the first in grad's dtype; see `norm_quantize.py`.
+
+    Raises:
+        ValueError: a further gradient of x with an activation.
+    """
+    if added_NI is not None and activation != "none":
+        raise ValueError(
+            f"added_NI with activation {activation}: a gate has no residual stream; leave it out"
+        )
     arguments = (grad_NI, grad_scale, x_NX, gain_I, rrms_N, codes_NI, scale_N, out_scale_X)
     if x_NX.is_cuda:
         from bitdistill.kernels import norm_quantize as kernels

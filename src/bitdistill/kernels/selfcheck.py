@@ -81,12 +81,15 @@ def _both_ways(x: Tensor, gain: Tensor, activation: str) -> str | None:
     if _error(scale, want_scale) > 1e-4:
         return f"scales are off by {_error(scale, want_scale):.2g}"
     grad = _randn(x.device, x.shape[0], gain.shape[0]).bfloat16()
-    out_scale = torch.ones(2 * gain.shape[0], device=x.device)
-    rest = (None, x, gain, rrms, codes, scale, out_scale, 0.0, activation)
+    grad_scale = torch.full((1,), 0.7, device=x.device)
+    out_scale = torch.tensor([0.5, 3.0], device=x.device).repeat_interleave(gain.shape[0])
     worst = 0.0
-    for added in (None, _randn(x.device, *x.shape)) if activation == "none" else (None,):
-        got = list(kernels.norm_quantize_backward(grad, *rest, added))
-        want = list(twins.norm_quantize_backward(grad, *rest, added))
+    # As fused layers call it: with a scale, or with the residual stream's gradient
+    added = _randn(x.device, *x.shape)
+    for scale_of_grad, further in ((grad_scale, None), (None, added if activation == "none" else None)):
+        rest = (scale_of_grad, x, gain, rrms, codes, scale, out_scale, 0.0, activation, further)
+        got = list(kernels.norm_quantize_backward(grad, *rest))
+        want = list(twins.norm_quantize_backward(grad, *rest))
         got[1], want[1] = kernels.sum_rows([got[1]]), twins.sum_rows([want[1]])
         worst = max(worst, *map(_error, got, want))
     return None if worst < GRADIENT_ERROR else f"gradients are off by {worst:.2g}"

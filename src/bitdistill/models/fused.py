@@ -126,12 +126,12 @@ class GatedMlp:
     ) -> None:
         self.gate_up, self.down, self.norm, self.activation = gate_up, down, norm, activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What `TernaryGatedMlp` takes after its input."""
         gate, up = self.gate_up.layers
         (down,) = self.down.layers
         sub_gain, sub_eps, _ = _norm_arguments(down.subln)
-        y: Tensor = TernaryGatedMlp.apply(
-            x.reshape(-1, x.shape[-1]),
+        return (
             *_norm_arguments(self.norm),
             sub_gain,
             sub_eps,
@@ -140,12 +140,15 @@ class GatedMlp:
             self.gate_up.row_scale,
             self.down.codes,
             self.down.row_scale,
-            out_dtype_of(x),
+            dtype,
             self.gate_up.int8_backward,
             gate.weight,
             up.weight,
             down.weight,
         )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = TernaryGatedMlp.apply(x.reshape(-1, x.shape[-1]), *self.arguments(out_dtype_of(x)))
         return y.reshape(x.shape)
 
 
@@ -156,31 +159,17 @@ class BlockTail:
         self.o, self.mlp = o, mlp
 
     def __call__(self, attention: Tensor, residual: Tensor) -> Tensor:
-        (o,), (down,) = self.o.layers, self.mlp.down.layers
-        gate, up = self.mlp.gate_up.layers
-        a_gain, a_eps, _ = _norm_arguments(o.subln)
-        sub_gain, sub_eps, _ = _norm_arguments(down.subln)
+        (o,) = self.o.layers
+        gain, eps, _ = _norm_arguments(o.subln)
         y: Tensor = TernaryBlockTail.apply(
             attention.reshape(-1, attention.shape[-1]),
             residual.reshape(-1, residual.shape[-1]),
-            a_gain,
-            a_eps,
+            gain,
+            eps,
             self.o.codes,
             self.o.row_scale,
-            *_norm_arguments(self.mlp.norm),
-            sub_gain,
-            sub_eps,
-            self.mlp.activation,
-            self.mlp.gate_up.codes,
-            self.mlp.gate_up.row_scale,
-            self.mlp.down.codes,
-            self.mlp.down.row_scale,
-            out_dtype_of(attention),
-            self.o.int8_backward,
             o.weight,
-            gate.weight,
-            up.weight,
-            down.weight,
+            *self.mlp.arguments(out_dtype_of(attention)),
         )
         return y.reshape(residual.shape)
 
@@ -204,7 +193,7 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 class FusedLayers:
     """The fused layers of one student. `refresh` must run after every change of the latents."""
 
-    def __init__(self, student: Any, int8_backward: bool = False, fuse_residual: bool = False) -> None:
+    def __init__(self, student: Any, int8_backward: bool, fuse_residual: bool) -> None:
         self.int8_backward, self.fuse_residual = int8_backward, fuse_residual
         self.stacks: list[StackedCodes] = []
         self._attached: list[tuple[nn.Module, str]] = []
@@ -235,7 +224,6 @@ class FusedLayers:
         gate_up, down_stack = self._stack([gate, up]), self._stack([down])
         layer = GatedMlp(gate_up, down_stack, before_mlp, activation)
         if whole:
-            # The latents' order in the table of codes is free; o comes first as everywhere
             o = self._stack([attention.o_proj])
             self.stacks.append(o)
             attention.q_proj.fused.group.passes_x = True
@@ -313,19 +301,19 @@ def check_fusible(student: Any) -> None:
 
 @contextlib.contextmanager
 def fused_layers(
-    student: Any, int8_backward: bool = False, fuse_residual: bool | None = None
+    student: Any, int8_backward: bool = False, fuse_residual: bool = FUSE_RESIDUAL
 ) -> Iterator[FusedLayers]:
     """Inside, the student computes by fused layers; call `refresh` on what this yields before every step.
 
     Args:
         int8_backward: make the gradients of the layers' inputs with int8 products (see `kernels.functions`).
-        fuse_residual: take residual additions into the products and norms; None: `FUSE_RESIDUAL`.
+        fuse_residual: take residual additions into the products and norms.
 
     Raises:
         ModelError: a layer is not plain ternary with int8 activations.
     """
     check_fusible(student)
-    fused = FusedLayers(student, int8_backward, FUSE_RESIDUAL if fuse_residual is None else fuse_residual)
+    fused = FusedLayers(student, int8_backward, fuse_residual)
     try:
         yield fused
     finally:
