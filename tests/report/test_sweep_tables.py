@@ -162,7 +162,11 @@ def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> No
     assert failed.returncode == 1
     assert "marks" in failed.stderr
     readme.write_text("before\n<!-- made by scripts/make_results.py -->\nold\n<!-- end -->\nafter\n", "utf-8")
-    assert subprocess.run([*call, "--check"], check=False, capture_output=True).returncode == 1
+    subprocess.run(call, check=True)
+    readme.write_text(readme.read_text("utf-8").replace("2 seeds", "3 seeds"), "utf-8")
+    stale = subprocess.run([*call, "--check"], check=False, capture_output=True, text=True)
+    assert stale.returncode == 1
+    assert "its table is not what results/ say" in stale.stderr
     subprocess.run(call, check=True)
     text = readme.read_text("utf-8")
     teacher, student = (
@@ -173,7 +177,7 @@ def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> No
     assert len(lines) == 1
     assert lines[0].startswith(f"| r, accuracy | {teacher:.2f} (2 seeds) | {student:.2f} (2 seeds) | ")
     assert lines[0].endswith("| not measured |")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert subprocess.run([*call, "--check"], check=False).returncode == 0
