@@ -215,7 +215,10 @@ def test_backward_adds_a_further_gradient(n: int, i: int, norm: bool) -> None:
     plain = norm_quantize.norm_quantize_backward(grad, *rest)
     got = norm_quantize.norm_quantize_backward(grad, *rest, added)
     assert plain[3].numel() == 0
-    assert torch.equal(got[0], plain[0] + added)
+    if DEVICE.type == "cuda":  # where the last product and the addition are one instruction
+        torch.testing.assert_close(got[0], plain[0] + added, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(got[0], plain[0] + added)
     assert torch.equal(got[3], got[0])
     assert torch.equal(got[1], plain[1])
     assert torch.equal(got[2], plain[2])

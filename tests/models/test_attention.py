@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ def test_other_attention_is_refused() -> None:
         (2.0, 1.0, 0.0, "CUDNN_ATTENTION"),
         (1.0, 1.0, 0.0, "FLASH_ATTENTION"),
         (2.0, 1.0, 0.5, "FLASH_ATTENTION"),  # fast and wrong
+        (2.0, 1.0, float("nan"), "FLASH_ATTENTION"),
         (2.0, None, 0.0, "FLASH_ATTENTION"),  # not there
     ],
 )
@@ -73,10 +75,10 @@ def test_the_faster_attention_is_preferred_when_it_is_right(
 ) -> None:
     def timed(config: Any, rows: int, tokens: int, device: torch.device, backend: Any) -> Any:
         if backend.name == "FLASH_ATTENTION":
-            return flash_ms, [torch.ones(4)]
+            return flash_ms, [torch.ones(4)] * 2
         if cudnn_ms is None:
             raise RuntimeError("No available kernel")
-        return cudnn_ms, [torch.ones(4) + cudnn_error]
+        return cudnn_ms, [torch.ones(4), torch.ones(4) + cudnn_error]
 
     orders = []
     monkeypatch.setattr(attention, "_timed_attention", timed)
@@ -92,6 +94,104 @@ def test_the_faster_attention_is_preferred_when_it_is_right(
     assert sorted(orders[0]) == ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "MATH"]
     with attention.fastest_attention(config, 4, 16, torch.device("cpu")):
         assert len(orders) == 1
+    with attention.fastest_attention(tiny_model("gemma3_text").config, 4, 16, torch.device("cuda")):
+        assert orders[1] == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+
+
+class Flash:
+    """FlashAttention's variants in plain torch, and how they were called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.dtype, int | None, bool]] = []
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        starts: torch.Tensor | None,
+        longest: int,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        self.calls.append((query.dtype, window, starts is not None))
+        assert query.dtype == key.dtype == value.dtype
+        q, k, v = (x.transpose(-3, -2) for x in (query, key, value))
+        tokens = q.shape[-2]
+        if starts is None:
+            assert tokens == longest
+            starts = torch.tensor([0, tokens])
+        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None, :]
+        seen = torch.zeros(tokens, tokens, dtype=torch.bool)
+        for first, end in itertools.pairwise(starts.tolist()):
+            assert end - first <= longest
+            seen[first:end, first:end] = True
+        seen &= (distance >= 0) & (distance < (window or tokens))
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling)
+        return out.transpose(-3, -2)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_under_autocast_a_gpu_gets_windows_and_packed_rows_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, name: str, packed: bool
+) -> None:
+    """Rotary embeddings give float32 there, for which there is no FlashAttention: sdpa casts, and so must we."""
+    model = tiny_model(name)
+    rows = {"row_starts": torch.tensor([0, 11, 12, 40], dtype=torch.int32), "longest_row": 28}
+    kwargs: dict[str, Any] = {"use_cache": False}
+    if packed:
+        position = torch.cat([torch.arange(n) for n in (11, 1, 28)])[None]
+        kwargs |= rows | {"position_ids": position}
+    ids = torch.randint(3, 100, (1 if packed else 2, 40), generator=torch.Generator().manual_seed(0))
+    with causal_only(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        want = model.model(ids, **kwargs).last_hidden_state
+        flash = Flash()
+        monkeypatch.setattr(attention, "_flash", flash)
+        monkeypatch.setattr(attention, "_is_half_on_gpu", lambda query: query.dtype == torch.bfloat16)
+        got = model.model(ids, **kwargs).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+    windows = [8, 8, None] if name == "gemma3_text" else [None] * model.config.num_hidden_layers
+    if not packed:
+        windows = [window for window in windows if window is not None]
+    assert flash.calls == [(torch.bfloat16, window, packed) for window in windows]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize(("tokens", "window"), [(640, 512), (704, 100), (96, 1), (64, 64)])
+def test_a_window_on_a_gpu_is_that_of_the_mask(size: int, tokens: int, window: int) -> None:
+    """Finite gradients too, where sdpa with a mask gives NaN (rows whose logits are all low)."""
+    q, k, v = (torch.randn(2, tokens, h, size).transpose(1, 2).bfloat16() for h in (4, 1, 1))
+    q[..., 0], k[..., 0] = 1.0, -120 * size**0.5
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        leaves = [x.detach().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out, _ = attention.causal_attention(torch.nn.Module(), *leaves, None, sliding_window=window)
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        assert all(torch.isfinite(grad).all() for grad in grads)
+        # Not column 0: sums that cancel, times 120
+        found.append([x.float().cpu()[..., 1:] for x in (out, *grads)])
+    for want, got in zip(*found, strict=True):
+        assert float((got - want).norm() / want.norm()) < 0.02
+
+
+@pytest.mark.gpu
+def test_a_gemma_trains_on_a_gpu_in_bfloat16() -> None:
+    """Heads of 256 and rows longer than the window: gradients are finite and those of float32 on a CPU."""
+    config = {"head_dim": 256, "sliding_window": 64, "layer_types": ["sliding_attention"] * 3}
+    ids = torch.randint(3, 100, (2, 192), generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("gemma3_text", **config).to(device)
+        with causal_only(model), torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            hidden = model.model(ids.to(device), use_cache=False).last_hidden_state
+            hidden.float().square().mean().backward()
+        found.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
+    for name, want in found[0].items():
+        error = float((found[1][name] - want).norm() / want.norm())
+        assert error < 0.05, (name, error)
 
 
 @pytest.mark.gpu

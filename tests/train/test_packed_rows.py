@@ -10,7 +10,6 @@ import torch
 from bitdistill.config import DistillConfig
 from bitdistill.data.batches import PACKED_MULTIPLE, Batch, TaskBatches
 from bitdistill.data.tasks import Example
-from bitdistill.errors import ModelError
 from bitdistill.models.attention import causal_only
 from bitdistill.models.forward import final_hidden
 from bitdistill.models.surgery import refine
@@ -78,15 +77,30 @@ def test_every_row_comes_once_an_epoch() -> None:
     assert sorted(seen) == list(range(10))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows_at_a_time", "sizes"),
+    [(None, None, [8]), (80, None, [8]), (79, None, [4, 4]), (40, None, [2, 2, 2, 2]), (80, 3, [3, 3, 2]), (1, None, [1] * 8)],
+)  # fmt: skip
+def test_micro_batches_are_full_of_rows_not_of_padding(
+    tokens: int | None, rows_at_a_time: int | None, sizes: list[int]
+) -> None:
+    lengths = [30, 2, 5, 9, 11, 3, 12, 8]
+    packed = TaskBatches(
+        [Example((5,) * (n - 1), (6,), 0, (), "", "") for n in lengths],
+        batch_rows=8, micro_batch_rows=rows_at_a_time, micro_batch_tokens=tokens, seed=1, pad_id=2, packing=True,
+    )  # fmt: skip
+    batches = packed.micro_batches(0)
+    assert [len(batch.indices) for batch in batches] == sizes
+    assert sum(batch.weight for batch in batches) == pytest.approx(1.0)
+    if tokens is not None:
+        assert all(batch.tokens <= tokens or len(batch.indices) == 1 for batch in batches)
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_rows_do_not_see_one_another(name: str) -> None:
     model = tiny_model(name).eval()
     padded, packed = pair()
     with causal_only(model), torch.no_grad():
-        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-            with pytest.raises(ModelError, match=r"loop\.packing: false"):
-                final_hidden(model, packed.input_ids_BT, **packed.packing)
-            return
         want = final_hidden(model, padded.input_ids_BT)
         got = final_hidden(model, packed.input_ids_BT, **packed.packing)
     assert packed.starts_R is not None

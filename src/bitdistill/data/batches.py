@@ -132,7 +132,8 @@ class TaskBatches:
         examples: encoded rows.
         batch_rows: rows of one optimizer step.
         micro_batch_rows: rows of one forward/backward; None: batch_rows.
-        micro_batch_tokens: tokens of one forward/backward (see `Loop.rows_at_a_time`).
+        micro_batch_tokens: tokens of one forward/backward (see `Loop.rows_at_a_time`; with packing those of the rows,
+            without padding).
         seed: of the order.
         pad_id: token id of the padding; its value reaches no loss.
         bucket_multiple: micro-batches are padded to a multiple of this.
@@ -206,8 +207,23 @@ class TaskBatches:
         """The micro-batches of an optimizer step; their weights sum to 1."""
         rows = self.rows(step)
         total = int(self._answers[rows].sum())
-        size = self._loop.rows_at_a_time(self._padded_length(int(self._lengths[rows].max())))
+        if self.packing:
+            size = self._packed_rows_at_a_time(rows)
+        else:
+            size = self._loop.rows_at_a_time(self._padded_length(int(self._lengths[rows].max())))
         return [self._assemble(rows[start : start + size], total) for start in range(0, len(rows), size)]
+
+    def _packed_rows_at_a_time(self, rows: NDArray[np.int64]) -> int:
+        """As many as fit `micro_batch_tokens` without padding, or what halving them gives: equal numbers of rows, so
+        that few shapes occur."""
+        size, limit = min(self._loop.micro_batch_rows or len(rows), len(rows)), self._loop.micro_batch_tokens
+        lengths = self._lengths[rows]
+        while limit is not None and size > 1:
+            fullest = max(int(lengths[n : n + size].sum()) for n in range(0, len(rows), size))
+            if fullest <= limit:
+                break
+            size = -(-size // 2)
+        return size
 
     def _order(self, epoch: int) -> list[NDArray[np.int64]]:
         rng = _generator(self.seed, epoch)

@@ -224,7 +224,8 @@ def _product(
 ) -> None:
     """One way of the product; `dtype` is what y is rounded to before a residual is added."""
     (n, i), o = x.shape, w.shape[0]
-    added = {"RESIDUAL": residual is not None, "DTYPE": _TRITON_DTYPES[dtype]}
+    # Not fused to one rounding: with a residual the product is rounded first
+    added = {"RESIDUAL": residual is not None, "DTYPE": _TRITON_DTYPES[dtype], "enable_fp_fusion": False}
     residual = y if residual is None else residual
     if tile >= FIRST_PERSISTENT:
         _persistent_product(y, x, x_scale, w, w_scale, PERSISTENT[tile - FIRST_PERSISTENT])

@@ -2,8 +2,12 @@
 
 transformers makes its mask outside the layers and, to find packed rows, reads position ids back to the host in
 every forward pass. Rows here are full or padded on the right, so causality is all the masking there is: this
-attention asks sdpa for it directly and cuts the window of sliding layers itself. No mask is made and nothing is
-read back, which also lets a whole step be captured in a CUDA graph.
+attention asks sdpa for it directly, and FlashAttention for the window of sliding layers. No mask is made and nothing
+is read back, which also lets a whole step be captured in a CUDA graph. Elsewhere than on a GPU in half precision, a
+window is a mask.
+
+A mask on a GPU is worse than slow: cuDNN, which sdpa prefers on Hopper since torch 2.11, gives NaN in the gradient of
+the queries with one (pytorch/pytorch#196678; at head size 256, Gemma's, in every step of docs/log.md, run 15).
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import ModelError
+from bitdistill.quant.linear import out_dtype_of
 
 log = logging.getLogger("bitdistill")
 CAUSAL_NAME = "bitdistill_causal"
@@ -46,39 +51,81 @@ def causal_attention(
     With `row_starts` (`Batch.starts_R`) the one row holds packed rows of at most `longest_row` tokens, which do not
     see one another.
     """
+    # As sdpa does under autocast, where the rotary embedding leaves queries and keys in float32
+    query, key, value = (x.to(out_dtype_of(x)) for x in (query, key, value))
     if row_starts is not None:
-        if sliding_window is not None and longest_row > sliding_window:
-            raise ModelError(
-                f"packed rows of up to {longest_row} tokens exceed the window of {sliding_window}; "
-                "set loop.packing: false"
-            )
-        return packed_attention(query, key, value, row_starts, longest_row, kwargs.get("scaling")), None
+        scaling = kwargs.get("scaling")
+        return packed_attention(query, key, value, row_starts, longest_row, scaling, sliding_window), None
     tokens = query.shape[2]
     if sliding_window is not None and tokens > sliding_window:
+        if _is_half_on_gpu(query):
+            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+            return _flash(q, k, v, None, tokens, kwargs.get("scaling"), sliding_window), None
         position = torch.arange(tokens, device=query.device)
-        distance = position[:, None] - position[None, :]
-        attention_mask = ((distance >= 0) & (distance < sliding_window))[None, None]
+        attention_mask = _seen(position, sliding_window)[None, None]
     result: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
 
 
+def _is_half_on_gpu(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _seen(position: Tensor, window: int | None) -> Tensor:
+    """bool [T, T]: what the position of a row sees of the positions of the columns."""
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_starts: Tensor | None,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """FlashAttention over [B, T, H, D], or [T, H, D] with `row_starts`; keys may have fewer heads."""
+    left = None if window is None or window >= longest else window - 1
+    out, *_ = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        row_starts,
+        row_starts,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scaling,
+        window_size_left=left,
+        window_size_right=None if left is None else 0,
+    )
+    return out  # type: ignore[no-any-return]
+
+
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, row_starts: Tensor, longest_row: int, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_starts: Tensor,
+    longest_row: int,
+    scaling: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention [1, T, H, D] of packed rows: FlashAttention of variable lengths, or a mask on a CPU."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if _is_half_on_gpu(query):
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        out, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, row_starts, row_starts, longest_row, longest_row, 0.0, True, False, scale=scaling
-        )
-        return out[None]  # type: ignore[no-any-return]
+        return _flash(q, k, v, row_starts, longest_row, scaling, window)[None]
     position = torch.arange(query.shape[2], device=query.device, dtype=row_starts.dtype)
     row = torch.searchsorted(row_starts[1:].contiguous(), position, right=True)
-    mask = (row[:, None] == row[None, :]) & (position[:, None] >= position[None, :])
+    mask = (row[:, None] == row[None, :]) & _seen(position, window)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return out.transpose(1, 2)
 
@@ -160,11 +207,14 @@ def fastest_attention(
     Which of the two is faster depends on GPU, head size and length, so both are timed, forward and backward, on the
     model's own shape, with rows enough that the GPU's time is measured and not the time of launching. A backend that
     fails or whose gradients are apart from the other's is not taken. All backends stay allowed: this is an order, not
-    a restriction.
+    a restriction. Models with sliding layers do without cuDNN (see the module's docstring).
     """
-    if device.type != "cuda" or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return contextlib.nullcontext()  # windows need mask tensors, which are not what is timed here
+    if device.type != "cuda":
+        return contextlib.nullcontext()
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        return sdpa_kernel([flash, *rest], set_priority=True)
     found: dict[SDPBackend, tuple[float, list[Tensor]]] = {}
     for backend in (flash, cudnn):
         try:
@@ -173,12 +223,12 @@ def fastest_attention(
             )
         except RuntimeError as error:
             log.debug("attention: %s is left out: %s", backend.name, str(error).splitlines()[0])
-    order = [flash, cudnn, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [flash, cudnn, *rest]
     if len(found) == 2 and found[cudnn][0] < 0.95 * found[flash][0]:
         pairs = zip(found[cudnn][1], found[flash][1], strict=True)
-        worst = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
-        if worst < 0.02:
-            order = [cudnn, flash, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        # not max(): it may pass a NaN over
+        if all(float((a - b).float().norm() / b.float().norm()) < 0.02 for a, b in pairs):
+            order = [cudnn, flash, *rest]
     log.debug("attention: %s, ms %s", order[0].name, {b.name: round(v[0], 3) for b, v in found.items()})
     return sdpa_kernel(order, set_priority=True)
 
