@@ -187,39 +187,44 @@ def naive_rows(shape: Shape, fake_quantized: bool) -> int:
 
 def section_train(report: Report, shape: Shape, name: str, cases: list[str], limit_s: float) -> None:
     """Whole stage-2 steps, case by case."""
-    config = shape.config()
     for case in cases:
-        if report.over("train", shape=name, case=case):
-            continue
-        with report.caught("train", shape=name, case=case), built(case, shape) as (model, step, refresh):
-            _, objective, _, replay, about = CASES[case]
-            naive = CASES[case][0] in ("plain", "onebitllms") and not CASES[case][2]
-            fit_rows = naive_rows(shape, CASES[case][0] == "onebitllms") if naive else shape.rows
-            micro = shape.rows
-            while micro > max(1, fit_rows):
-                micro //= 2
-            batches = [
-                [corpus_batch(config, micro, shape.length, 100 * k + m) for m in range(shape.rows // micro)]
-                for k in range(4)
-            ]
-            gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
-            trained = [p for p in model.parameters() if p.requires_grad]
-            replay = replay and wants_graphs(
-                Loop(batch_rows=micro),
-                DEVICE,
-                sum(p.numel() for p in trained),
-                micro * shape.length,
-                getattr(step, "launch_bound", LAUNCH_BOUND),
-            )
-            if replay:
-                gradients = ReplayedGradients(step, trained, DEVICE, "bfloat16")
-            found = timed_steps(model, gradients, batches, refresh, limit_s)
-            rate = flops_a_token(config, shape.length, objective == "kl") * found["tokens_s"]
-            report.line(
-                "train", shape=name, case=case, about=about, rows=shape.rows, micro_rows=micro,
-                length=shape.length, objective=objective, replayed=replay and gradients.enabled,
-                model_tflops=rate / 1e12, mfu=rate / NOMINAL_BF16, **found,
-            )  # fmt: skip
+        if not report.over("train", shape=name, case=case):
+            with report.caught("train", shape=name, case=case):
+                train_case(report, shape, name, case, limit_s)
+
+
+def train_case(report: Report, shape: Shape, name: str, case: str, limit_s: float) -> None:
+    """One case. In a function of its own, so that nothing of it is alive when the next one's memory is taken."""
+    config = shape.config()
+    with built(case, shape) as (model, step, refresh):
+        _, objective, _, replay, about = CASES[case]
+        naive = CASES[case][0] in ("plain", "onebitllms") and not CASES[case][2]
+        fit_rows = naive_rows(shape, CASES[case][0] == "onebitllms") if naive else shape.rows
+        micro = shape.rows
+        while micro > max(1, fit_rows):
+            micro //= 2
+        batches = [
+            [corpus_batch(config, micro, shape.length, 100 * k + m) for m in range(shape.rows // micro)]
+            for k in range(4)
+        ]
+        gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        replay = replay and wants_graphs(
+            Loop(batch_rows=micro),
+            DEVICE,
+            sum(p.numel() for p in trained),
+            micro * shape.length,
+            getattr(step, "launch_bound", LAUNCH_BOUND),
+        )
+        if replay:
+            gradients = ReplayedGradients(step, trained, DEVICE, "bfloat16")
+        found = timed_steps(model, gradients, batches, refresh, limit_s)
+        rate = flops_a_token(config, shape.length, objective == "kl") * found["tokens_s"]
+        report.line(
+            "train", shape=name, case=case, about=about, rows=shape.rows, micro_rows=micro,
+            length=shape.length, objective=objective, replayed=replay and gradients.enabled,
+            model_tflops=rate / 1e12, mfu=rate / NOMINAL_BF16, **found,
+        )  # fmt: skip
 
 
 def section_profile(report: Report, shape: Shape, name: str, cases: list[str]) -> None:

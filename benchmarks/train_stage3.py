@@ -99,19 +99,21 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
 def section_stage3(report: Report, shape: Shape, name: str, cases: list[str], limit_s: float) -> None:
     """Teacher and student on short rows: 128 x 48 tokens, three quarters of them real."""
     for case in cases:
-        if report.over("stage3", shape=name, case=case):
-            continue
-        with (
-            report.caught("stage3", shape=name, case=case),
-            built(case, shape) as (student, gradients, refresh),
-        ):
-            batches = [[task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case][3])]]
-            found = timed_steps(student, gradients, batches, refresh, limit_s)
-            report.line(
-                "stage3", shape=name, case=case, rows=ROWS, length=LENGTH,
-                replayed=len(getattr(gradients, "graphs", ())) or len(getattr(gradients, "seen", ())),
-                still_replaying=bool(getattr(gradients, "enabled", False)), **found,
-            )  # fmt: skip
+        if not report.over("stage3", shape=name, case=case):
+            with report.caught("stage3", shape=name, case=case):
+                stage3_case(report, shape, name, case, limit_s)
+
+
+def stage3_case(report: Report, shape: Shape, name: str, case: str, limit_s: float) -> None:
+    """One case. In a function of its own, so that nothing of it is alive when the next one's memory is taken."""
+    with built(case, shape) as (student, gradients, refresh):
+        batches = [[task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case][3])]]
+        found = timed_steps(student, gradients, batches, refresh, limit_s)
+        report.line(
+            "stage3", shape=name, case=case, rows=ROWS, length=LENGTH,
+            replayed=len(getattr(gradients, "graphs", ())) or len(getattr(gradients, "seen", ())),
+            still_replaying=bool(getattr(gradients, "enabled", False)), **found,
+        )  # fmt: skip
 
 
 def section_stage3_profile(report: Report, shape: Shape, name: str, cases: list[str]) -> None:

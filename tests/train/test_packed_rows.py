@@ -79,8 +79,15 @@ def test_every_row_comes_once_an_epoch() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "rows_at_a_time", "sizes"),
-    [(None, None, [8]), (80, None, [8]), (79, None, [4, 4]), (40, None, [2, 2, 2, 2]), (80, 3, [3, 3, 2]), (1, None, [1] * 8)],
-)  # fmt: skip
+    [
+        (None, None, [8]),
+        (80, None, [8]),
+        (79, None, [4, 4]),
+        (40, None, [2, 2, 2, 2]),
+        (80, 3, [3, 3, 2]),
+        (1, None, [1] * 8),
+    ],
+)
 def test_micro_batches_are_full_of_rows_not_of_padding(
     tokens: int | None, rows_at_a_time: int | None, sizes: list[int]
 ) -> None:
