@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -205,3 +206,106 @@ def test_packed_attention_on_a_gpu_is_that_of_the_mask() -> None:
         found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=0.05, atol=0.05)
+
+
+def test_a_run_on_a_gpu_does_without_cudnn_until_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitdistill.stages import common
+
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert common.choose_device("cpu").type == "cpu"
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert common.choose_device("auto").type == "cuda"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [40, 88, 200])
+def test_a_gemmas_last_logits_do_not_depend_on_what_follows(tokens: int) -> None:
+    """On a GPU in bfloat16, heads of 256, padded and masked rows as in scoring: what training at the answer sees is
+    what scoring sees, and the answer is not among it."""
+    model = tiny_model("gemma3_text", head_dim=256, sliding_window=512).cuda()
+    ids = torch.randint(3, 100, (4, tokens), generator=torch.Generator().manual_seed(tokens)).cuda()
+    other = ids.clone()
+    other[:, -1] = 3 + (other[:, -1] - 2) % 97
+    with causal_only(model), torch.autocast("cuda", torch.bfloat16):
+        first, second = (
+            model.model(x, use_cache=False).last_hidden_state[:, -2].float() for x in (ids, other)
+        )
+    assert torch.equal(first, second)
+    mask = torch.ones(4, tokens + 7, dtype=torch.long, device="cuda")
+    mask[:, tokens - 1 :] = 0
+    padded = torch.nn.functional.pad(ids[:, : tokens - 1], (0, 8))
+    low = tiny_model("gemma3_text", head_dim=256, sliding_window=512).to("cuda", torch.bfloat16)
+    scored = low.model(padded, attention_mask=mask).last_hidden_state[:, tokens - 2].float()
+    assert float((scored - first).norm() / first.norm()) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "window"), [(4, 1, 256, 128), (9, 3, 64, None)])
+def test_attention_is_compared_with_plain_arithmetic(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
+) -> None:
+    assert attention.why_wrong(torch.device("cpu"), dtype, heads, kv_heads, size, window) is None
+
+
+class Broken:
+    """sdpa that does one thing wrong."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.real = how, attention.sdpa_attention_forward
+
+    def __call__(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        if self.how == "sees what follows" and mask is None:
+            tokens = query.shape[2]
+            mask = torch.ones(tokens, tokens, dtype=torch.bool).tril(1)[None, None]
+        if self.how == "NaN gradient" and mask is not None:
+            query = query * 1.0
+            query.register_hook(lambda grad: grad * float("nan"))
+        return self.real(module, query, key, value, mask, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("how", "window", "message"),
+    [
+        ("sees what follows", None, r"output is off by .*40 tokens, head size 32, window None, packed False"),
+        ("NaN gradient", 64, r"dq is off by nan .*window 64, packed False"),
+    ],
+)
+def test_a_gpu_whose_attention_is_wrong_is_refused(
+    monkeypatch: pytest.MonkeyPatch, how: str, window: int | None, message: str
+) -> None:
+    monkeypatch.setattr(attention, "sdpa_attention_forward", Broken(how))
+    attention.why_wrong.cache_clear()
+    try:
+        with torch.inference_mode():
+            fault = attention.why_wrong(torch.device("cpu"), torch.float32, 4, 2, 32, window)
+    finally:
+        attention.why_wrong.cache_clear()
+    assert fault is not None
+    assert re.search(message, fault), fault
+    model = tiny_model("llama")
+    monkeypatch.setattr(attention, "_check", lambda model: (_ for _ in ()).throw(ModelError("wrong")))
+    with pytest.raises(ModelError, match="wrong"), causal_only(model):
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "window"), [(4, 1, 256, 512), (9, 3, 64, None), (16, 8, 128, None)]
+)
+def test_attention_on_a_gpu_is_right_without_cudnn(
+    heads: int, kv_heads: int, size: int, window: int | None
+) -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        attention.only_checked_backends()
+        assert (
+            attention.why_wrong(torch.device("cuda"), torch.bfloat16, heads, kv_heads, size, window) is None
+        )
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -13,8 +13,9 @@ the queries with one (pytorch/pytorch#196678; at head size 256, Gemma's, in ever
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ log = logging.getLogger("bitdistill")
 CAUSAL_NAME = "bitdistill_causal"
 """Registered as an attention, not as a mask: transformers makes no mask for a name it has no mask for."""
 DECODING_NAME = "bitdistill_decoding"
+ATTENTION_ERROR = 0.03
+"""In norm, of attention in bfloat16; its roundings make less than 0.01."""
 TIMED_TOKENS = 32_768
 """Backends are timed on so many tokens: a batch whose kernels end before the next ones are launched tells nothing."""
 
@@ -187,16 +190,107 @@ def _attending(models: Sequence[Any], name: str) -> Iterator[None]:
 def causal_only(*models: Any) -> Iterator[None]:
     """Inside, the models attend by `causal_attention`: for forward passes without cache on right-padded rows.
 
+    On a GPU it is first compared with plain float32 arithmetic (once a process and shape).
+
     Raises:
-        ModelError: a model uses another attention implementation than sdpa.
+        ModelError: a model uses another attention implementation than sdpa, or attention on this GPU is wrong.
     """
     for model in models:
+        _check(model)
         if model.config._attn_implementation != "sdpa":
             raise ModelError(
                 f"attention implementation is {model.config._attn_implementation!r}; training needs sdpa"
             )
     with _attending(models, CAUSAL_NAME):
         yield
+
+
+def _check(model: Any) -> None:
+    config, device = model.config, next(model.parameters()).device
+    if device.type != "cuda":
+        return
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    window = config.sliding_window if sliding else None
+    fault = why_wrong(device, torch.bfloat16, heads, kv_heads, size, window)
+    if fault is not None:
+        raise ModelError(
+            f"attention on {torch.cuda.get_device_name(device)} with torch {torch.__version__}: {fault}; "
+            "use another version of torch, or device: cpu"
+        )
+
+
+@functools.cache
+def why_wrong(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
+) -> str | None:
+    """What is wrong with `causal_attention` on this device, or None.
+
+    Compared are outputs and gradients with those of float32 arithmetic and a mask, for short rows, rows that end
+    within a tile, packed ones, and rows longer than the window. A library that lets rows see what follows them would
+    otherwise show as a training loss that is too good (docs/log.md, run 15).
+    """
+    layer = nn.Module()
+    layer.is_causal, layer.num_key_value_groups = True, heads // kv_heads  # type: ignore[assignment]
+    # FlashAttention's own variants are for compute capability 8.0 on; older GPUs train in float32 by masks
+    flash = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    window = window if flash else None
+    longest = [] if window is None else [window + 88]
+    for tokens in (40, 200, *longest):
+        for packed in (False, True) if flash else (False,):
+            generator = torch.Generator().manual_seed(tokens)
+            q, k, v = (
+                torch.randn(1 if packed else 2, h, tokens, size, generator=generator).to(device, dtype)
+                for h in (heads, kv_heads, kv_heads)
+            )
+            starts = torch.tensor([0, 7, tokens], dtype=torch.int32, device=device)
+            rows: dict[str, Any] = {"row_starts": starts, "longest_row": tokens} if packed else {}
+            for x in (None,) if window is None else (None, window):
+                got = _with_gradients(
+                    lambda q, k, v: causal_attention(layer, q, k, v, None, x, **rows)[0],  # noqa: B023
+                    (q, k, v),
+                )
+                position = torch.arange(tokens, device=device)
+                seen = _seen(position, x)
+                if packed:
+                    seen = seen & ((position[:, None] < 7) == (position[None, :] < 7))
+                want = _with_gradients(
+                    lambda q, k, v: _plain(q, k, v, seen),  # noqa: B023
+                    (q.float(), k.float(), v.float()),
+                )
+                for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+                    error = float((a.float() - b).norm() / b.norm())
+                    if not error < ATTENTION_ERROR:
+                        where = f"{tokens} tokens, head size {size}, window {x}, packed {packed}"
+                        return f"{name} is off by {error:.2g} ({where})"
+    return None
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """Attention [B, T, H, D] as it is written down."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+
+
+def _with_gradients(attend: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> list[Tensor]:
+    """Output and gradients of the sum of its squares, outside of any autocast and inference mode."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(qkv[0].device.type, enabled=False),
+    ):
+        leaves = [x.detach().clone().requires_grad_() for x in qkv]
+        out = attend(*leaves)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+def only_checked_backends() -> None:
+    """Takes cuDNN's attention from sdpa's choice in this process; `fastest_attention` puts it back where it has
+    compared it with FlashAttention. (PyTorch prefers it on Hopper, with masks too: see the module's docstring.)"""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def fastest_attention(
