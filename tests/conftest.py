@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from bitdistill.models.attention import only_checked_backends
 from tests.environment import plain
 
 if not torch.cuda.is_available():
@@ -52,6 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _backends_of_a_run() -> None:
+    """What `choose_device` does for a run, for tests that take a GPU by themselves."""
+    if torch.cuda.is_available():
+        only_checked_backends()
 
 
 @pytest.fixture(autouse=True)

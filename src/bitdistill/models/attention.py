@@ -222,6 +222,7 @@ def _check(model: Any) -> None:
 
 
 @functools.cache
+@torch.inference_mode(False)
 def why_wrong(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
 ) -> str | None:
@@ -276,12 +277,8 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
 
 
 def _with_gradients(attend: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> list[Tensor]:
-    """Output and gradients of the sum of its squares, outside of any autocast and inference mode."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(qkv[0].device.type, enabled=False),
-    ):
+    """Output and gradients of the sum of its squares, outside of any autocast."""
+    with torch.enable_grad(), torch.autocast(qkv[0].device.type, enabled=False):
         leaves = [x.detach().clone().requires_grad_() for x in qkv]
         out = attend(*leaves)
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
