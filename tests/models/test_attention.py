@@ -150,7 +150,7 @@ def test_under_autocast_a_gpu_gets_windows_and_packed_rows_in_half_precision(
         want = model.model(ids, **kwargs).last_hidden_state
         flash = Flash()
         monkeypatch.setattr(attention, "_flash", flash)
-        monkeypatch.setattr(attention, "_is_half_on_gpu", lambda query: query.dtype == torch.bfloat16)
+        monkeypatch.setattr(attention, "_takes_flash", lambda query: query.dtype == torch.bfloat16)
         got = model.model(ids, **kwargs).last_hidden_state
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
     windows = [8, 8, None] if name == "gemma3_text" else [None] * model.config.num_hidden_layers

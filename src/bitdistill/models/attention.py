@@ -61,7 +61,7 @@ def causal_attention(
         return packed_attention(query, key, value, row_starts, longest_row, scaling, sliding_window), None
     tokens = query.shape[2]
     if sliding_window is not None and tokens > sliding_window:
-        if _is_half_on_gpu(query):
+        if _takes_flash(query):
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return _flash(q, k, v, None, tokens, kwargs.get("scaling"), sliding_window), None
         position = torch.arange(tokens, device=query.device)
@@ -72,8 +72,9 @@ def causal_attention(
     return result
 
 
-def _is_half_on_gpu(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+def _takes_flash(query: Tensor) -> bool:
+    """Whether FlashAttention itself can be called (sdpa fills up other head sizes)."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
 
 
 def _seen(position: Tensor, window: int | None) -> Tensor:
@@ -123,7 +124,7 @@ def packed_attention(
     """Causal attention [1, T, H, D] of packed rows: FlashAttention of variable lengths, or a mask on a CPU."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    if _is_half_on_gpu(query):
+    if _takes_flash(query):
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         return _flash(q, k, v, row_starts, longest_row, scaling, window)[None]
     position = torch.arange(query.shape[2], device=query.device, dtype=row_starts.dtype)
