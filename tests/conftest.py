@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from bitdistill.models.attention import only_checked_backends
 from tests.environment import plain
 
 if not torch.cuda.is_available():
@@ -59,6 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _backends_of_a_run() -> None:
     """What `choose_device` does for a run, for tests that take a GPU by themselves."""
     if torch.cuda.is_available():
+        # Here, for tests of the kernels choose Triton's interpreter before anything imports it
+        from bitdistill.models.attention import only_checked_backends
+
         only_checked_backends()
 
 
