@@ -62,7 +62,7 @@ def unfused_step(student: Any, teacher: Any, layer: int) -> Any:
 @contextlib.contextmanager
 def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None]]]:
     """Student, what makes its gradients, and what runs before each step."""
-    kernels, compiling, replay, _ = CASES[case]
+    kernels, compiling, replay, packed = CASES[case]
     torch._dynamo.reset()
     torch.manual_seed(0)
 
@@ -84,7 +84,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             step = DistillStep(
                 student, teacher, DistillConfig(gamma=GAMMA), [layer], fused=kernels, compiling=compiling
             )
-            stack.enter_context(causal_only(student, teacher))
+            stack.enter_context(causal_only(student, teacher, packed=packed))
         if compiling:
             compile_blocks(student, skip=[layer])
             compile_blocks(teacher, skip=[layer])

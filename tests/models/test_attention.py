@@ -250,7 +250,7 @@ def test_a_gemmas_last_logits_do_not_depend_on_what_follows(tokens: int) -> None
 def test_attention_is_compared_with_plain_arithmetic(
     dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
 ) -> None:
-    assert attention.why_wrong(torch.device("cpu"), dtype, heads, kv_heads, size, window) is None
+    assert attention.why_wrong(torch.device("cpu"), dtype, heads, kv_heads, size, window, True) is None
 
 
 class Broken:
@@ -260,6 +260,8 @@ class Broken:
         self.how, self.real = how, attention.sdpa_attention_forward
 
     def __call__(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        if self.how == "no kernel":
+            raise RuntimeError("no kernel\nfor this head size")
         if self.how == "sees what follows" and mask is None:
             tokens = query.shape[2]
             mask = torch.ones(tokens, tokens, dtype=torch.bool).tril(1)[None, None]
@@ -272,6 +274,7 @@ class Broken:
 @pytest.mark.parametrize(
     ("how", "window", "message"),
     [
+        ("no kernel", None, r"^no kernel \(40 tokens, head size 32, window None, packed False\)$"),
         ("sees what follows", None, r"output is off by .*40 tokens, head size 32, window None, packed False"),
         ("NaN gradient", 64, r"dq is off by nan .*window 64, packed False"),
     ],
@@ -283,13 +286,13 @@ def test_a_gpu_whose_attention_is_wrong_is_refused(
     attention.why_wrong.cache_clear()
     try:
         with torch.inference_mode():
-            fault = attention.why_wrong(torch.device("cpu"), torch.float32, 4, 2, 32, window)
+            fault = attention.why_wrong(torch.device("cpu"), torch.float32, 4, 2, 32, window, True)
     finally:
         attention.why_wrong.cache_clear()
     assert fault is not None
     assert re.search(message, fault), fault
     model = tiny_model("llama")
-    monkeypatch.setattr(attention, "_check", lambda model: (_ for _ in ()).throw(ModelError("wrong")))
+    monkeypatch.setattr(attention, "_check", lambda model, packed: (_ for _ in ()).throw(ModelError("wrong")))
     with pytest.raises(ModelError, match="wrong"), causal_only(model):
         pass
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,6 +35,7 @@ CAUSAL_NAME = "bitdistill_causal"
 DECODING_NAME = "bitdistill_decoding"
 ATTENTION_ERROR = 0.03
 """In norm, of attention in bfloat16; its roundings make less than 0.01."""
+LONGEST_CHECKED_WINDOW = 512
 TIMED_TOKENS = 32_768
 """Backends are timed on so many tokens: a batch whose kernels end before the next ones are launched tells nothing."""
 
@@ -188,16 +190,19 @@ def _attending(models: Sequence[Any], name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def causal_only(*models: Any) -> Iterator[None]:
+def causal_only(*models: Any, packed: bool = False) -> Iterator[None]:
     """Inside, the models attend by `causal_attention`: for forward passes without cache on right-padded rows.
 
     On a GPU it is first compared with plain float32 arithmetic (once a process and shape).
+
+    Args:
+        packed: rows will be packed; that is compared as well.
 
     Raises:
         ModelError: a model uses another attention implementation than sdpa, or attention on this GPU is wrong.
     """
     for model in models:
-        _check(model)
+        _check(model, packed)
         if model.config._attn_implementation != "sdpa":
             raise ModelError(
                 f"attention implementation is {model.config._attn_implementation!r}; training needs sdpa"
@@ -206,15 +211,16 @@ def causal_only(*models: Any) -> Iterator[None]:
         yield
 
 
-def _check(model: Any) -> None:
+def _check(model: Any, packed: bool) -> None:
     config, device = model.config, next(model.parameters()).device
     if device.type != "cuda":
         return
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    window = config.sliding_window if sliding else None
-    fault = why_wrong(device, torch.bfloat16, heads, kv_heads, size, window)
+    # Not the whole of a long window: plain arithmetic would take gigabytes
+    window = min(config.sliding_window, LONGEST_CHECKED_WINDOW) if sliding else None
+    fault = why_wrong(device, torch.bfloat16, heads, kv_heads, size, window, packed)
     if fault is not None:
         raise ModelError(
             f"attention on {torch.cuda.get_device_name(device)} with torch {torch.__version__}: {fault}; "
@@ -225,47 +231,55 @@ def _check(model: Any) -> None:
 @functools.cache
 @torch.inference_mode(False)
 def why_wrong(
-    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, window: int | None
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+    packed: bool,
 ) -> str | None:
     """What is wrong with `causal_attention` on this device, or None.
 
-    Compared are outputs and gradients with those of float32 arithmetic and a mask, for short rows, rows that end
-    within a tile, packed ones, and rows longer than the window. A library that lets rows see what follows them would
-    otherwise show as a training loss that is too good (docs/log.md, run 15).
+    Compared are outputs and gradients with those of float32 arithmetic and a mask: short rows, rows that end within a
+    tile, rows longer than the window and, if `packed`, packed ones. A library that lets rows see what follows them
+    would otherwise show as nothing but a training loss that is too good (docs/log.md, run 15).
     """
+    lengths = [40, 200] if window is None else [40, 200, window + 88]
+    windows = [None] if window is None else [None, window]
+    for tokens, own_window, pack in itertools.product(lengths, windows, [False, True] if packed else [False]):
+        generator = torch.Generator().manual_seed(tokens)
+        query, key, value = (
+            torch.randn(1 if pack else 2, h, tokens, size, generator=generator).to(device, dtype)
+            for h in (heads, kv_heads, kv_heads)
+        )
+        try:
+            fault = _fault_of(query, key, value, own_window, pack)
+        except RuntimeError as error:
+            fault = str(error).splitlines()[0]
+        if fault is not None:
+            return f"{fault} ({tokens} tokens, head size {size}, window {own_window}, packed {pack})"
+    return None
+
+
+def _fault_of(query: Tensor, key: Tensor, value: Tensor, window: int | None, pack: bool) -> str | None:
+    tokens, first = query.shape[2], 7
     layer = nn.Module()
-    layer.is_causal, layer.num_key_value_groups = True, heads // kv_heads  # type: ignore[assignment]
-    # FlashAttention's own variants are for compute capability 8.0 on; older GPUs train in float32 by masks
-    flash = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    window = window if flash else None
-    longest = [] if window is None else [window + 88]
-    for tokens in (40, 200, *longest):
-        for packed in (False, True) if flash else (False,):
-            generator = torch.Generator().manual_seed(tokens)
-            q, k, v = (
-                torch.randn(1 if packed else 2, h, tokens, size, generator=generator).to(device, dtype)
-                for h in (heads, kv_heads, kv_heads)
-            )
-            starts = torch.tensor([0, 7, tokens], dtype=torch.int32, device=device)
-            rows: dict[str, Any] = {"row_starts": starts, "longest_row": tokens} if packed else {}
-            for x in (None,) if window is None else (None, window):
-                got = _with_gradients(
-                    lambda q, k, v: causal_attention(layer, q, k, v, None, x, **rows)[0],  # noqa: B023
-                    (q, k, v),
-                )
-                position = torch.arange(tokens, device=device)
-                seen = _seen(position, x)
-                if packed:
-                    seen = seen & ((position[:, None] < 7) == (position[None, :] < 7))
-                want = _with_gradients(
-                    lambda q, k, v: _plain(q, k, v, seen),  # noqa: B023
-                    (q.float(), k.float(), v.float()),
-                )
-                for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
-                    error = float((a.float() - b).norm() / b.norm())
-                    if not error < ATTENTION_ERROR:
-                        where = f"{tokens} tokens, head size {size}, window {x}, packed {packed}"
-                        return f"{name} is off by {error:.2g} ({where})"
+    layer.is_causal, layer.num_key_value_groups = True, query.shape[1] // key.shape[1]  # type: ignore[assignment]
+    position = torch.arange(tokens, device=query.device)
+    seen, rows = _seen(position, window), dict[str, Any]()
+    if pack:
+        seen = seen & ((position[:, None] < first) == (position[None, :] < first))
+        starts = torch.tensor([0, first, tokens], dtype=torch.int32, device=query.device)
+        rows = {"row_starts": starts, "longest_row": tokens}
+    got = _with_gradients(
+        lambda q, k, v: causal_attention(layer, q, k, v, None, window, **rows)[0], (query, key, value)
+    )
+    want = _with_gradients(lambda q, k, v: _plain(q, k, v, seen), (query.float(), key.float(), value.float()))
+    for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
+        error = float((a.float() - b).norm() / b.norm())
+        if not error < ATTENTION_ERROR:
+            return f"{name} is off by {error:.2g}"
     return None
 
 

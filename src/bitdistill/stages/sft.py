@@ -85,7 +85,7 @@ def train_on_task(
     if loop.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(causal_only(model, *frozen))
+        stack.enter_context(causal_only(model, *frozen, packed=loop.packing))
         if fused:
             before_step = kernels.FusedAfterWarmup(model, stack, before_step, loop.int8_backward)
         return fit(
