@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,10 +292,27 @@ def test_a_gpu_whose_attention_is_wrong_is_refused(
         attention.why_wrong.cache_clear()
     assert fault is not None
     assert re.search(message, fault), fault
-    model = tiny_model("llama")
-    monkeypatch.setattr(attention, "_check", lambda model, packed: (_ for _ in ()).throw(ModelError("wrong")))
-    with pytest.raises(ModelError, match="wrong"), causal_only(model):
+
+
+@pytest.mark.parametrize(("name", "window"), [("gemma3_text", 512), ("qwen3", None)])
+def test_training_does_not_begin_where_attention_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, name: str, window: int | None
+) -> None:
+    model = tiny_model(name, **({"sliding_window": 4096} if window else {}))
+    asked: list[Any] = []
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
+    monkeypatch.setattr(
+        attention, "why_wrong", lambda *sizes: asked.append(sizes) or "dq is off by 3 (40 tokens)"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    message = r"attention on a GPU with torch .*: dq is off by 3 \(40 tokens\); use another version of torch"
+    with pytest.raises(ModelError, match=message), causal_only(model, packed=True):
         pass
+    config = model.config
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert asked == [(on_gpu.device, torch.bfloat16, *heads, window, True)]
+    assert config._attn_implementation == "sdpa"
 
 
 @pytest.mark.gpu

@@ -117,6 +117,8 @@ class TernaryProjections(torch.autograd.Function):
 def _mlp_forward(
     ctx: Any,
     x_NI: Tensor,
+    residual_NI: Tensor | None,
+    dtype: torch.dtype,
     gain_I: Tensor | None,
     eps: float,
     gain_offset: float,
@@ -127,12 +129,12 @@ def _mlp_forward(
     row_scale: Tensor,
     down_codes: Tensor,
     down_scale: Tensor,
-    dtype: torch.dtype,
     int8_backward: bool,
     gate: Tensor,
-    residual_NI: Tensor | None,
+    *_: Tensor,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """A gated layer's output (with a residual, their sum), and what `_mlp_backward` needs of it."""
+    """A gated layer's output (with a residual, their sum), and what `_mlp_backward` needs of it. After the residual
+    come the arguments of `TernaryGatedMlp` after x."""
     x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
     gate_up = ops.int8_product(x_codes, x_scale, codes, row_scale, dtype)
     h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
@@ -175,35 +177,14 @@ def _mlp_backward(
 class TernaryGatedMlp(torch.autograd.Function):
     """The feed-forward layer [N, I] -> [N, I]: norm, gate and up, activation, norm (SubLN), down.
 
-    Arguments: x; gain or None, eps, gain_offset of the norm before gate and up; gain or None, eps of the SubLN before
-    down; activation; codes [2 F, I] and row_scale [2 F] of gate and up; codes [I, F] and row_scale [I] of down;
-    compute dtype; whether dL/dx are int8 products; the three latents.
+    Arguments: x; compute dtype; gain or None, eps, gain_offset of the norm before gate and up; gain or None, eps of the
+    SubLN before down; activation; codes [2 F, I] and row_scale [2 F] of gate and up; codes [I, F] and row_scale [I] of
+    down; whether dL/dx are int8 products; the three latents.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_NI: Tensor,
-        gain_I: Tensor | None,
-        eps: float,
-        gain_offset: float,
-        sub_gain_F: Tensor | None,
-        sub_eps: float,
-        activation: str,
-        codes: Tensor,
-        row_scale: Tensor,
-        down_codes: Tensor,
-        down_scale: Tensor,
-        dtype: torch.dtype,
-        int8_backward: bool,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-    ) -> Tensor:
-        y, saved = _mlp_forward(
-            ctx, x_NI, gain_I, eps, gain_offset, sub_gain_F, sub_eps, activation, codes, row_scale, down_codes,
-            down_scale, dtype, int8_backward, gate, None,
-        )  # fmt: skip
+    def forward(ctx: Any, x_NI: Tensor, *mlp: Any) -> Tensor:
+        y, saved = _mlp_forward(ctx, x_NI, None, *mlp)
         ctx.save_for_backward(*saved)
         return y
 
@@ -211,7 +192,7 @@ class TernaryGatedMlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         grad_x, partials, gains, weights, _ = _mlp_backward(ctx, grads[0], list(ctx.saved_tensors), None)
         grad_gain, grad_sub_gain = _gain_grads(partials, gains)
-        return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 8, *weights
+        return grad_x, None, grad_gain, None, None, grad_sub_gain, *(None,) * 7, *weights
 
 
 class TernaryBlockTail(torch.autograd.Function):
@@ -237,28 +218,12 @@ class TernaryBlockTail(torch.autograd.Function):
         o_codes: Tensor,
         o_scale: Tensor,
         o: Tensor,
-        gain_I: Tensor | None,
-        eps: float,
-        gain_offset: float,
-        sub_gain_F: Tensor | None,
-        sub_eps: float,
-        activation: str,
-        codes: Tensor,
-        row_scale: Tensor,
-        down_codes: Tensor,
-        down_scale: Tensor,
         dtype: torch.dtype,
-        int8_backward: bool,
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
+        *mlp: Any,
     ) -> Tensor:
         a_codes, a_scale, a_rrms = ops.norm_quantize(a_NA, a_gain_A, a_eps, 0.0, "none")
         r_NI = ops.int8_product(a_codes, a_scale, o_codes, o_scale, dtype, x_NI)
-        y, saved = _mlp_forward(
-            ctx, r_NI, gain_I, eps, gain_offset, sub_gain_F, sub_eps, activation, codes, row_scale, down_codes,
-            down_scale, dtype, int8_backward, gate, r_NI,
-        )  # fmt: skip
+        y, saved = _mlp_forward(ctx, r_NI, r_NI, dtype, *mlp)
         ctx.save_for_backward(a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale, *saved)
         return y
 
@@ -274,6 +239,6 @@ class TernaryBlockTail(torch.autograd.Function):
         grad_a_gain, grad_gain, grad_sub_gain = _gain_grads([a_partial, *partials], [a_gain_A, *gains])
         grad_o = (grad_out.t() @ a_hat).to(ctx.weight_dtype)
         return (
-            grad_a, grad_r, grad_a_gain, None, None, None, grad_o, grad_gain, None, None, grad_sub_gain, *(None,) * 8,
-            *weights,
+            grad_a, grad_r, grad_a_gain, None, None, None, grad_o, None, grad_gain, None, None, grad_sub_gain,
+            *(None,) * 7, *weights,
         )  # fmt: skip

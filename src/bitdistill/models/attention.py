@@ -6,8 +6,9 @@ attention asks sdpa for it directly, and FlashAttention for the window of slidin
 is read back, which also lets a whole step be captured in a CUDA graph. Elsewhere than on a GPU in half precision, a
 window is a mask.
 
-A mask on a GPU is worse than slow: cuDNN, which sdpa prefers on Hopper since torch 2.11, gives NaN in the gradient of
-the queries with one (pytorch/pytorch#196678; at head size 256, Gemma's, in every step of docs/log.md, run 15).
+A mask on a GPU is worse than slow: cuDNN, which sdpa prefers on Hopper since torch 2.11, is reported to give NaN in the
+gradient of the queries with one (pytorch/pytorch#196678), and Gemma had NaN gradients there in every step (docs/log.md,
+run 15).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -132,7 +134,7 @@ def packed_attention(
     position = torch.arange(query.shape[2], device=query.device, dtype=row_starts.dtype)
     row = torch.searchsorted(row_starts[1:].contiguous(), position, right=True)
     mask = (row[:, None] == row[None, :]) & _seen(position, window)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return out.transpose(1, 2)
 
 
@@ -211,16 +213,20 @@ def causal_only(*models: Any, packed: bool = False) -> Iterator[None]:
         yield
 
 
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Heads of queries and of keys, and their size."""
+    heads: int = config.num_attention_heads
+    return heads, config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def _check(model: Any, packed: bool) -> None:
     config, device = model.config, next(model.parameters()).device
     if device.type != "cuda":
         return
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     # Not the whole of a long window: plain arithmetic would take gigabytes
     window = min(config.sliding_window, LONGEST_CHECKED_WINDOW) if sliding else None
-    fault = why_wrong(device, torch.bfloat16, heads, kv_heads, size, window, packed)
+    fault = why_wrong(device, torch.bfloat16, *_heads(config), window, packed)
     if fault is not None:
         raise ModelError(
             f"attention on {torch.cuda.get_device_name(device)} with torch {torch.__version__}: {fault}; "
@@ -275,20 +281,16 @@ def _fault_of(query: Tensor, key: Tensor, value: Tensor, window: int | None, pac
     got = _with_gradients(
         lambda q, k, v: causal_attention(layer, q, k, v, None, window, **rows)[0], (query, key, value)
     )
-    want = _with_gradients(lambda q, k, v: _plain(q, k, v, seen), (query.float(), key.float(), value.float()))
+    with sdpa_kernel([SDPBackend.MATH]):
+        want = _with_gradients(
+            lambda q, k, v: scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2),
+            (query.float(), key.float(), value.float()),
+        )
     for name, a, b in zip(("output", "dq", "dk", "dv"), got, want, strict=True):
         error = float((a.float() - b).norm() / b.norm())
         if not error < ATTENTION_ERROR:
             return f"{name} is off by {error:.2g}"
     return None
-
-
-def _plain(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """Attention [B, T, H, D] as it is written down."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
 
 
 def _with_gradients(attend: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> list[Tensor]:
@@ -343,8 +345,7 @@ def _timed_attention(
     config: Any, rows: int, tokens: int, device: torch.device, backend: SDPBackend
 ) -> tuple[float, list[Tensor]]:
     """Milliseconds of forward and backward (the best of three), output and gradients."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, size = _heads(config)
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
         torch.randn(rows, tokens, h, size, device=device, generator=generator, dtype=torch.bfloat16)
@@ -357,7 +358,7 @@ def _timed_attention(
         for _ in range(5):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             grads = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
             end.record()
             end.synchronize()

@@ -132,6 +132,7 @@ class GatedMlp:
         (down,) = self.down.layers
         sub_gain, sub_eps, _ = _norm_arguments(down.subln)
         return (
+            dtype,
             *_norm_arguments(self.norm),
             sub_gain,
             sub_eps,
@@ -140,7 +141,6 @@ class GatedMlp:
             self.gate_up.row_scale,
             self.down.codes,
             self.down.row_scale,
-            dtype,
             self.gate_up.int8_backward,
             gate.weight,
             up.weight,
