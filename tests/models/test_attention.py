@@ -176,7 +176,8 @@ def test_a_window_on_a_gpu_is_that_of_the_mask(size: int, tokens: int, window: i
         # Not column 0: sums that cancel, times 120
         found.append([x.float().cpu()[..., 1:] for x in (out, *grads)])
     for want, got in zip(*found, strict=True):
-        assert float((got - want).norm() / want.norm()) < 0.02
+        # A window of one token has gradients of 0 in queries and keys
+        assert float((got - want).norm()) < 0.02 * max(float(want.norm()), 1.0)
 
 
 @pytest.mark.gpu
@@ -325,8 +326,7 @@ def test_attention_on_a_gpu_is_right_without_cudnn(
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         attention.only_checked_backends()
-        assert (
-            attention.why_wrong(torch.device("cuda"), torch.bfloat16, heads, kv_heads, size, window) is None
-        )
+        shape = (heads, kv_heads, size, window)
+        assert attention.why_wrong(torch.device("cuda"), torch.bfloat16, *shape, packed=True) is None
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)

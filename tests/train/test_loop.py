@@ -359,6 +359,19 @@ def test_nonfinite_step_is_skipped_and_named(tmp_path: Path, caplog: pytest.LogC
     assert "rows [0, 1" in caplog.text
 
 
+def test_gradients_that_are_not_finite_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only those: clipping by a NaN norm would make all of them NaN first."""
+    model = make_model()
+    names = [name for name, _ in model.named_parameters()]
+    middle = names[len(names) // 2]
+    seen = iter(range(10_000))
+    hook = lambda grad: grad * (math.nan if next(seen) == 2 else 1.0)  # noqa: E731
+    model.get_parameter(middle).register_hook(hook)
+    result = train(model, tmp_path)
+    assert result.skipped_steps == 1
+    assert f"1 gradients are not finite, {middle} to {middle}" in caplog.text
+
+
 def test_nonfinite_step_stops_when_asked_or_after_ten(tmp_path: Path) -> None:
     model = make_model()
     loop = Loop(batch_rows=8, on_nonfinite="stop")

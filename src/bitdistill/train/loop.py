@@ -131,6 +131,7 @@ def fit(
         state.load_state_dict(done["extra"])
     if replicas.leads:
         truncate_log(tracker.path, progress.step)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for p in model.parameters() if p.requires_grad]
     replicas.check_equal(parameters, progress.step)
     gradients: Gradients = EagerGradients(step_function, device, loop.precision)
@@ -155,8 +156,10 @@ def fit(
                 before_step(progress.step)
             micro_batches = batches.micro_batches(progress.step)
             rate = learning_rate_at(progress.step, total_steps, optim)
-            metrics = update(parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip, replicas)
-            _note_nonfinite(metrics, progress, loop, micro_batches)
+            metrics, wrong = update(
+                parameters, optimizer, micro_batches, gradients, rate, optim.grad_clip, replicas
+            )
+            _note_nonfinite(metrics, [names[index] for index in wrong], progress, loop, micro_batches)
             progress.step += 1
             progress.tokens += sum(b.tokens for b in micro_batches)
             took = time.perf_counter() - started
@@ -219,8 +222,12 @@ def update(
     learning_rate: float,
     grad_clip: float,
     replicas: Replicas = ALONE,
-) -> dict[str, float]:
-    """One optimizer step; the update is left out when loss or gradient is not finite."""
+) -> tuple[dict[str, float], list[int]]:
+    """One optimizer step; the update is left out when loss or gradient is not finite.
+
+    Returns:
+        loss, metrics and gradient norm; indices of the parameters whose gradients are not finite.
+    """
     totals = Totals(
         rows=sum(b.rows for b in micro_batches),
         tokens=sum(b.tokens for b in micro_batches),
@@ -232,15 +239,22 @@ def update(
             sums[name] = sums.get(name, 0.0) + value
     replicas.sum_gradients(parameters)
     limit = grad_clip if grad_clip > 0 else math.inf
-    sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    given = [index for index, p in enumerate(parameters) if p.grad is not None]
+    # As clip_grad_norm_ computes it; norms apart, because clipping by a NaN makes every gradient one
+    norms = torch.stack(torch._foreach_norm([parameters[index].grad for index in given]))  # type: ignore[misc]
+    sums["grad_norm"] = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, sums["grad_norm"])
     metrics = _to_host(sums)
     norm = metrics.pop("grad_norm")  # of the sum already
     metrics = {**replicas.total(metrics), "grad_norm": norm}
+    wrong: list[int] = []
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         optimizer.set_learning_rate(learning_rate)
         optimizer.step()
+    else:
+        wrong = [given[k] for k in (~norms.isfinite()).nonzero().flatten().tolist()]
     gradients.clear(optimizer)
-    return metrics
+    return metrics, wrong
 
 
 def _to_host(values: Mapping[str, Tensor | float]) -> dict[str, float]:
@@ -251,7 +265,9 @@ def _to_host(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     return {name: read[name] if name in read else float(v) for name, v in values.items()}
 
 
-def _note_nonfinite(metrics: dict[str, float], progress: _Progress, loop: Loop, batches: list[Batch]) -> None:
+def _note_nonfinite(
+    metrics: dict[str, float], wrong: list[str], progress: _Progress, loop: Loop, batches: list[Batch]
+) -> None:
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
         progress.skipped_in_a_row = 0
         progress.last_loss = metrics["loss"]
@@ -263,6 +279,8 @@ def _note_nonfinite(metrics: dict[str, float], progress: _Progress, loop: Loop, 
         f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} "
         f"(rows {rows} and following); the update was not applied"
     )
+    if wrong:  # the last one is the first that the backward pass reaches
+        place += f"; {len(wrong)} gradients are not finite, {wrong[0]} to {wrong[-1]}"
     if loop.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise DivergenceError(f"{place}; lower the learning rate or look at these rows")
     checkpoint.log.warning("%s", place)
