@@ -267,7 +267,9 @@ def test_a_gate_takes_no_further_gradient() -> None:
         )
 
 
-@pytest.mark.parametrize("tile", [(32, 64, 32, 4, 2), (64, 32, 32, 4, 2)])  # a GPU's int8 products are 32 deep at least
+@pytest.mark.parametrize(
+    "tile", [(32, 64, 32, 4, 2), (64, 32, 32, 4, 2)]
+)  # a GPU's int8 products are 32 deep at least
 @pytest.mark.parametrize(("n", "o", "i"), [(1, 4, 16), (70, 96, 80), (130, 68, 208), (300, 300, 128)])
 def test_persistent_product_equals_the_reference_bit_for_bit(
     n: int, o: int, i: int, tile: tuple[int, int, int, int, int]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from bitdistill.config import ModelSource
 from bitdistill.errors import ModelError
+from bitdistill.models import gguf as gguf_module
 from bitdistill.models.families import layout_of
 from bitdistill.models.gguf_header import config_from_gguf, read_gguf
 from bitdistill.models.load import config_dict, load_source, source_fingerprint
@@ -95,6 +98,40 @@ def write_sentencepiece(writer: gguf.GGUFWriter, _: str) -> None:
     writer.add_eos_token_id(1)
     writer.add_bos_token_id(2)
     writer.add_unk_token_id(3)
+
+
+def by_best_pair(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece BPE as its paper has it: join the neighbours whose piece scores most, as long as there are any."""
+    pieces = list(text)
+    while True:
+        pairs = [
+            (scores[a + b], -k) for k, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in scores
+        ]
+        if not pairs:
+            return pieces
+        k = -max(pairs)[1]
+        pieces[k : k + 2] = [pieces[k] + pieces[k + 1]]
+
+
+def test_a_vocabulary_loaded_as_a_unigram_model_splits_as_sentencepiece_does() -> None:
+    """Gemma's scores are ranks, which transformers 5.17 takes for log-probabilities: many small pieces then win."""
+    pieces = ["<unk>", "d", *"abcd", "ab", "cd", "abc", "bc", "abcd", "aa", "aaa", "dab"]
+    scores = {piece: -float(rank) for rank, piece in enumerate(pieces)}
+    # With the byte of d spelled as d
+    backend = Tokenizer(models.Unigram([(p, -float(rank)) for rank, p in enumerate(pieces)], unk_id=0))
+    apart = 0
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("abcd", k=generator.randint(1, 12))) for _ in range(300)]
+    as_unigram = [backend.encode(text).tokens for text in texts]
+    gguf_module._as_bpe(backend)
+    for text, before in zip(texts, as_unigram, strict=True):
+        want = by_best_pair(text, {k: v for k, v in scores.items() if k != "<unk>"})
+        assert backend.encode(text).tokens == want
+        assert backend.encode(text).ids == [pieces.index(piece, 2) for piece in want]
+        apart += before != want
+    assert apart > 50
+    assert backend.id_to_token(1) == "<0x64>"
+    assert backend.get_vocab_size() == len(pieces)
 
 
 def write_gguf(path: Path, name: str, pre: str = "smollm", quantize: Any = None, **extra: Any) -> Any:

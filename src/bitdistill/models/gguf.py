@@ -6,7 +6,9 @@ tensor of the layout must be there, and no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdistill.errors import MissingDependencyError, ModelError
@@ -185,6 +187,54 @@ SINGLE_DIGITS = ("smollm",)  # split every digit off before the byte-level regex
 IGNORE_MERGES = ("llama-bpe", "llama3")  # a word that is a token is not split into mergeable parts
 
 
+def merges_of(pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """The merges that a SentencePiece BPE vocabulary stands for, in order: the pair first whose result comes first.
+
+    Args:
+        pieces: in the order of their ids, which is that of training (Gemma's scores are not quite).
+    """
+    known = set(pieces)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+
+
+def _whole_pieces(path: Path) -> list[int]:
+    """Ids of the pieces that no merge makes and none takes apart (Gemma's HTML tags)."""
+    from gguf import GGUFReader, TokenType
+
+    kinds = GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+    return [index for index, kind in enumerate(kinds) if kind == TokenType.USER_DEFINED]
+
+
+def _as_bpe(backend: Any, whole: Sequence[int] = ()) -> None:
+    """A SentencePiece BPE vocabulary that was loaded as a unigram model, as BPE, in place; `whole` as they are.
+
+    transformers 5.17 loads Gemma's so: its scores are ranks, and the likeliest split by ranks is one into small pieces
+    (" yes" as two, texts twice as long). It also spells the byte of a tab as a tab, which has a piece of its own.
+    """
+    from tokenizers import AddedToken, models
+
+    model = json.loads(backend.to_str())["model"]
+    pieces = [piece for piece, _ in model["vocab"]]
+    last = {piece: index for index, piece in enumerate(pieces)}
+    pieces = [
+        piece if last[piece] == index else f"<0x{ord(piece):02X}>" if len(piece) == 1 else piece
+        for index, piece in enumerate(pieces)
+    ]
+    backend.model = models.BPE(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=merges_of(pieces),
+        unk_token=pieces[model["unk_id"]],
+        fuse_unk=True,
+        byte_fallback=bool(model.get("byte_fallback")),
+    )
+    backend.add_tokens([AddedToken(pieces[index], normalized=False) for index in whole])
+
+
 def load_tokenizer(header: GgufHeader) -> Any:
     """The tokenizer in a GGUF file, with its pre-tokenizer set by name.
 
@@ -193,13 +243,15 @@ def load_tokenizer(header: GgufHeader) -> Any:
     Raises:
         ModelError: a byte-level tokenizer whose pre-tokenizer is unknown.
     """
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     loaded = PreTrainedTokenizerFast.from_pretrained(
         str(header.path.parent), gguf_file=header.path.name, local_files_only=True
     )
     backend = loaded.backend_tokenizer
+    if isinstance(backend.model, models.Unigram):
+        _as_bpe(backend, _whole_pieces(header.path))
     if header.metadata.get("tokenizer.ggml.model") == "gpt2":
         name = str(header.metadata.get("tokenizer.ggml.pre", "gpt-2"))
         if name not in PRE_TOKENIZERS:

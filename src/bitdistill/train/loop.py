@@ -242,8 +242,8 @@ def update(
     given = [index for index, p in enumerate(parameters) if p.grad is not None]
     # As clip_grad_norm_ computes it; norms apart, because clipping by a NaN makes every gradient one
     norms = torch.stack(torch._foreach_norm([parameters[index].grad for index in given]))  # type: ignore[misc]
-    sums["grad_norm"] = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, sums["grad_norm"])
+    sums["grad_norm"] = total = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
     metrics = _to_host(sums)
     norm = metrics.pop("grad_norm")  # of the sum already
     metrics = {**replicas.total(metrics), "grad_norm": norm}
