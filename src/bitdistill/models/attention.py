@@ -6,9 +6,9 @@ attention asks sdpa for it directly, and FlashAttention for the window of slidin
 is read back, which also lets a whole step be captured in a CUDA graph. Elsewhere than on a GPU in half precision, a
 window is a mask.
 
-Masks are slow on a GPU, and cuDNN, which sdpa prefers on Hopper since torch 2.11, is reported to give NaN in the gradient
-of the queries with one (pytorch/pytorch#196678). Here it was right wherever it was compared, with Gemma 3's own weights too
-(docs/log.md, run 16); it is used where `fastest_attention` has compared it.
+Masks are slow on a GPU, and cuDNN, which sdpa prefers on Hopper since torch 2.11, is reported to give NaN in the
+gradient of the queries with one (pytorch/pytorch#196678). It was right wherever we compared it, with Gemma 3's own
+weights too (docs/log.md, run 16), and is used where `fastest_attention` has compared it.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def why_wrong(
     """What is wrong with `causal_attention` on this device, or None.
 
     Compared are outputs and gradients with those of float32 arithmetic and a mask: short rows, rows that end within a
-    tile, rows longer than the window and, if `packed`, packed ones. Rows that see what follows them would otherwise show
-    as nothing but a training loss that is too good.
+    tile, rows longer than the window and, if `packed`, packed ones. Rows that see what follows them would otherwise
+    show as nothing but a training loss that is too good.
     """
     lengths = [40, 200] if window is None else [40, 200, window + 88]
     windows = [None] if window is None else [None, window]

@@ -282,7 +282,13 @@ def _note_nonfinite(
     if wrong:  # the last one is the first that the backward pass reaches
         place += f"; {len(wrong)} gradients are not finite, {wrong[0]} to {wrong[-1]}"
     if loop.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise DivergenceError(f"{place}; lower the learning rate or look at these rows")
+        # Never a finite step: neither the rate nor these rows can be it
+        remedy = (
+            "no step was finite, so try again, and with loop.kernels: reference if that does not help"
+            if progress.skipped_steps > progress.step and loop.on_nonfinite != "stop"
+            else "lower the learning rate or look at these rows"
+        )
+        raise DivergenceError(f"{place}; {remedy}")
     checkpoint.log.warning("%s", place)
 
 
