@@ -206,7 +206,8 @@ def _whole_pieces(path: Path) -> list[int]:
     """Ids of the pieces that no merge makes and none takes apart (Gemma's HTML tags)."""
     from gguf import GGUFReader, TokenType
 
-    kinds = GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+    field = GGUFReader(path).fields.get("tokenizer.ggml.token_type")
+    kinds = [] if field is None else field.contents()
     return [index for index, kind in enumerate(kinds) if kind == TokenType.USER_DEFINED]
 
 
@@ -250,9 +251,10 @@ def load_tokenizer(header: GgufHeader) -> Any:
         str(header.path.parent), gguf_file=header.path.name, local_files_only=True
     )
     backend = loaded.backend_tokenizer
-    if isinstance(backend.model, models.Unigram):
+    kind = header.metadata.get("tokenizer.ggml.model")
+    if kind == "llama" and isinstance(backend.model, models.Unigram):
         _as_bpe(backend, _whole_pieces(header.path))
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2":
+    if kind == "gpt2":
         name = str(header.metadata.get("tokenizer.ggml.pre", "gpt-2"))
         if name not in PRE_TOKENIZERS:
             raise ModelError(
