@@ -47,7 +47,7 @@ from bitdistill.kernels import matmul
 from bitdistill.losses.logits import chunked_language_model_loss
 from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import final_hidden, head_weight, next_tokens
-from bitdistill.models.fused import FUSE_RESIDUAL, fused_layers
+from bitdistill.models.fused import fused_layers
 from bitdistill.models.surgery import refine
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.train.compile import compile_blocks
@@ -107,10 +107,9 @@ CASES = {
     "fused_no_graph": ("fused", "kl", True, False, "ours, with teacher, not replayed"),
     "fused_lm_no_graph": ("fused", "lm", True, False, "ours, not replayed"),
     "fused_lm_int8": ("fused_int8", "lm", True, True, "ours, int8 products for gradients of inputs"),
-    "fused_lm_residual": ("fused_residual", "lm", True, True, "ours, residual additions inside kernels"),
     "fused_eager": ("fused", "kl", False, False, "ours, with teacher, blocks not compiled"),
 }
-TERNARY_KINDS = ("ternary", "fused", "fused_int8", "fused_residual")
+TERNARY_KINDS = ("ternary", "fused", "fused_int8")
 
 
 @contextlib.contextmanager
@@ -157,8 +156,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
                 {"objective": objective, "loop": {"batch_rows": shape.rows}}
             )
             if kind != "ternary":
-                residual = FUSE_RESIDUAL or kind == "fused_residual"
-                refresh = stack.enter_context(fused_layers(model, kind == "fused_int8", residual)).refresh
+                refresh = stack.enter_context(fused_layers(model, kind == "fused_int8")).refresh
             step = LanguageModelStep(model, teacher, config, compiling, fused=kind != "ternary")
         elif compiling:
             step = fused_loss_step(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,14 +37,11 @@ BACKWARD = {
     "out_ptr": BF16,
     "gain_grad_ptr": F32,
     "x_hat_ptr": BF16,
-    "added_ptr": F32,
-    "low_ptr": BF16,
     "n_rows": I32,
     "n_columns": I32,
     "x_stride": I32,
     "gain_offset": "fp32",
 }
-ALONE = {"RESIDUAL": False, "DTYPE": tl.bfloat16}
 DOCUMENTS = {"begin_ptr": "*i32", "end_ptr": "*i32", "weight_ptr": F32, "s_lse_ptr": F32, "t_lse_ptr": F32}
 STRIDES = {"s_stride_m": I32, "s_stride_a": I32, "t_stride_m": I32, "t_stride_a": I32}
 FACTORS = {"s_factor": "fp32", "t_factor": "fp32"}
@@ -110,19 +106,19 @@ KERNELS = {
     "norm_backward": (
         norm_quantize._backward_kernel,
         {**BACKWARD, "x_ptr": F32, "out_ptr": F32},
-        {"NORM": True, "ACT": 0, "ADDED": False, "SCALED": True, "MAIN": 512, "REST": 64, "VECTOR": 4},
+        {"NORM": True, "ACT": 0, "SCALED": True, "MAIN": 512, "REST": 64, "VECTOR": 4},
         1,
     ),
-    "residual_backward": (
+    "stacked_backward": (
         norm_quantize._backward_kernel,
         {**BACKWARD, "x_ptr": F32, "out_ptr": F32},
-        {"NORM": True, "ACT": 0, "ADDED": True, "SCALED": False, "MAIN": 512, "REST": 64, "VECTOR": 4},
+        {"NORM": True, "ACT": 0, "SCALED": False, "MAIN": 512, "REST": 64, "VECTOR": 4},
         1,
     ),
     "backward": (
         norm_quantize._backward_kernel,
         BACKWARD,
-        {"NORM": True, "ACT": 1, "ADDED": False, "SCALED": True, "MAIN": 1024, "REST": 512, "VECTOR": 8},
+        {"NORM": True, "ACT": 1, "SCALED": True, "MAIN": 1024, "REST": 512, "VECTOR": 8},
         4,
     ),
     "stack": (
@@ -139,7 +135,7 @@ KERNELS = {
     "wide_backward": (
         norm_quantize._wide_backward_kernel,
         BACKWARD,
-        {"NORM": True, "ACT": 2, "ADDED": False, "SCALED": True, "ROWS": 2, "BLOCK": 2048},
+        {"NORM": True, "ACT": 2, "SCALED": True, "ROWS": 2, "BLOCK": 2048},
         8,
     ),
     "product": (
@@ -150,36 +146,11 @@ KERNELS = {
             "x_scale_ptr": F32,
             "w_scale_ptr": F32,
             "y_ptr": BF16,
-            "residual_ptr": BF16,
             "n_rows": I32,
             "n_out": I32,
             "n_in": I32,
         },
-        {**ALONE, "GROUP": 8, "WHOLE_I": True, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 64},
-        4,
-    ),
-    "residual_product": (
-        matmul._product_kernel,
-        {
-            "x_ptr": I8,
-            "w_ptr": I8,
-            "x_scale_ptr": F32,
-            "w_scale_ptr": F32,
-            "y_ptr": F32,
-            "residual_ptr": F32,
-            "n_rows": I32,
-            "n_out": I32,
-            "n_in": I32,
-        },
-        {
-            "RESIDUAL": True,
-            "DTYPE": tl.bfloat16,
-            "GROUP": 8,
-            "WHOLE_I": True,
-            "BLOCK_N": 128,
-            "BLOCK_O": 128,
-            "BLOCK_I": 64,
-        },
+        {"GROUP": 8, "WHOLE_I": True, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 64},
         4,
     ),
     "persistent": (
@@ -204,12 +175,11 @@ KERNELS = {
             "x_scale_ptr": F32,
             "w_scale_ptr": F32,
             "y_ptr": BF16,
-            "residual_ptr": BF16,
             "n_rows": I32,
             "n_out": I32,
             "stride": I32,
         },
-        {**ALONE, "ROWS": 8, "BLOCK": 512},
+        {"ROWS": 8, "BLOCK": 512},
         4,
     ),
     "gain_sums": (

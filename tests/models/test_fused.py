@@ -35,17 +35,12 @@ def loss_and_gradients(student: Any, ids: torch.Tensor) -> tuple[torch.Tensor, d
     return logits.detach(), {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("subln", ["paper", "every_linear", "none"])
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_fused_layers_equal_the_plain_ones(name: str, subln: str, residual: bool, ids: torch.Tensor) -> None:
+def test_fused_layers_equal_the_plain_ones(name: str, subln: str, ids: torch.Tensor) -> None:
     student = student_of(name, subln)
     want, want_grads = loss_and_gradients(student, ids)
-    with fused_layers(student, fuse_residual=residual):
-        whole = hasattr(student.model.layers[0], "fused_tail")
-        assert whole == (
-            residual and subln != "every_linear" and name in ("llama", "llama_tied", "qwen2", "qwen3")
-        )
+    with fused_layers(student):
         got, grads = loss_and_gradients(student, ids)
     assert torch.equal(got, want)
     assert grads.keys() == want_grads.keys()
@@ -103,15 +98,14 @@ def test_codes_follow_the_latents_only_when_refreshed_and_the_model_is_left_as_i
     assert not any("forward" in vars(m) for m in student.modules())
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_blocks_compile_once_and_compute_the_same(residual: bool, ids: torch.Tensor) -> None:
+def test_blocks_compile_once_and_compute_the_same(ids: torch.Tensor) -> None:
     student = student_of("llama")
     want, want_grads = loss_and_gradients(student, ids)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     for layer in student.model.layers:
         layer.compile(backend=counter, fullgraph=True)
-    with fused_layers(student, fuse_residual=residual):
+    with fused_layers(student):
         got, grads = loss_and_gradients(student, ids)
         loss_and_gradients(student, ids)
     assert counter.frame_count == 1  # one graph for all blocks, and none anew in the second pass
@@ -123,13 +117,12 @@ def test_blocks_compile_once_and_compute_the_same(residual: bool, ids: torch.Ten
         )
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_under_autocast_and_checkpointing_gradients_stay_close(residual: bool, ids: torch.Tensor) -> None:
+def test_under_autocast_and_checkpointing_gradients_stay_close(ids: torch.Tensor) -> None:
     student = student_of("llama")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want, want_grads = loss_and_gradients(student, ids)
         student.gradient_checkpointing_enable()
-        with fused_layers(student, fuse_residual=residual):
+        with fused_layers(student):
             got, grads = loss_and_gradients(student, ids)
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
     for key, grad in grads.items():
@@ -137,51 +130,26 @@ def test_under_autocast_and_checkpointing_gradients_stay_close(residual: bool, i
         assert cosine > 0.98, key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_residual_additions_inside_kernels_round_where_a_block_does(name: str, ids: torch.Tensor) -> None:
-    """In bfloat16 the float32 stream, its additions and their gradients are the same to the last bit."""
-    student = student_of(name)
-    found = []
-    for residual in (False, True):
-        with (
-            torch.autocast("cpu", dtype=torch.bfloat16),
-            fused_layers(student, fuse_residual=residual),
-        ):
-            found.append(loss_and_gradients(student, ids))
-    (want, want_grads), (got, grads) = found
-    assert torch.equal(got, want)
-    assert grads.keys() == want_grads.keys()
-    for key, grad in grads.items():
-        assert torch.equal(grad, want_grads[key]), key
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
-def test_kernels_with_and_without_residual_additions_agree_on_a_gpu(
+def test_kernels_on_a_gpu_stay_close_to_the_plain_layers(
     name: str, compiling: bool, ids: torch.Tensor
 ) -> None:
     student = student_of(name).to("cuda")
-    found = []
-    for residual in (False, True):
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        want, want_grads = loss_and_gradients(student, ids.to("cuda"))
         torch._dynamo.reset()
         if compiling:
             compile_blocks(student)
-        with (
-            torch.autocast("cuda", dtype=torch.bfloat16),
-            fused_layers(student, fuse_residual=residual),
-        ):
-            found.append(loss_and_gradients(student, ids.to("cuda")))
+        with fused_layers(student):
+            got, grads = loss_and_gradients(student, ids.to("cuda"))
     torch._dynamo.reset()
-    (want, want_grads), (got, grads) = found
     assert want.isfinite().all()
-    if compiling:
-        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.abs().max()))
-    else:
-        assert torch.equal(got, want)
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.1 * float(want.abs().max()))
     assert grads.keys() == want_grads.keys()
     for key, grad in grads.items():
-        assert float((grad - want_grads[key]).norm()) <= 0.02 * float(want_grads[key].norm()), key
+        assert float((grad - want_grads[key]).norm()) <= 0.2 * float(want_grads[key].norm()), key
 
 
 def test_what_cannot_be_fused_is_refused_by_name() -> None:

@@ -55,8 +55,7 @@ class TernaryProjections(torch.autograd.Function):
     """y [N, O] = quantize(norm(x)) (stacked codes)^T with scales, as a tuple of each matrix' part [N, O_p].
 
     Arguments: x [N, I]; gain [I] or None (no norm); eps; gain_offset; codes int8 [O, I]; row_scale float32 [O];
-    compute dtype; whether dL/dx is an int8 product; whether x itself is the last output, for the residual stream,
-    whose gradient is then added in the same kernel; then the latent weights, whose rows are stacked in `codes`.
+    compute dtype; whether dL/dx is an int8 product; then the latent weights, whose rows are stacked in `codes`.
     Latents are not read.
     """
 
@@ -71,174 +70,94 @@ class TernaryProjections(torch.autograd.Function):
         row_scale_O: Tensor,
         dtype: torch.dtype,
         int8_backward: bool,
-        passes_x: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
         ctx.save_for_backward(x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O)
         ctx.gain_offset, ctx.weight_dtype = gain_offset, weights[0].dtype
-        ctx.int8_backward, ctx.passes_x = int8_backward, passes_x
+        ctx.int8_backward = int8_backward
         ctx.rows = [w.shape[0] for w in weights]
         y = ops.int8_product(x_codes, x_scale, codes_OI, row_scale_O, dtype)
-        parts = (y,) if len(weights) == 1 else y.split(ctx.rows, dim=-1)
-        return (*parts, x_NI.view_as(x_NI)) if passes_x else parts
+        return (y,) if len(weights) == 1 else y.split(ctx.rows, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x_NI, gain_I, x_codes, x_scale, rrms, codes_OI, row_scale_O = ctx.saved_tensors
         one = len(ctx.rows) == 1
-        added = None
-        if ctx.passes_x:
-            grads, added = grads[:-1], grads[-1]
         scaled = grads[0] if one else ops.stack_scaled(list(grads), row_scale_O)
         grad_hat = _grad_hat(scaled, codes_OI, ctx.int8_backward)
         grad_scale = row_scale_O[:1] if one else None
-        grad_x, partial, x_hat, _ = ops.norm_quantize_backward(
-            grad_hat,
-            grad_scale,
-            x_NI,
-            gain_I,
-            rrms,
-            x_codes,
-            x_scale,
-            row_scale_O,
-            ctx.gain_offset,
-            "none",
-            added,
+        grad_x, partial, x_hat = ops.norm_quantize_backward(
+            grad_hat, grad_scale, x_NI, gain_I, rrms, x_codes, x_scale, row_scale_O, ctx.gain_offset, "none"
         )
         grad_weight = scaled.t() @ x_hat
         if not one:
             grad_weight = grad_weight.to(torch.float32) / row_scale_O[:, None]
         (grad_gain,) = _gain_grads([partial], [gain_I])
         parts = _parts(grad_weight, ctx.rows, ctx.weight_dtype)
-        return grad_x, grad_gain, *(None,) * 7, *parts
-
-
-def _mlp_forward(
-    ctx: Any,
-    x_NI: Tensor,
-    residual_NI: Tensor | None,
-    dtype: torch.dtype,
-    gain_I: Tensor | None,
-    eps: float,
-    gain_offset: float,
-    sub_gain_F: Tensor | None,
-    sub_eps: float,
-    activation: str,
-    codes: Tensor,
-    row_scale: Tensor,
-    down_codes: Tensor,
-    down_scale: Tensor,
-    int8_backward: bool,
-    gate: Tensor,
-    *_: Tensor,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """A gated layer's output (with a residual, their sum), and what `_mlp_backward` needs of it. After the residual
-    come the arguments of `TernaryGatedMlp` after x."""
-    x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
-    gate_up = ops.int8_product(x_codes, x_scale, codes, row_scale, dtype)
-    h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
-    ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
-    ctx.features, ctx.int8_backward, ctx.dtype = gate.shape[0], int8_backward, dtype
-    saved = (
-        x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
-        codes, row_scale, down_codes, down_scale,
-    )  # fmt: skip
-    return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype, residual_NI), saved
-
-
-def _mlp_backward(
-    ctx: Any, grad_NI: Tensor, saved: list[Any], added: Tensor | None
-) -> tuple[Tensor, list[Tensor], list[Tensor | None], tuple[Tensor, ...], Tensor]:
-    """Gradients of a gated layer's input (with `added`, the residual stream's), partial sums of its two gains' and the
-    gains, gradients of the latents, and of the input once more in the compute dtype (empty without `added`)."""
-    (
-        x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
-        codes, row_scale, down_codes, down_scale,
-    ) = saved  # fmt: skip
-    features, int8 = ctx.features, ctx.int8_backward
-    scaled, sub_partial, h_hat, _ = ops.norm_quantize_backward(
-        _grad_hat(grad_NI, down_codes, int8), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
-        row_scale, 0.0, ctx.activation,
-    )  # fmt: skip
-    grad_down = grad_NI.t() @ h_hat
-    grad_x, partial, x_hat, grad_low = ops.norm_quantize_backward(
-        _grad_hat(scaled, codes, int8), None, x_NI, gain_I, rrms, x_codes, x_scale,
-        row_scale, ctx.gain_offset, "none", added,
-    )  # fmt: skip
-    grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
-    weights = (
-        *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
-        grad_down.to(ctx.weight_dtype),
-    )
-    return grad_x, [partial, sub_partial], [gain_I, sub_gain_F], weights, grad_low
+        return grad_x, grad_gain, *(None,) * 6, *parts
 
 
 class TernaryGatedMlp(torch.autograd.Function):
     """The feed-forward layer [N, I] -> [N, I]: norm, gate and up, activation, norm (SubLN), down.
 
-    Arguments: x; compute dtype; gain or None, eps, gain_offset of the norm before gate and up; gain or None, eps of the
-    SubLN before down; activation; codes [2 F, I] and row_scale [2 F] of gate and up; codes [I, F] and row_scale [I] of
-    down; whether dL/dx are int8 products; the three latents.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, *mlp: Any) -> Tensor:
-        y, saved = _mlp_forward(ctx, x_NI, None, *mlp)
-        ctx.save_for_backward(*saved)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_x, partials, gains, weights, _ = _mlp_backward(ctx, grads[0], list(ctx.saved_tensors), None)
-        grad_gain, grad_sub_gain = _gain_grads(partials, gains)
-        return grad_x, None, grad_gain, None, None, grad_sub_gain, *(None,) * 7, *weights
-
-
-class TernaryBlockTail(torch.autograd.Function):
-    """What follows attention in a block, residual additions included: a [N, A], x [N, I] -> [N, I] in x's dtype.
-
-        r = x + o(SubLN(a))
-        y = r + mlp(norm(r))
-
-    Additions ride on the products' epilogues, their gradients on the norms' backward; the values are those of
-    `TernaryProjections`, an addition, `TernaryGatedMlp` and another addition, rounded at the same places.
-
-    Arguments: a; x; SubLN's gain or None and eps; codes [I, A], row_scale [I] and latent of o; then those of
-    `TernaryGatedMlp` after x.
+    Arguments: x; gain or None, eps, gain_offset of the norm before gate and up; gain or None, eps of the SubLN before
+    down; activation; codes [2 F, I] and row_scale [2 F] of gate and up; codes [I, F] and row_scale [I] of down;
+    compute dtype; whether dL/dx are int8 products; the three latents.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        a_NA: Tensor,
         x_NI: Tensor,
-        a_gain_A: Tensor | None,
-        a_eps: float,
-        o_codes: Tensor,
-        o_scale: Tensor,
-        o: Tensor,
+        gain_I: Tensor | None,
+        eps: float,
+        gain_offset: float,
+        sub_gain_F: Tensor | None,
+        sub_eps: float,
+        activation: str,
+        codes: Tensor,
+        row_scale: Tensor,
+        down_codes: Tensor,
+        down_scale: Tensor,
         dtype: torch.dtype,
-        *mlp: Any,
+        int8_backward: bool,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
     ) -> Tensor:
-        a_codes, a_scale, a_rrms = ops.norm_quantize(a_NA, a_gain_A, a_eps, 0.0, "none")
-        r_NI = ops.int8_product(a_codes, a_scale, o_codes, o_scale, dtype, x_NI)
-        y, saved = _mlp_forward(ctx, r_NI, r_NI, dtype, *mlp)
-        ctx.save_for_backward(a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale, *saved)
-        return y
+        x_codes, x_scale, rrms = ops.norm_quantize(x_NI, gain_I, eps, gain_offset, "none")
+        gate_up = ops.int8_product(x_codes, x_scale, codes, row_scale, dtype)
+        h_codes, h_scale, h_rrms = ops.norm_quantize(gate_up, sub_gain_F, sub_eps, 0.0, activation)
+        ctx.save_for_backward(
+            x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+            codes, row_scale, down_codes, down_scale,
+        )  # fmt: skip
+        ctx.gain_offset, ctx.activation, ctx.weight_dtype = gain_offset, activation, gate.dtype
+        ctx.features, ctx.int8_backward = gate.shape[0], int8_backward
+        return ops.int8_product(h_codes, h_scale, down_codes, down_scale, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (grad_y,) = grads
-        a_NA, a_gain_A, a_codes, a_scale, a_rrms, o_codes, o_scale, *saved = ctx.saved_tensors
-        grad_r, partials, gains, weights, grad_out = _mlp_backward(ctx, grad_y.to(ctx.dtype), saved, grad_y)
-        grad_a, a_partial, a_hat, _ = ops.norm_quantize_backward(
-            _grad_hat(grad_out, o_codes, ctx.int8_backward), o_scale[:1], a_NA, a_gain_A, a_rrms, a_codes, a_scale,
-            o_scale, 0.0, "none",
+        (grad_NI,) = grads
+        (
+            x_NI, gain_I, x_codes, x_scale, rrms, gate_up, sub_gain_F, h_codes, h_scale, h_rrms,
+            codes, row_scale, down_codes, down_scale,
+        ) = ctx.saved_tensors  # fmt: skip
+        features, int8 = ctx.features, ctx.int8_backward
+        scaled, sub_partial, h_hat = ops.norm_quantize_backward(
+            _grad_hat(grad_NI, down_codes, int8), down_scale[:1], gate_up, sub_gain_F, h_rrms, h_codes, h_scale,
+            row_scale, 0.0, ctx.activation,
         )  # fmt: skip
-        grad_a_gain, grad_gain, grad_sub_gain = _gain_grads([a_partial, *partials], [a_gain_A, *gains])
-        grad_o = (grad_out.t() @ a_hat).to(ctx.weight_dtype)
-        return (
-            grad_a, grad_r, grad_a_gain, None, None, None, grad_o, None, grad_gain, None, None, grad_sub_gain,
-            *(None,) * 7, *weights,
+        grad_down = grad_NI.t() @ h_hat
+        grad_x, partial, x_hat = ops.norm_quantize_backward(
+            _grad_hat(scaled, codes, int8), None, x_NI, gain_I, rrms, x_codes, x_scale,
+            row_scale, ctx.gain_offset, "none",
         )  # fmt: skip
+        grad_gate_up = (scaled.t() @ x_hat).to(torch.float32) / row_scale[:, None]
+        grad_gain, grad_sub_gain = _gain_grads([partial, sub_partial], [gain_I, sub_gain_F])
+        weights = (
+            *_parts(grad_gate_up, [features, features], ctx.weight_dtype),
+            grad_down.to(ctx.weight_dtype),
+        )
+        return grad_x, grad_gain, None, None, grad_sub_gain, *(None,) * 8, *weights

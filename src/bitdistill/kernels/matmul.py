@@ -1,11 +1,10 @@
 """int8 product with the scales in its epilogue (Triton), and the faster of two ways by size.
 
-    y[n, o] = float32(sum_i x[n, i] w[o, i]) * (x_scale[n] * w_scale[o])     [+ residual[n, o]]
+    y[n, o] = float32(sum_i x[n, i] w[o, i]) * (x_scale[n] * w_scale[o])
 
 The sum is exact in int32, the product of the scales is rounded once and multiplied once: bit for bit
-`quant.linear`. With a residual, y is rounded to the layer's dtype first and then added, as a block does. The other way
-is cuBLASLt's product (torch._int_mm) with the scaling in a kernel of its own; which of the two is faster depends on the
-shape, so the first call of a shape times both.
+`quant.linear`. The other way is cuBLASLt's product (torch._int_mm) with the scaling in a kernel of its own; which
+of the two is faster depends on the shape, so the first call of a shape times both.
 
 A third way, persistent programs whose tiles come and go through the tensor memory accelerator (compute capability 9.0),
 is faster for two of eight measured shapes (docs/log.md, run 12). `TRY_PERSISTENT` is off until a whole training run has
@@ -44,41 +43,7 @@ PERSISTENT: list[tuple[int, int, int, int, int]] = [
 INT_MM, FIRST_PERSISTENT = -1, 100
 """Ways are numbers: INT_MM, an index of TILES, or FIRST_PERSISTENT and an index of PERSISTENT."""
 TRY_PERSISTENT = False
-_chosen: dict[tuple[int, int, int, torch.dtype, torch.dtype | None], int] = {}
-
-
-@triton.jit
-def _store(y_ptr, residual_ptr, at, y, inside, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr):
-    """y, or residual + y, at int32 offsets `at` from the tile's own start (64 bits an element would take registers)."""
-    if RESIDUAL:
-        residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y = residual + y.to(DTYPE).to(tl.float32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish(
-    y_ptr,
-    residual_ptr,
-    total,
-    x_scale,
-    w_scale_ptr,
-    in_rows,
-    first_column,
-    skipped,
-    n_out,
-    RESIDUAL: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
-    """Scale and store a tile, or a part of its columns."""
-    columns = skipped + tl.arange(0, BLOCK_O)
-    in_columns = first_column + columns < n_out
-    w_scale = tl.load(w_scale_ptr + first_column + columns, mask=in_columns, other=0.0)
-    y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    at = tl.arange(0, BLOCK_N)[:, None] * n_out + columns[None, :]
-    _store(y_ptr, residual_ptr, at, y, in_rows[:, None] & in_columns[None, :], RESIDUAL, DTYPE)
+_chosen: dict[tuple[int, int, int, torch.dtype], int] = {}
 
 
 @triton.jit
@@ -88,12 +53,9 @@ def _product_kernel(
     x_scale_ptr,
     w_scale_ptr,
     y_ptr,
-    residual_ptr,
     n_rows,
     n_out,
     n_in,
-    RESIDUAL: tl.constexpr,
-    DTYPE: tl.constexpr,
     GROUP: tl.constexpr,
     WHOLE_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -127,21 +89,10 @@ def _product_kernel(
         x_at += BLOCK_I
         w_at += BLOCK_I
     x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
-    begin = (tile_n * BLOCK_N).to(tl.int64) * n_out + tile_o * BLOCK_O
-    out = (y_ptr + begin, residual_ptr + begin)
-    scales = (x_scale, w_scale_ptr, n < n_rows, tile_o * BLOCK_O)
-    if RESIDUAL:
-        # A quarter of the columns at a time: residuals of a whole tile would not fit registers beside its sums
-        quarter: tl.constexpr = BLOCK_O // 4
-        left, right = tl.split(tl.permute(tl.reshape(total, [BLOCK_N, 2, BLOCK_O // 2]), [0, 2, 1]))
-        first, second = tl.split(tl.permute(tl.reshape(left, [BLOCK_N, 2, quarter]), [0, 2, 1]))
-        third, fourth = tl.split(tl.permute(tl.reshape(right, [BLOCK_N, 2, quarter]), [0, 2, 1]))
-        _finish(*out, first, *scales, 0, n_out, True, DTYPE, BLOCK_N, quarter)
-        _finish(*out, second, *scales, quarter, n_out, True, DTYPE, BLOCK_N, quarter)
-        _finish(*out, third, *scales, 2 * quarter, n_out, True, DTYPE, BLOCK_N, quarter)
-        _finish(*out, fourth, *scales, 3 * quarter, n_out, True, DTYPE, BLOCK_N, quarter)
-    else:
-        _finish(*out, total, *scales, 0, n_out, False, DTYPE, BLOCK_N, BLOCK_O)
+    w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
+    y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
+    y_at = y_ptr + n.to(tl.int64)[:, None] * n_out + o[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(n < n_rows)[:, None] & (o < n_out)[None, :])
 
 
 @triton.jit
@@ -188,12 +139,9 @@ def _scale_kernel(
     x_scale_ptr,
     w_scale_ptr,
     y_ptr,
-    residual_ptr,
     n_rows,
     n_out,
     stride,
-    RESIDUAL: tl.constexpr,
-    DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -204,38 +152,20 @@ def _scale_kernel(
     x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
     w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
     y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-    begin = (tl.program_id(0) * ROWS).to(tl.int64) * n_out + tl.program_id(1) * BLOCK
-    at = tl.arange(0, ROWS)[:, None] * n_out + tl.arange(0, BLOCK)[None, :]
-    _store(y_ptr + begin, residual_ptr + begin, at, y, inside, RESIDUAL, DTYPE)
+    y_at = y_ptr + n.to(tl.int64)[:, None] * n_out + o[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-_TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _product(
-    y: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    tile: int,
-    residual: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """One way of the product; `dtype` is what y is rounded to before a residual is added."""
+def _product(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tile: int) -> None:
+    """One way of the product."""
     (n, i), o = x.shape, w.shape[0]
-    # Not fused to one rounding: with a residual the product is rounded first
-    added = {"RESIDUAL": residual is not None, "DTYPE": _TRITON_DTYPES[dtype], "enable_fp_fusion": False}
-    residual = y if residual is None else residual
     if tile >= FIRST_PERSISTENT:
         _persistent_product(y, x, x_scale, w, w_scale, PERSISTENT[tile - FIRST_PERSISTENT])
         return
     if tile == INT_MM:
         total = _int_mm(x, w)
         grid = (triton.cdiv(n, 8), triton.cdiv(o, 512))
-        _scale_kernel[grid](
-            total, x_scale, w_scale, y, residual, n, o, total.stride(0), **added, ROWS=8, BLOCK=512
-        )
+        _scale_kernel[grid](total, x_scale, w_scale, y, n, o, total.stride(0), ROWS=8, BLOCK=512)
         return
     block_n, block_o, block_i, warps, stages = TILES[tile]
     _product_kernel[(triton.cdiv(n, block_n) * triton.cdiv(o, block_o),)](
@@ -244,11 +174,9 @@ def _product(
         x_scale,
         w_scale,
         y,
-        residual,
         n,
         o,
         i,
-        **added,
         GROUP=8,
         WHOLE_I=i % block_i == 0,
         BLOCK_N=block_n,
@@ -321,59 +249,40 @@ def _int_mm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def int8_product(
-    x_NI: Tensor,
-    x_scale_N: Tensor,
-    w_OI: Tensor,
-    w_scale_O: Tensor,
-    dtype: torch.dtype,
-    residual_NO: Tensor | None = None,
+    x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """y [N, O] of `dtype`, or residual + y in the residual's dtype; see the module docstring.
-
-    The way is the fastest measured one of this shape.
-    """
+    """y [N, O] of `dtype`; see the module docstring. The way is the fastest measured one of this shape."""
     x_NI, w_OI = x_NI.contiguous(), w_OI.contiguous()
     (n, i), o = x_NI.shape, w_OI.shape[0]
-    residual = None if residual_NO is None else residual_NO.contiguous()
-    y = torch.empty(n, o, dtype=dtype if residual is None else residual.dtype, device=x_NI.device)
+    y = torch.empty(n, o, dtype=dtype, device=x_NI.device)
     if n == 0:
         return y
-    arguments = (y, x_NI, x_scale_N, w_OI, w_scale_O)
-    key = (n, o, i, dtype, None if residual is None else residual.dtype)
+    key = (n, o, i, dtype)
     if key not in _chosen:
         capturing = x_NI.is_cuda and torch.cuda.is_current_stream_capturing()
         if not x_NI.is_cuda or capturing:
-            _product(*arguments, 0, residual, dtype)
+            _product(y, x_NI, x_scale_N, w_OI, w_scale_O, 0)
             return y
-        _chosen[key] = _fastest(*arguments, residual, dtype)
-    _product(*arguments, _chosen[key], residual, dtype)
+        _chosen[key] = _fastest(y, x_NI, x_scale_N, w_OI, w_scale_O)
+    _product(y, x_NI, x_scale_N, w_OI, w_scale_O, _chosen[key])
     return y
 
 
 def measure(
-    y: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    persistent: bool | None = None,
-    residual: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
+    y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, persistent: bool | None = None
 ) -> dict[int, float]:
     """Milliseconds of every way at this shape, the best of three rounds of five calls (synchronises)."""
     times: dict[int, float] = {}
-    # Persistent programs store through descriptors and add nothing
-    persistent = residual is None and (TRY_PERSISTENT if persistent is None else persistent)
-    for tile in ways(y, x, persistent):
+    for tile in ways(y, x, TRY_PERSISTENT if persistent is None else persistent):
         try:
             for _ in range(2):
-                _product(y, x, x_scale, w, w_scale, tile, residual, dtype)
+                _product(y, x, x_scale, w, w_scale, tile)
             rounds = []
             for _ in range(3):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 for _ in range(5):
-                    _product(y, x, x_scale, w, w_scale, tile, residual, dtype)
+                    _product(y, x, x_scale, w, w_scale, tile)
                 end.record()
                 end.synchronize()
                 rounds.append(start.elapsed_time(end) / 5)
@@ -384,21 +293,13 @@ def measure(
     return times
 
 
-def _fastest(
-    y: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    w: Tensor,
-    w_scale: Tensor,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> int:
+def _fastest(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> int:
     """The fastest way of this shape whose result is cuBLASLt's, bit for bit."""
-    times = measure(y, x, x_scale, w, w_scale, None, residual, dtype)
-    _product(y, x, x_scale, w, w_scale, INT_MM, residual, dtype)
+    times = measure(y, x, x_scale, w, w_scale)
+    _product(y, x, x_scale, w, w_scale, INT_MM)
     for tile in sorted(times, key=lambda tile: times[tile]):
         other = torch.empty_like(y)
-        _product(other, x, x_scale, w, w_scale, tile, residual, dtype)
+        _product(other, x, x_scale, w, w_scale, tile)
         if tile == INT_MM or torch.equal(other, y):
             log.debug("int8 product [%d x %d x %d]: %s ms, way %d", *x.shape, w.shape[0], times, tile)
             return tile

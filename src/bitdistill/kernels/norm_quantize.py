@@ -158,25 +158,8 @@ def _store_x_hat(x_hat_row, codes_row, scale, columns, inside):
 
 
 @triton.jit
-def _store_grad(
-    out_row,
-    added_row,
-    low_row,
-    grad,
-    gate,
-    up,
-    gate_scale,
-    up_scale,
-    columns,
-    inside,
-    n_columns,
-    ACT: tl.constexpr,
-    ADDED: tl.constexpr,
-):
+def _store_grad(out_row, grad, gate, up, gate_scale, up_scale, columns, inside, n_columns, ACT: tl.constexpr):
     kind = out_row.dtype.element_ty
-    if ADDED:
-        grad += tl.load(added_row + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(low_row + columns, grad.to(low_row.dtype.element_ty), mask=inside)
     if ACT != 0:
         d_gate = grad * up * _activation_grad(gate, ACT) * gate_scale
         d_up = grad * _activation(gate, ACT) * up_scale
@@ -199,15 +182,12 @@ def _backward_kernel(
     out_ptr,
     gain_grad_ptr,
     x_hat_ptr,
-    added_ptr,
-    low_ptr,
     n_rows,
     n_columns,
     x_stride,
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
-    ADDED: tl.constexpr,
     SCALED: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
@@ -239,7 +219,6 @@ def _backward_kernel(
             x_hat_ptr + row * n_columns,
             out_ptr + row * out_stride,
         )
-        added_row, low_row = added_ptr + row * n_columns, low_ptr + row * n_columns
         grad = tl.load(grad_row + columns, mask=inside, other=0.0).to(tl.float32) * grad_scale
         gate, up, h = _hidden(x_row, columns, inside, n_columns, ACT)
         if REST != 0:
@@ -264,26 +243,10 @@ def _backward_kernel(
             grad = (grad - h * along) * rrms
             if REST != 0:
                 more_grad = (more_grad - more_h * along) * rrms
-        _store_grad(
-            out_row,
-            added_row,
-            low_row,
-            grad,
-            gate,
-            up,
-            gate_scale,
-            up_scale,
-            columns,
-            inside,
-            n_columns,
-            ACT,
-            ADDED,
-        )
+        _store_grad(out_row, grad, gate, up, gate_scale, up_scale, columns, inside, n_columns, ACT)
         if REST != 0:
             _store_grad(
                 out_row,
-                added_row,
-                low_row,
                 more_grad,
                 more_gate,
                 more_up,
@@ -293,7 +256,6 @@ def _backward_kernel(
                 more_inside,
                 n_columns,
                 ACT,
-                ADDED,
             )
     if NORM:
         own = gain_grad_ptr + tl.program_id(0).to(tl.int64) * n_columns
@@ -315,15 +277,12 @@ def _wide_backward_kernel(
     out_ptr,
     gain_grad_ptr,
     x_hat_ptr,
-    added_ptr,
-    low_ptr,
     n_rows,
     n_columns,
     x_stride,
     gain_offset,
     NORM: tl.constexpr,
     ACT: tl.constexpr,
-    ADDED: tl.constexpr,
     SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -395,9 +354,6 @@ def _wide_backward_kernel(
                 tl.store(out_ptr + wide, d_gate.to(out_ptr.dtype.element_ty), mask=inside)
                 tl.store(out_ptr + wide + n_columns, d_up.to(out_ptr.dtype.element_ty), mask=inside)
             else:
-                if ADDED:
-                    grad += tl.load(added_ptr + dense, mask=inside, other=0.0).to(tl.float32)
-                    tl.store(low_ptr + dense, grad.to(low_ptr.dtype.element_ty), mask=inside)
                 tl.store(out_ptr + dense, grad.to(out_ptr.dtype.element_ty), mask=inside)
         # The sums above are read again in the next round, maybe by another thread.
         tl.debug_barrier()
@@ -493,18 +449,15 @@ def norm_quantize_backward(
     out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
-    added_NI: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of x; partial sums [P, I] of the gain's, float32 (zeros [1, I] without a norm; `sum_rows` ends them);
-    x_hat = codes * scale in grad's dtype; and the first once more in grad's dtype (empty without `added_NI`).
+    and x_hat = codes * scale in grad's dtype.
 
     Args:
         grad_NI: gradient of the quantized rows, to be multiplied by the float32 scalar `grad_scale` (None: 1).
         rrms_N, codes_NI, scale_N: what the forward gave.
         out_scale_X: float32; elements 0 and I are multiplied into the gradients of gate and up (the scales of their
             weights, which are the same along each half); not read without an activation.
-        added_NI: a further gradient of x, such as the residual stream's, added in float32; not with an activation
-            (`ops` refuses it).
 
     Returns:
         the gradient of x is in x's dtype without an activation, in grad's dtype with one.
@@ -517,9 +470,6 @@ def norm_quantize_backward(
         x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype, device=x_NX.device
     )
     x_hat = torch.empty_like(grad_NI)
-    added = added_NI is not None
-    low = torch.empty_like(grad_NI) if added else grad_NI.new_empty(0)
-    added_NI = out if added_NI is None else added_NI.contiguous()
     programs, shape = programs_of(columns, activation, x_NX.device), _backward_tile(columns, activation)
     kept = 1 if gain_I is None else programs
     partial = torch.empty(kept, columns, dtype=torch.float32, device=x_NX.device)
@@ -527,18 +477,20 @@ def norm_quantize_backward(
         partial.zero_()
     arguments = (
         grad_NI, scale_N if grad_scale is None else grad_scale, x_NX, x_NX if gain_I is None else gain_I, rrms_N,
-        codes_NI, scale_N, out_scale_X, out, partial, x_hat, added_NI, low, n, columns, x_NX.stride(0), gain_offset,
+        codes_NI, scale_N, out_scale_X, out, partial, x_hat, n, columns, x_NX.stride(0), gain_offset,
     )  # fmt: skip
     kind = {
-        "NORM": gain_I is not None, "ACT": ACTIVATIONS[activation], "ADDED": added, "SCALED": grad_scale is not None,
-    }  # fmt: skip
+        "NORM": gain_I is not None,
+        "ACT": ACTIVATIONS[activation],
+        "SCALED": grad_scale is not None,
+    }
     if n and columns > WIDE:
         _wide_backward_kernel[(programs,)](*arguments, **kind, ROWS=WIDE_ROWS, BLOCK=WIDE_BLOCK, num_warps=8)
     elif n:
         _backward_kernel[(programs,)](
             *arguments, **kind, MAIN=shape.main, REST=shape.rest, VECTOR=_vector(x_NX), num_warps=shape.warps
         )
-    return out, partial, x_hat, low
+    return out, partial, x_hat
 
 
 @triton.jit

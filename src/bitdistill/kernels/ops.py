@@ -39,23 +39,14 @@ def norm_quantize_backward(
     out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
-    added_NI: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, partial sums of the gain's, x_hat, and the first in grad's dtype; see `norm_quantize.py`.
-
-    Raises:
-        ValueError: a further gradient of x with an activation.
-    """
-    if added_NI is not None and activation != "none":
-        raise ValueError(
-            f"added_NI with activation {activation}: a gate has no residual stream; leave it out"
-        )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x, partial sums of the gain's, and x_hat; see `norm_quantize.py`."""
     arguments = (grad_NI, grad_scale, x_NX, gain_I, rrms_N, codes_NI, scale_N, out_scale_X)
     if x_NX.is_cuda:
         from bitdistill.kernels import norm_quantize as kernels
 
-        return kernels.norm_quantize_backward(*arguments, gain_offset, activation, added_NI)
-    return twins.norm_quantize_backward(*arguments, gain_offset, activation, added_NI)
+        return kernels.norm_quantize_backward(*arguments, gain_offset, activation)
+    return twins.norm_quantize_backward(*arguments, gain_offset, activation)
 
 
 @norm_quantize_backward.register_fake
@@ -70,7 +61,6 @@ def _(
     out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
-    added_NI: Tensor | None = None,
 ) -> object:
     out = x_NX.new_empty(x_NX.shape, dtype=x_NX.dtype if activation == "none" else grad_NI.dtype)
     columns, programs = grad_NI.shape[1], 1
@@ -79,8 +69,7 @@ def _(
 
         programs = kernels.programs_of(int(columns), activation, x_NX.device)
     gain_grad = x_NX.new_empty(programs, columns, dtype=torch.float32)
-    low = grad_NI.new_empty(0 if added_NI is None else grad_NI.shape)
-    return out, gain_grad, grad_NI.new_empty(grad_NI.shape), low
+    return out, gain_grad, grad_NI.new_empty(grad_NI.shape)
 
 
 @torch.library.custom_op("bitdistill::sum_rows", mutates_args=())
@@ -100,32 +89,19 @@ def _(partials: list[Tensor]) -> object:
 
 @torch.library.custom_op("bitdistill::int8_product", mutates_args=())
 def int8_product(
-    x_NI: Tensor,
-    x_scale_N: Tensor,
-    w_OI: Tensor,
-    w_scale_O: Tensor,
-    dtype: torch.dtype,
-    residual_NO: Tensor | None = None,
+    x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """float32(x w^T) * (x_scale * w_scale) in `dtype`, and a residual added; see `matmul.py`."""
+    """float32(x w^T) * (x_scale * w_scale) in `dtype`; see `matmul.py`."""
     if x_NI.is_cuda:
         from bitdistill.kernels import matmul as kernels
 
-        return kernels.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype, residual_NO)
-    return twins.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype, residual_NO)
+        return kernels.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype)
+    return twins.int8_product(x_NI, x_scale_N, w_OI, w_scale_O, dtype)
 
 
 @int8_product.register_fake
-def _(
-    x_NI: Tensor,
-    x_scale_N: Tensor,
-    w_OI: Tensor,
-    w_scale_O: Tensor,
-    dtype: torch.dtype,
-    residual_NO: Tensor | None = None,
-) -> object:
-    kind = dtype if residual_NO is None else residual_NO.dtype
-    return x_NI.new_empty(x_NI.shape[0], w_OI.shape[0], dtype=kind)
+def _(x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype) -> object:
+    return x_NI.new_empty(x_NI.shape[0], w_OI.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("bitdistill::stack_scaled", mutates_args=())

@@ -84,10 +84,9 @@ def _both_ways(x: Tensor, gain: Tensor, activation: str) -> str | None:
     grad_scale = torch.full((1,), 0.7, device=x.device)
     out_scale = torch.tensor([0.5, 3.0], device=x.device).repeat_interleave(gain.shape[0])
     worst = 0.0
-    # As fused layers call it: with a scale, or with the residual stream's gradient
-    added = _randn(x.device, *x.shape)
-    for scale_of_grad, further in ((grad_scale, None), (None, added if activation == "none" else None)):
-        rest = (scale_of_grad, x, gain, rrms, codes, scale, out_scale, 0.0, activation, further)
+    # As fused layers call it: with one matrix' scale, or without (stacked matrices' are in the gradient already)
+    for scale_of_grad in (grad_scale, None):
+        rest = (scale_of_grad, x, gain, rrms, codes, scale, out_scale, 0.0, activation)
         got = list(kernels.norm_quantize_backward(grad, *rest))
         want = list(twins.norm_quantize_backward(grad, *rest))
         got[1], want[1] = kernels.sum_rows([got[1]]), twins.sum_rows([want[1]])
@@ -143,14 +142,7 @@ def _product(device: torch.device, sizes: Sizes) -> str | None:
     # One way is enough here: each shape's choice is compared with cuBLASLt's product when it is made
     matmul._product(got, x, x_scale, w, w_scale, 0)
     differ = int((got != want).sum())
-    if differ:
-        return f"{differ} of {got.numel()} int8 products differ"
-    residual = _randn(device, ROWS, sizes.inner)
-    # Triton's interpreter, where tests run this without a GPU, cuts bfloat16 off instead of rounding
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    matmul._product(got, x, x_scale, w, w_scale, 0, residual, dtype)
-    differ = int((got != twins.int8_product(x, x_scale, w, w_scale, dtype, residual)).sum())
-    return None if differ == 0 else f"{differ} of {got.numel()} products added to a residual differ"
+    return None if differ == 0 else f"{differ} of {got.numel()} int8 products differ"
 
 
 def _weights(device: torch.device, sizes: Sizes) -> str | None:

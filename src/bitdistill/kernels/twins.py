@@ -49,9 +49,8 @@ def norm_quantize_backward(
     out_scale_X: Tensor,
     gain_offset: float,
     activation: str,
-    added_NI: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of x, of the gain [1, I], x_hat, and the first in grad's dtype (empty without `added_NI`)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x, of the gain [1, I], and x_hat."""
     grad = grad_NI.to(torch.float32) * (1.0 if grad_scale is None else grad_scale)
     h = gated(x_NX, activation)
     gain_grad = torch.zeros(1, grad.shape[1], dtype=torch.float32, device=grad.device)
@@ -61,12 +60,8 @@ def norm_quantize_backward(
         grad = grad * (gain_I.to(torch.float32) + gain_offset)
         grad = (grad - normed * (grad * normed).mean(dim=-1, keepdim=True)) * rrms_N[:, None]
     x_hat = (codes_NI.to(torch.float32) * scale_N[:, None]).to(grad_NI.dtype)
-    low = grad_NI.new_empty(0)
-    if added_NI is not None:
-        grad = grad + added_NI.to(torch.float32)
-        low = torch.empty_like(grad_NI).copy_(grad)  # a tensor of its own: operators return no alias
     if activation == "none":
-        return grad.to(x_NX.dtype), gain_grad, x_hat, low
+        return grad.to(x_NX.dtype), gain_grad, x_hat
     gate, up = x_NX.to(torch.float32).chunk(2, dim=-1)
     if activation == "silu":
         s = torch.sigmoid(gate)
@@ -76,7 +71,7 @@ def norm_quantize_backward(
         s = torch.sigmoid(2 * root * (gate + cube * gate**3))
         acted, slope = gate * s, s + gate * s * (1 - s) * 2 * root * (1 + 3 * cube * gate**2)
     d_gate, d_up = grad * up * slope * out_scale_X[0], grad * acted * out_scale_X[grad.shape[1]]
-    return torch.cat([d_gate, d_up], dim=-1).to(grad_NI.dtype), gain_grad, x_hat, low
+    return torch.cat([d_gate, d_up], dim=-1).to(grad_NI.dtype), gain_grad, x_hat
 
 
 def sum_rows(partials: Sequence[Tensor]) -> Tensor:
@@ -85,16 +80,10 @@ def sum_rows(partials: Sequence[Tensor]) -> Tensor:
 
 
 def int8_product(
-    x_NI: Tensor,
-    x_scale_N: Tensor,
-    w_OI: Tensor,
-    w_scale_O: Tensor,
-    dtype: torch.dtype,
-    residual_NO: Tensor | None = None,
+    x_NI: Tensor, x_scale_N: Tensor, w_OI: Tensor, w_scale_O: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """y [N, O] = float32(x w^T) * (x_scale * w_scale), rounded to `dtype`; with a residual, residual + y."""
-    y = (integer_matmul(x_NI, w_OI) * (x_scale_N[:, None] * w_scale_O[None, :])).to(dtype)
-    return y if residual_NO is None else (residual_NO + y).to(residual_NO.dtype)
+    """y [N, O] = float32(x w^T) * (x_scale * w_scale), rounded to `dtype`."""
+    return (integer_matmul(x_NI, w_OI) * (x_scale_N[:, None] * w_scale_O[None, :])).to(dtype)
 
 
 def stack_scaled(parts: Sequence[Tensor], scale_O: Tensor) -> Tensor:

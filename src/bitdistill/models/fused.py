@@ -7,8 +7,6 @@ Nothing is moved or renamed: `fused_layers` hangs callables on the student's own
     gate, up, down one function from the residual stream to the layer's output, where there are no biases, no norm of
                    the model's own before down (family bitnet), and the kernels know the activation
     o              its SubLN goes into the kernel
-    a whole block  where it is x + o(attention), then + mlp, and both are as above: residual additions ride on the
-                   products, their gradients on the norms (`fuse_residual`)
 
 Layers with a SubLN before q, k, v or gate, up (`subln: every_linear`) are fused one by one.
 """
@@ -24,15 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.errors import ModelError
-from bitdistill.kernels.functions import TernaryBlockTail, TernaryGatedMlp, TernaryProjections
+from bitdistill.kernels.functions import TernaryGatedMlp, TernaryProjections
 from bitdistill.models.families import layout_of
 from bitdistill.quant.linear import BitLinear, SubLN, out_dtype_of
 from bitdistill.quant.ternary import ternarize
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _NO_NORM = (None, 0.0, 0.0)
-FUSE_RESIDUAL = False
-"""Off until its speed is measured (docs/log.md, 28 November)."""
 
 
 def _norm_arguments(norm: nn.Module | None) -> tuple[Tensor | None, float, float]:
@@ -70,9 +66,6 @@ class Projections:
     def __init__(self, stack: StackedCodes, norm: nn.Module | None) -> None:
         self.stack = stack
         self.norm = norm
-        self.passes_x = False
-        self.residual: Tensor | None = None
-        """x as it leaves the function, where a block takes its residual stream from there."""
         self.source: Tensor | None = None
         self.parts: list[Tensor] = []
 
@@ -86,11 +79,8 @@ class Projections:
             stack.row_scale,
             dtype,
             stack.int8_backward,
-            self.passes_x,
             *[layer.weight for layer in stack.layers],
         )
-        if self.passes_x:
-            parts, self.residual = parts[:-1], parts[-1].reshape(x.shape)
         shaped = [part.reshape(*x.shape[:-1], part.shape[-1]) for part in parts]
         return [
             part if layer.bias is None else part + layer.bias.to(dtype)
@@ -126,13 +116,12 @@ class GatedMlp:
     ) -> None:
         self.gate_up, self.down, self.norm, self.activation = gate_up, down, norm, activation
 
-    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """What `TernaryGatedMlp` takes after its input."""
+    def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up.layers
         (down,) = self.down.layers
         sub_gain, sub_eps, _ = _norm_arguments(down.subln)
-        return (
-            dtype,
+        y: Tensor = TernaryGatedMlp.apply(
+            x.reshape(-1, x.shape[-1]),
             *_norm_arguments(self.norm),
             sub_gain,
             sub_eps,
@@ -141,49 +130,17 @@ class GatedMlp:
             self.gate_up.row_scale,
             self.down.codes,
             self.down.row_scale,
+            out_dtype_of(x),
             self.gate_up.int8_backward,
             gate.weight,
             up.weight,
             down.weight,
         )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = TernaryGatedMlp.apply(x.reshape(-1, x.shape[-1]), *self.arguments(out_dtype_of(x)))
         return y.reshape(x.shape)
-
-
-class BlockTail:
-    """What follows attention in a block as one function."""
-
-    def __init__(self, o: StackedCodes, mlp: GatedMlp) -> None:
-        self.o, self.mlp = o, mlp
-
-    def __call__(self, attention: Tensor, residual: Tensor) -> Tensor:
-        (o,) = self.o.layers
-        gain, eps, _ = _norm_arguments(o.subln)
-        y: Tensor = TernaryBlockTail.apply(
-            attention.reshape(-1, attention.shape[-1]),
-            residual.reshape(-1, residual.shape[-1]),
-            gain,
-            eps,
-            self.o.codes,
-            self.o.row_scale,
-            o.weight,
-            *self.mlp.arguments(out_dtype_of(attention)),
-        )
-        return y.reshape(residual.shape)
 
 
 def _pass_through(x: Tensor) -> Tensor:
     return x
-
-
-def _block_forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """A block without norms after attention or feed-forward layer; o is a pass-through inside `self_attn`."""
-    attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-    inputs = self.self_attn.q_proj.fused.group
-    residual, inputs.residual = inputs.residual, None
-    return self.fused_tail(attention, residual)  # type: ignore[no-any-return]
 
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:
@@ -193,8 +150,8 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 class FusedLayers:
     """The fused layers of one student. `refresh` must run after every change of the latents."""
 
-    def __init__(self, student: Any, int8_backward: bool, fuse_residual: bool) -> None:
-        self.int8_backward, self.fuse_residual = int8_backward, fuse_residual
+    def __init__(self, student: Any, int8_backward: bool) -> None:
+        self.int8_backward = int8_backward
         self.stacks: list[StackedCodes] = []
         self._attached: list[tuple[nn.Module, str]] = []
         self._table: Any = None
@@ -205,37 +162,23 @@ class FusedLayers:
 
     def _attach_block(self, block: Any, activation: str | None) -> None:
         attention, mlp = block.self_attn, block.mlp
-        after_attention = getattr(block, "pre_feedforward_layernorm", None) is not None  # Gemma
-        before_mlp = block.pre_feedforward_layernorm if after_attention else block.post_attention_layernorm
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        before_mlp = getattr(block, "pre_feedforward_layernorm", None)
+        if before_mlp is None:
+            before_mlp = block.post_attention_layernorm
+        self._attach_group([attention.q_proj, attention.k_proj, attention.v_proj], fold=block.input_layernorm)
+        self._attach_group([attention.o_proj])
         gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         shared = gate.subln is None and up.subln is None and not hasattr(mlp, "ffn_sub_norm")
-        gated = shared and activation is not None and all(layer.bias is None for layer in (gate, up, down))
-        whole = gated and not after_attention and attention.o_proj.bias is None
-        whole = whole and self.fuse_residual and all(layer.subln is None for layer in qkv)
-        self._attach_group(qkv, fold=block.input_layernorm)
-        if not whole:
-            self._attach_group([attention.o_proj])
-        if not gated:
-            self._attach_group([gate, up], fold=before_mlp)
-            self._attach_group([down])
-            return
-        assert activation is not None
-        gate_up, down_stack = self._stack([gate, up]), self._stack([down])
-        layer = GatedMlp(gate_up, down_stack, before_mlp, activation)
-        if whole:
-            o = self._stack([attention.o_proj])
-            self.stacks.append(o)
-            attention.q_proj.fused.group.passes_x = True
-            self._set(attention.o_proj, "fused", _pass_through)
-            self._set(block, "fused_tail", BlockTail(o, layer))
-            self._set(block, "forward", types.MethodType(_block_forward, block))
-        else:
+        if shared and activation is not None and all(layer.bias is None for layer in (gate, up, down)):
+            stacks = self._stack([gate, up]), self._stack([down])
+            self.stacks += stacks
             # A method, not the object itself: torch.compile would make a graph for each block's object.
-            self._set(mlp, "fused", layer)
+            self._set(mlp, "fused", GatedMlp(*stacks, before_mlp, activation))
             self._set(mlp, "forward", types.MethodType(_gated_forward, mlp))
             self._set(before_mlp, "forward", _pass_through)
-        self.stacks += [gate_up, down_stack]
+        else:
+            self._attach_group([gate, up], fold=before_mlp)
+            self._attach_group([down])
 
     def _stack(self, layers: list[BitLinear]) -> StackedCodes:
         return StackedCodes(layers, self.int8_backward)
@@ -300,20 +243,17 @@ def check_fusible(student: Any) -> None:
 
 
 @contextlib.contextmanager
-def fused_layers(
-    student: Any, int8_backward: bool = False, fuse_residual: bool = FUSE_RESIDUAL
-) -> Iterator[FusedLayers]:
+def fused_layers(student: Any, int8_backward: bool = False) -> Iterator[FusedLayers]:
     """Inside, the student computes by fused layers; call `refresh` on what this yields before every step.
 
     Args:
         int8_backward: make the gradients of the layers' inputs with int8 products (see `kernels.functions`).
-        fuse_residual: take residual additions into the products and norms.
 
     Raises:
         ModelError: a layer is not plain ternary with int8 activations.
     """
     check_fusible(student)
-    fused = FusedLayers(student, int8_backward, fuse_residual)
+    fused = FusedLayers(student, int8_backward)
     try:
         yield fused
     finally:
