@@ -207,9 +207,8 @@ def timed_steps(
                 break
             at = time.perf_counter()
             refresh()
-            losses.append(
-                update(parameters, optimizer, batches[k % len(batches)], gradients, 1e-4, 1.0)["loss"]
-            )
+            metrics, _ = update(parameters, optimizer, batches[k % len(batches)], gradients, 1e-4, 1.0)
+            losses.append(metrics["loss"])
             times.append(time.perf_counter() - at)
         torch.cuda.synchronize()
     tokens = sum(b.tokens for b in batches[0])
