@@ -157,6 +157,7 @@ def page(lines: list[Line]) -> str:
         "Random weights and tokens; whole optimizer steps with gradient clipping and AdamW (fused), float32 masters.",
         "Shapes: 135m (SmolLM2), 0.6b and 4b (Qwen3); 4b_12l has 12 of the 36 layers of 4b. Compiled cases, ours and",
         "others', use the faster of FlashAttention and cuDNN and are replayed from a CUDA graph where steps are small.",
+        "fused_lm_residual was deleted after these lines: no gain in two runs ([log.md](log.md), runs 15 and 16).",
         "",
         "## Against the goals",
         "",

@@ -162,9 +162,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             step = fused_loss_step(model)
         else:
             step = plain_step(model, teacher)
-        mask_free = not case.startswith("hf") and kind != "onebitllms"
-        torch.backends.cuda.enable_cudnn_sdp(not mask_free)  # as in a run, and as sdpa is
-        if mask_free:
+        if not case.startswith("hf") and kind != "onebitllms":
             stack.enter_context(causal_only(model, *([] if teacher is None else [teacher])))
             # Whoever is compiled gets the faster attention: it is no merit of ternary layers
             stack.enter_context(fastest_attention(shape.config(), shape.rows, shape.length, DEVICE))

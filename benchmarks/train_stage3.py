@@ -75,7 +75,6 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
     student = refine(load(torch.float32), gains="ones").train()
     layer = shape.config().num_hidden_layers - 2
     refresh: Callable[[], None] = lambda: None  # noqa: E731
-    torch.backends.cuda.enable_cudnn_sdp(case == "unfused")  # as sdpa is, and as in a run
     with contextlib.ExitStack() as stack:
         if case == "unfused":
             step: Any = unfused_step(student, teacher, layer)

@@ -54,16 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none is visible"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _backends_of_a_run() -> None:
-    """What `choose_device` does for a run, for tests that take a GPU by themselves."""
-    if torch.cuda.is_available():
-        # Here, for tests of the kernels choose Triton's interpreter before anything imports it
-        from bitdistill.models.attention import only_checked_backends
-
-        only_checked_backends()
-
-
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """Commands set handlers and propagation of the package's logger; the next test wants its own."""

@@ -217,9 +217,12 @@ def test_the_number_of_partial_sums_is_known_before_the_rows_are(columns: int, a
     assert not got[1].isnan().any()
 
 
+SHALLOW = pytest.mark.skipif(DEVICE.type == "cuda", reason="int8 products on a GPU are 32 deep at least")
+
+
 @pytest.mark.parametrize(
-    "tile", [(32, 64, 32, 4, 2), (64, 32, 32, 4, 2)]
-)  # a GPU's int8 products are 32 deep at least
+    "tile", [(32, 64, 32, 4, 2), (64, 32, 32, 4, 2), pytest.param((64, 32, 16, 4, 2), marks=SHALLOW)]
+)
 @pytest.mark.parametrize(("n", "o", "i"), [(1, 4, 16), (70, 96, 80), (130, 68, 208), (300, 300, 128)])
 def test_persistent_product_equals_the_reference_bit_for_bit(
     n: int, o: int, i: int, tile: tuple[int, int, int, int, int]

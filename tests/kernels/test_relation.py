@@ -18,6 +18,9 @@ from bitdistill.losses.relation import (
 
 from .conftest import DEVICE
 
+ROUNDING = 1e-6 if DEVICE.type == "cpu" else 3e-6
+"""Of gradients that are 0; a GPU fuses other additions than the interpreter (1.1e-6 on an H200)."""
+
 
 def states(rows: int, heads: int, tokens: int, size: int, seed: int) -> Tensor:
     """In the layout that projections give: [B, T, H, D] in memory."""
@@ -55,7 +58,7 @@ def test_loss_and_gradients_equal_float64(
     grads = torch.autograd.grad(got * 3.0, student)
     torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-6)
     for grad, want_grad in zip(grads, want_grads, strict=True):
-        torch.testing.assert_close(grad.double(), want_grad * 3.0, rtol=1e-4, atol=3e-6)
+        torch.testing.assert_close(grad.double(), want_grad * 3.0, rtol=1e-4, atol=ROUNDING)
         assert grad.masked_select(~mask[:, None, :, None]).abs().sum() == 0
     plain = attention_distillation_sum(tuple(student), tuple(teacher), mask, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-6)

@@ -96,8 +96,6 @@ def test_the_faster_attention_is_preferred_when_it_is_right(
     assert sorted(orders[0]) == ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "FLASH_ATTENTION", "MATH"]
     with attention.fastest_attention(config, 4, 16, torch.device("cpu")):
         assert len(orders) == 1
-    with attention.fastest_attention(tiny_model("gemma3_text").config, 4, 16, torch.device("cuda")):
-        assert orders[1] == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
 
 
 class Flash:
@@ -176,8 +174,8 @@ def test_a_window_on_a_gpu_is_that_of_the_mask(size: int, tokens: int, window: i
         # Not column 0: sums that cancel, times 120
         found.append([x.float().cpu()[..., 1:] for x in (out, *grads)])
     for want, got in zip(*found, strict=True):
-        # A window of one token has gradients of 0 in queries and keys
-        assert float((got - want).norm()) < 0.02 * max(float(want.norm()), 1.0)
+        # A window of one token has gradients of exactly 0 in queries and keys
+        assert float((got - want).norm()) < 0.02 * (float(want.norm()) or 1.0)
 
 
 @pytest.mark.gpu
@@ -208,21 +206,6 @@ def test_packed_attention_on_a_gpu_is_that_of_the_mask() -> None:
         found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=0.05, atol=0.05)
-
-
-def test_a_run_on_a_gpu_does_without_cudnn_until_it_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitdistill.stages import common
-
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        assert common.choose_device("cpu").type == "cpu"
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-        assert common.choose_device("auto").type == "cuda"
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.gpu
@@ -320,13 +303,6 @@ def test_training_does_not_begin_where_attention_is_wrong(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "window"), [(4, 1, 256, 512), (9, 3, 64, None), (16, 8, 128, None)]
 )
-def test_attention_on_a_gpu_is_right_without_cudnn(
-    heads: int, kv_heads: int, size: int, window: int | None
-) -> None:
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        attention.only_checked_backends()
-        shape = (heads, kv_heads, size, window)
-        assert attention.why_wrong(torch.device("cuda"), torch.bfloat16, *shape, packed=True) is None
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+def test_attention_on_a_gpu_is_right(heads: int, kv_heads: int, size: int, window: int | None) -> None:
+    shape = (heads, kv_heads, size, window)
+    assert attention.why_wrong(torch.device("cuda"), torch.bfloat16, *shape, packed=True) is None

@@ -7,8 +7,7 @@ is read back, which also lets a whole step be captured in a CUDA graph. Elsewher
 window is a mask.
 
 Masks are slow on a GPU, and cuDNN, which sdpa prefers on Hopper since torch 2.11, is reported to give NaN in the
-gradient of the queries with one (pytorch/pytorch#196678). It was right wherever we compared it, with Gemma 3's own
-weights too (docs/log.md, run 16), and is used where `fastest_attention` has compared it.
+gradient of the queries with one (pytorch/pytorch#196678). Without one it is right (docs/log.md, run 16).
 """
 
 from __future__ import annotations
@@ -301,12 +300,6 @@ def _with_gradients(attend: Callable[..., Tensor], qkv: tuple[Tensor, ...]) -> l
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-def only_checked_backends() -> None:
-    """Takes cuDNN's attention from sdpa's choice in this process; `fastest_attention` puts it back where it has
-    compared it with FlashAttention. (PyTorch prefers it on Hopper, with masks too: see the module's docstring.)"""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def fastest_attention(
     config: Any, rows: int, tokens: int, device: torch.device
 ) -> contextlib.AbstractContextManager[Any]:
@@ -315,14 +308,12 @@ def fastest_attention(
     Which of the two is faster depends on GPU, head size and length, so both are timed, forward and backward, on the
     model's own shape, with rows enough that the GPU's time is measured and not the time of launching. A backend that
     fails or whose gradients are apart from the other's is not taken. All backends stay allowed: this is an order, not
-    a restriction. Models with sliding layers do without cuDNN (see the module's docstring).
+    a restriction.
     """
     if device.type != "cuda":
         return contextlib.nullcontext()
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
     rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        return sdpa_kernel([flash, *rest], set_priority=True)
     found: dict[SDPBackend, tuple[float, list[Tensor]]] = {}
     for backend in (flash, cudnn):
         try:

@@ -187,21 +187,6 @@ SINGLE_DIGITS = ("smollm",)  # split every digit off before the byte-level regex
 IGNORE_MERGES = ("llama-bpe", "llama3")  # a word that is a token is not split into mergeable parts
 
 
-def merges_of(pieces: Sequence[str]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece BPE vocabulary stands for, in order: the pair first whose result comes first.
-
-    Args:
-        pieces: in the order of their ids, which is that of training (Gemma's scores are not quite).
-    """
-    known = set(pieces)
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in known and piece[cut:] in known
-    ]
-
-
 def _whole_pieces(path: Path) -> list[int]:
     """Ids of the pieces that no merge makes and none takes apart (Gemma's HTML tags)."""
     from gguf import GGUFReader, TokenType
@@ -218,6 +203,7 @@ def _as_bpe(backend: Any, whole: Sequence[int] = ()) -> None:
     (" yes" as two, texts twice as long). It also spells the byte of a tab as a tab, which has a piece of its own.
     """
     from tokenizers import AddedToken, models
+    from transformers.tokenization_utils_base import generate_merges
 
     model = json.loads(backend.to_str())["model"]
     pieces = [piece for piece, _ in model["vocab"]]
@@ -226,9 +212,12 @@ def _as_bpe(backend: Any, whole: Sequence[int] = ()) -> None:
         piece if last[piece] == index else f"<0x{ord(piece):02X}>" if len(piece) == 1 else piece
         for index, piece in enumerate(pieces)
     ]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    # By place, which is the order of training; Gemma's scores are not quite
+    merges = generate_merges(vocabulary, {piece: float(-index) for piece, index in vocabulary.items()})
     backend.model = models.BPE(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=merges_of(pieces),
+        vocab=vocabulary,
+        merges=merges,
         unk_token=pieces[model["unk_id"]],
         fuse_unk=True,
         byte_fallback=bool(model.get("byte_fallback")),

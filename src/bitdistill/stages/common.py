@@ -24,7 +24,6 @@ from bitdistill.data.batches import TaskBatches
 from bitdistill.data.tasks import Example
 from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.results import hardware, versions
-from bitdistill.models import attention
 from bitdistill.models.student import save_student
 from bitdistill.recipe import dump_recipe
 from bitdistill.report import text
@@ -39,7 +38,7 @@ log = logging.getLogger("bitdistill")
 
 
 def choose_device(name: str) -> torch.device:
-    """The recipe's device; auto takes a GPU when there is one, where sdpa then does without cuDNN.
+    """The recipe's device; auto takes a GPU when there is one.
 
     Raises:
         RecipeError: cuda is asked for and absent.
@@ -48,8 +47,6 @@ def choose_device(name: str) -> torch.device:
         raise RecipeError("device: cuda is asked for, but no CUDA device is visible; use device: auto or cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda":
-        attention.only_checked_backends()
     return torch.device(name)
 
 
