@@ -76,7 +76,7 @@ def section_check(report: Report, shape: Shape, name: str) -> None:
             x_scale, w_scale = randn(1000).abs() + 0.01, randn(o).abs() + 0.01
             product = twins.int8_product(x, x_scale, w, w_scale, torch.bfloat16)
             differ = {}
-            for tile in matmul.ways(product, x, persistent=True):
+            for tile in (matmul.INT_MM, *range(len(matmul.TILES))):
                 y = torch.full_like(product, math.nan)
                 matmul._product(y, x, x_scale, w, w_scale, tile)
                 differ[matmul.name_of(tile)] = int(torch.ne(y, product).sum())
@@ -159,12 +159,11 @@ def section_gemm(report: Report, shape: Shape, name: str) -> None:
             x, w = rand_codes(n, i, -128, 128), rand_codes(o, i, -1, 2)
             x_scale, w_scale = torch.rand(n, device=DEVICE), torch.rand(o, device=DEVICE)
             y = torch.empty(n, o, device=DEVICE, dtype=torch.bfloat16)
-            times = matmul.measure(y, x, x_scale, w, w_scale, persistent=True)
-            own = min(v for t, v in times.items() if t < matmul.FIRST_PERSISTENT)
+            times = matmul.measure(y, x, x_scale, w, w_scale)
             x16, w16 = x.bfloat16(), w.bfloat16()
             report.line(
                 "gemm", shape=name, matrix=matrix, n=n, o=o, i=i,
-                int8_ms={matmul.name_of(t): round(v, 4) for t, v in times.items()}, without_persistent_ms=own,
+                int8_ms={matmul.name_of(t): round(v, 4) for t, v in times.items()},
                 int_mm_alone_ms=milliseconds(lambda: torch._int_mm(x, w.t())),
                 bf16_ms=milliseconds(lambda: x16 @ w16.t()),
                 bf16_dgrad_ms=milliseconds(lambda: y @ w16), bf16_wgrad_ms=milliseconds(lambda: y.t() @ x16),

@@ -43,7 +43,6 @@ from transformers import AutoModelForCausalLM
 
 from bitdistill.config import Loop, PretrainConfig
 from bitdistill.data.batches import Batch
-from bitdistill.kernels import matmul
 from bitdistill.losses.logits import chunked_language_model_loss
 from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import final_hidden, head_weight, next_tokens
@@ -314,11 +313,6 @@ def main() -> int:
         "--total-s", type=float, help="no new section or case starts after this many seconds (230; 100; 600)"
     )
     parser.add_argument("--attention", choices=["default", "cudnn", "flash"], default="default")
-    parser.add_argument(
-        "--persistent",
-        action="store_true",
-        help="let int8 products be persistent programs where those are faster",
-    )
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     arguments = parser.parse_args()
     report = Report(arguments.out)
@@ -336,7 +330,6 @@ def main() -> int:
     )  # fmt: skip
     total_s = arguments.total_s or (100.0 if arguments.quick else 600.0 if arguments.headline else 230.0)
     report.deadline = time.monotonic() + total_s
-    matmul.TRY_PERSISTENT = arguments.persistent
     with attention_backend(arguments.attention):
         for part in parts_of(arguments):
             if not report.over(part[0], shape=part[1]):

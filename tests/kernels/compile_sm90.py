@@ -153,21 +153,6 @@ KERNELS = {
         {"GROUP": 8, "WHOLE_I": True, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 64},
         4,
     ),
-    "persistent": (
-        matmul._persistent_kernel,
-        {
-            "x_descriptor": "tensordesc<i8[128, 128]>",
-            "w_descriptor": "tensordesc<i8[256, 128]>",
-            "y_descriptor": "tensordesc<bf16[128, 256]>",
-            "x_scale_ptr": F32,
-            "w_scale_ptr": F32,
-            "n_rows": I32,
-            "n_out": I32,
-            "n_in": I32,
-        },
-        {"GROUP": 8, "PROGRAMS": 132, "BLOCK_N": 128, "BLOCK_O": 256, "BLOCK_I": 128},
-        8,
-    ),
     "scale": (
         matmul._scale_kernel,
         {

@@ -217,31 +217,6 @@ def test_the_number_of_partial_sums_is_known_before_the_rows_are(columns: int, a
     assert not got[1].isnan().any()
 
 
-SHALLOW = pytest.mark.skipif(DEVICE.type == "cuda", reason="int8 products on a GPU are 32 deep at least")
-
-
-@pytest.mark.parametrize(
-    "tile", [(32, 64, 32, 4, 2), (64, 32, 32, 4, 2), pytest.param((64, 32, 16, 4, 2), marks=SHALLOW)]
-)
-@pytest.mark.parametrize(("n", "o", "i"), [(1, 4, 16), (70, 96, 80), (130, 68, 208), (300, 300, 128)])
-def test_persistent_product_equals_the_reference_bit_for_bit(
-    n: int, o: int, i: int, tile: tuple[int, int, int, int, int]
-) -> None:
-    generator = torch.Generator().manual_seed(n + o)
-    x = torch.randint(-128, 128, (n, i), generator=generator, dtype=torch.int8).to(DEVICE)
-    w = torch.randint(-1, 2, (o, i), generator=generator, dtype=torch.int8).to(DEVICE)
-    x_scale, w_scale = randn(n).abs() + 0.01, randn(o, seed=1).abs() + 0.01
-    y = torch.full((n, o), float("nan"), device=DEVICE)
-    assert matmul.ways(y, x, persistent=True)[-1] >= matmul.FIRST_PERSISTENT
-    matmul._persistent_product(y, x, x_scale, w, w_scale, tile)
-    assert torch.equal(y, twins.int8_product(x, x_scale, w, w_scale, torch.float32))
-
-
-def test_persistent_products_are_not_offered_where_rows_are_not_aligned() -> None:
-    x, y = torch.zeros(4, 24, dtype=torch.int8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
-    assert matmul.ways(y, x, persistent=True) == matmul.ways(y, x, persistent=False)
-
-
 def test_product_at_saturation_is_exact() -> None:
     x = torch.full((2, 20_001), -128, dtype=torch.int8, device=DEVICE)
     w = torch.ones(3, 20_001, dtype=torch.int8, device=DEVICE)

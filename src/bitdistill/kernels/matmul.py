@@ -6,9 +6,7 @@ The sum is exact in int32, the product of the scales is rounded once and multipl
 `quant.linear`. The other way is cuBLASLt's product (torch._int_mm) with the scaling in a kernel of its own; which
 of the two is faster depends on the shape, so the first call of a shape times both.
 
-A third way, persistent programs whose tiles come and go through the tensor memory accelerator (compute capability 9.0),
-is faster for two of eight measured shapes (docs/log.md, run 12). `TRY_PERSISTENT` is off until a whole training run has
-had it.
+Persistent programs with the tensor memory accelerator were tried and brought nothing (docs/log.md, runs 12 and 13).
 
 Shape legend: N tokens, O out features, I in features.
 """
@@ -34,15 +32,8 @@ TILES: list[tuple[int, int, int, int, int]] = [
     (256, 64, 64, 8, 4),
     (128, 64, 64, 4, 4),
 ]
-PERSISTENT: list[tuple[int, int, int, int, int]] = [
-    (128, 256, 64, 8, 3),
-    (128, 256, 128, 8, 3),
-    (256, 128, 128, 8, 3),
-    (128, 128, 128, 4, 4),
-]
-INT_MM, FIRST_PERSISTENT = -1, 100
-"""Ways are numbers: INT_MM, an index of TILES, or FIRST_PERSISTENT and an index of PERSISTENT."""
-TRY_PERSISTENT = False
+INT_MM = -1
+"""Ways are numbers: INT_MM, or an index of TILES."""
 _chosen: dict[tuple[int, int, int, torch.dtype], int] = {}
 
 
@@ -96,44 +87,6 @@ def _product_kernel(
 
 
 @triton.jit
-def _persistent_kernel(
-    x_descriptor,
-    w_descriptor,
-    y_descriptor,
-    x_scale_ptr,
-    w_scale_ptr,
-    n_rows,
-    n_out,
-    n_in,
-    GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
-    """`_product_kernel` with every PROGRAMS-th tile a program, so that a tile's first loads run beside the last one's
-    stores. Descriptors read zeros past the ends, and write nothing there."""
-    tiles_n = tl.cdiv(n_rows, BLOCK_N)
-    tiles_o = tl.cdiv(n_out, BLOCK_O)
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_o, PROGRAMS, flatten=True):
-        first = tile // (GROUP * tiles_o) * GROUP
-        size = tl.minimum(tiles_n - first, GROUP)
-        at_n = (first + (tile % (GROUP * tiles_o)) % size) * BLOCK_N
-        at_o = ((tile % (GROUP * tiles_o)) // size) * BLOCK_O
-        total = tl.zeros([BLOCK_N, BLOCK_O], tl.int32)
-        for at_i in range(0, n_in, BLOCK_I):
-            x = x_descriptor.load([at_n, at_i])
-            w = w_descriptor.load([at_o, at_i])
-            total = tl.dot(x, w.T, total, out_dtype=tl.int32)
-        n = at_n + tl.arange(0, BLOCK_N)
-        o = at_o + tl.arange(0, BLOCK_O)
-        x_scale = tl.load(x_scale_ptr + n, mask=n < n_rows, other=0.0)
-        w_scale = tl.load(w_scale_ptr + o, mask=o < n_out, other=0.0)
-        y = total.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])
-        y_descriptor.store([at_n, at_o], y.to(y_descriptor.dtype))
-
-
-@triton.jit
 def _scale_kernel(
     product_ptr,
     x_scale_ptr,
@@ -159,9 +112,6 @@ def _scale_kernel(
 def _product(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tile: int) -> None:
     """One way of the product."""
     (n, i), o = x.shape, w.shape[0]
-    if tile >= FIRST_PERSISTENT:
-        _persistent_product(y, x, x_scale, w, w_scale, PERSISTENT[tile - FIRST_PERSISTENT])
-        return
     if tile == INT_MM:
         total = _int_mm(x, w)
         grid = (triton.cdiv(n, 8), triton.cdiv(o, 512))
@@ -187,55 +137,9 @@ def _product(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, 
     )
 
 
-def _persistent_product(
-    y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, tile: tuple[int, int, int, int, int]
-) -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    block_n, block_o, block_i, warps, stages = tile
-    tiles = triton.cdiv(x.shape[0], block_n) * triton.cdiv(w.shape[0], block_o)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    programs = min(tiles, processors)
-    _persistent_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [block_n, block_i]),
-        TensorDescriptor.from_tensor(w, [block_o, block_i]),
-        TensorDescriptor.from_tensor(y, [block_n, block_o]),
-        x_scale,
-        w_scale,
-        x.shape[0],
-        w.shape[0],
-        x.shape[1],
-        GROUP=8,
-        PROGRAMS=programs,
-        BLOCK_N=block_n,
-        BLOCK_O=block_o,
-        BLOCK_I=block_i,
-        num_warps=warps,
-        num_stages=stages,
-    )
-
-
-def _persistent_fits(y: Tensor, x: Tensor) -> bool:
-    """Descriptors need rows of a multiple of 16 bytes, and hardware that has them."""
-    aligned = x.shape[1] % 16 == 0 and y.shape[1] * y.element_size() % 16 == 0
-    return aligned and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0))
-
-
-def ways(y: Tensor, x: Tensor, persistent: bool) -> list[int]:
-    """What can make this product."""
-    found = [INT_MM, *range(len(TILES))]
-    if persistent and _persistent_fits(y, x):
-        found += range(FIRST_PERSISTENT, FIRST_PERSISTENT + len(PERSISTENT))
-    return found
-
-
 def name_of(way: int) -> str:
     """For tables."""
-    if way == INT_MM:
-        return "int_mm"
-    if way >= FIRST_PERSISTENT:
-        return f"persistent {PERSISTENT[way - FIRST_PERSISTENT]}"
-    return str(TILES[way])
+    return "int_mm" if way == INT_MM else str(TILES[way])
 
 
 def _int_mm(x: Tensor, w: Tensor) -> Tensor:
@@ -268,12 +172,10 @@ def int8_product(
     return y
 
 
-def measure(
-    y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, persistent: bool | None = None
-) -> dict[int, float]:
+def measure(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> dict[int, float]:
     """Milliseconds of every way at this shape, the best of three rounds of five calls (synchronises)."""
     times: dict[int, float] = {}
-    for tile in ways(y, x, TRY_PERSISTENT if persistent is None else persistent):
+    for tile in (INT_MM, *range(len(TILES))):
         try:
             for _ in range(2):
                 _product(y, x, x_scale, w, w_scale, tile)
