@@ -205,11 +205,11 @@ def train_case(report: Report, shape: Shape, name: str, case: str, limit_s: floa
             for k in range(4)
         ]
         gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         replay = replay and wants_graphs(
             Loop(batch_rows=micro),
             DEVICE,
-            sum(p.numel() for p in trained),
+            sum(p.numel() for p in trained.values()),
             micro * shape.length,
             getattr(step, "launch_bound", LAUNCH_BOUND),
         )

@@ -91,7 +91,7 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             refresh = stack.enter_context(fused_layers(student)).refresh
         gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
         if replay:
-            parameters = [p for p in student.parameters() if p.requires_grad]
+            parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
             gradients = ReplayedGradients(step, parameters, DEVICE, "bfloat16")
         yield student, gradients, refresh
 

@@ -16,11 +16,95 @@ from bitdistill.train.gradients import (
     FUSED_LAUNCH_BOUND,
     EagerGradients,
     ReplayedGradients,
+    differing,
     wants_graphs,
 )
 from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import Totals
 from tests.models.conftest import tiny_model
+
+
+class _FakeGraphs(ReplayedGradients):
+    """Graphs of a machine without any: a replay is an eager run, and what `corrupt` does to its gradients."""
+
+    corrupt = staticmethod(lambda grads: None)
+    captured = 0
+
+    def _capture(self, batch, totals):  # type: ignore[no-untyped-def]
+        self.captured += 1
+
+        class Graph:
+            def replay(_, batch, totals):  # type: ignore[no-untyped-def]
+                before = [p.grad.clone() for p in self.parameters]
+                found = EagerGradients.add(self, batch, totals)
+                own = [p.grad.sub_(b) for p, b in zip(self.parameters, before, strict=True)]
+                self.corrupt(own)
+                torch._foreach_add_(own, before)
+                return found
+
+        return Graph()
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def three_micro_batches(way, step) -> list[float]:  # type: ignore[no-untyped-def]
+    """Three of one shape in one step, then the next step's first; norms of the gradients of both steps."""
+    step.replayable = True
+    batch = batches().micro_batches(0)[0]
+    norms = []
+    for rounds in (3, 1):
+        for _ in range(rounds):
+            found = way.add(batch, totals_of(batch))
+            assert float(found["loss"]) > 0
+        norms.append([float(p.grad.norm()) for p in way.parameters])
+        way.clear(None)
+    return norms
+
+
+def ways_of(kind, names: bool = True):  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    student, _ = students()
+    step = CrossEntropyStep(student)
+    return kind(step, dict(student.named_parameters()), torch.device("cpu"), "float32"), step
+
+
+def test_a_graph_with_the_eager_gradients_is_used_and_nothing_is_counted_twice(no_gpu: None) -> None:
+    way, step = ways_of(_FakeGraphs)
+    norms = three_micro_batches(way, step)
+    assert way.enabled
+    assert len(way.graphs) == way.captured == 1
+    for three, one in zip(*norms, strict=True):
+        assert three == pytest.approx(3 * one, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_graph_with_other_gradients_is_not_used(
+    no_gpu: None, value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    way, step = ways_of(_FakeGraphs)
+    way.corrupt = lambda grads: grads[1].fill_(value)
+    norms = three_micro_batches(way, step)
+    assert not way.enabled
+    assert not way.graphs
+    assert way.captured == 1
+    for three, one in zip(*norms, strict=True):
+        assert three == pytest.approx(3 * one, rel=1e-4, abs=1e-7)
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert message.startswith(f"CUDA graphs: 1 of {len(way.parameters)} gradients differ")
+    assert way.names[1] in message
+
+
+def test_norms_differ_by_more_than_rounding() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert differing([1.0, 10.0, 0.0], [1.01, 10.1, 1e-3]) == []
+    assert differing([1.0, 10.0, 0.0], [1.2, 10.0, 0.1]) == [0, 2]
+    assert differing([1.0, 10.0], [nan, inf]) == [0, 1]
+    assert differing([nan, inf, 1.0], [nan, inf, 1.0]) == []
+    assert differing([nan, 1.0], [2.0, 1.0]) == [0]
 
 
 def batches(rows: int = 12, answers: int = 2) -> TaskBatches:
@@ -97,7 +181,7 @@ def test_replayed_steps_equal_eager_ones(precision: str) -> None:
         student, teacher = students("cuda")
         teacher.requires_grad_(False)
         step = DistillStep(student, teacher, DistillConfig(gamma="auto", gamma_every_steps=4), [1])
-        parameters = list(student.parameters())
+        parameters = dict(student.named_parameters())
         way = (
             ReplayedGradients(step, parameters, device, precision)
             if replayed
@@ -118,3 +202,26 @@ def test_replayed_steps_equal_eager_ones(precision: str) -> None:
         curves.append(losses)
     torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=2e-2, atol=1e-3)
     assert curves[0][-1] < curves[0][0]
+
+
+@pytest.mark.gpu
+def test_a_graph_that_reads_what_was_never_written_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    device = torch.device("cuda")
+    student, _ = students("cuda")
+    plain = CrossEntropyStep(student)
+
+    def step(batch, totals):  # type: ignore[no-untyped-def]
+        output = plain(batch, totals)
+        if torch.cuda.is_current_stream_capturing():
+            output.loss = output.loss * float("nan")
+        return output
+
+    step.replayable = True  # type: ignore[attr-defined]
+    way = ReplayedGradients(step, dict(student.named_parameters()), device, "bfloat16")
+    batch = batches().micro_batches(0)[0]
+    with way.stream(), causal_only(student):
+        for _ in range(3):
+            way.add(batch, totals_of(batch))
+        assert not way.enabled
+        assert all(bool(p.grad.isfinite().all()) for p in way.parameters)  # type: ignore[union-attr]
+    assert "gradients differ from the eager step's" in caplog.text

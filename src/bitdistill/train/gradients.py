@@ -3,13 +3,18 @@
 A fine-tuning step on short rows is hundreds of small kernels, and launching them takes longer than running
 them. A graph launches them all at once. The first batch of a shape runs eagerly (which also compiles what is to
 be compiled), the second is captured, later ones are replayed; gradients add up in the same buffers throughout.
+
+A graph's kernels work in memory of its own, which nothing else writes: one that reads what was never written finds
+the same there in every replay, maybe NaN, where an eager step would find some finite number (docs/log.md, run 17).
+So the second batch of a shape also runs eagerly, and a graph whose gradients differ is not used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -31,6 +36,9 @@ FUSED_LAUNCH_BOUND = 1.2e13
 """The same for fused layers, whose operators take the host longer to launch: at stage 2 of a 135M model (32 x 1,024
 tokens) about as long for a forward pass as the GPU to run it. At 0.6B (16 x 1,024) a graph is 2 % faster and takes
 10 % more memory (docs/log.md, run 14)."""
+SAME_NORM, NEGLIGIBLE = 0.05, 1e-3
+"""Of a graph's gradients: relative error of a parameter's norm, and of norms this small beside the whole gradient's
+there is no telling. Sums in another order make less than a hundredth of either."""
 INDEX_MULTIPLE = 128
 """Indices of answer and real tokens are filled up to this multiple, so that few shapes occur."""
 
@@ -110,13 +118,16 @@ class _Graph:
 class ReplayedGradients(EagerGradients):
     """CUDA graphs for step functions that declare themselves `replayable`; the others run eagerly.
 
-    When a capture fails, that is said once and training goes on eagerly.
+    When a capture fails or gives other gradients than the eager run, that is said once and training goes on eagerly.
+
+    Args:
+        parameters: by name, all that get gradients.
     """
 
     def __init__(
         self,
         step_function: StepFunction,
-        parameters: Sequence[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         device: torch.device,
         precision: str,
         among_others: bool = False,
@@ -124,10 +135,11 @@ class ReplayedGradients(EagerGradients):
         super().__init__(step_function, device, precision)
         # What watches over exchanges with other processes asks the device from a thread of its own meanwhile
         self.errors = "thread_local" if among_others else "global"
-        self.parameters = list(parameters)
+        self.names, self.parameters = list(parameters), list(parameters.values())
         self.graphs: dict[tuple[int, ...], _Graph] = {}
         self.seen: set[tuple[int, ...]] = set()
         self.enabled = True
+        self._empty = True  # nothing has been added to the gradients since they were zero
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         for parameter in self.parameters:
@@ -144,19 +156,50 @@ class ReplayedGradients(EagerGradients):
 
     def add(self, batch: Batch, totals: Totals) -> dict[str, Tensor | float]:
         if not (self.enabled and getattr(self.step_function, "replayable", False)):
-            return super().add(batch, totals)
+            return self._eager(batch, totals)
         batch = batch.with_filled_index(INDEX_MULTIPLE)
         key = (*batch.input_ids_BT.shape, batch.rows, len(batch.answer_index_N), len(batch.real_index_N))
         if key in self.graphs:
+            self._empty = False
             return self.graphs[key].replay(batch, totals)
         if key not in self.seen or len(self.graphs) >= MAX_GRAPHS:
             self.seen.add(key)
-            return super().add(batch, totals)
+            return self._eager(batch, totals)
+        return self._first_replay(key, batch, totals)
+
+    def _eager(self, batch: Batch, totals: Totals) -> dict[str, Tensor | float]:
+        self._empty = False
+        return super().add(batch, totals)
+
+    def _first_replay(self, key: tuple[int, ...], batch: Batch, totals: Totals) -> dict[str, Tensor | float]:
+        """Capture a graph and take its gradients, if they are those of an eager run of the same micro-batch."""
+        grads: list[Tensor] = [p.grad for p in self.parameters]  # type: ignore[misc]
+        held = None if self._empty else [grad.clone() for grad in grads]
+        torch._foreach_zero_(grads)
+        self._eager(batch, totals)
+        want = _norms(grads)
+        torch._foreach_zero_(grads)
         graph = self._capture(batch, totals)
-        if graph is None:
-            return super().add(batch, totals)
-        self.graphs[key] = graph
-        return graph.replay(batch, totals)
+        results: dict[str, Tensor | float] | None = None
+        if graph is not None:
+            results = graph.replay(batch, totals)
+            wrong = differing(want, _norms(grads))
+            if wrong:
+                log.warning(
+                    "CUDA graphs: %d of %d gradients differ from the eager step's, %s to %s; training goes on without",
+                    len(wrong),
+                    len(grads),
+                    self.names[wrong[0]],
+                    self.names[wrong[-1]],
+                )
+                self.enabled, results = False, None
+                self.graphs.clear()
+                torch._foreach_zero_(grads)
+            else:
+                self.graphs[key] = graph
+        if held is not None:
+            torch._foreach_add_(grads, held)
+        return self._eager(batch, totals) if results is None else results
 
     def _capture(self, batch: Batch, totals: Totals) -> _Graph | None:
         static = batch.to(self.device)
@@ -186,6 +229,23 @@ class ReplayedGradients(EagerGradients):
 
     def clear(self, optimizer: OptimizerSet) -> None:
         torch._foreach_zero_([p.grad for p in self.parameters])  # type: ignore[misc]
+        self._empty = True
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    return torch.stack(torch._foreach_norm(tensors)).tolist()  # type: ignore[no-any-return]
+
+
+def differing(want: list[float], got: list[float]) -> list[int]:
+    """Indices of norms that are not the same but for rounding; where both are not finite, the batch is the cause."""
+    whole = math.hypot(*(norm for norm in want if math.isfinite(norm)))
+    return [
+        index
+        for index, (a, b) in enumerate(zip(want, got, strict=True))
+        if not (
+            abs(a - b) <= SAME_NORM * a + NEGLIGIBLE * whole or not (math.isfinite(a) or math.isfinite(b))
+        )
+    ]
 
 
 def _copy_tensors(source: Any, target: Any) -> None:

@@ -139,7 +139,11 @@ def fit(
     tokens = batches.micro_batches(0)[0].input_ids_BT.numel()
     if wants_graphs(loop, device, weights, tokens, getattr(step_function, "launch_bound", LAUNCH_BOUND)):
         gradients = ReplayedGradients(
-            step_function, parameters, device, loop.precision, among_others=replicas.size > 1
+            step_function,
+            dict(zip(names, parameters, strict=True)),
+            device,
+            loop.precision,
+            among_others=replicas.size > 1,
         )
     saved_at = time.monotonic()
 
@@ -284,7 +288,7 @@ def _note_nonfinite(
     if loop.on_nonfinite == "stop" or progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         # Never a finite step: neither the rate nor these rows can be it
         remedy = (
-            "no step was finite, so try again, and with loop.kernels: reference if that does not help"
+            "no step was finite, so try loop.cuda_graphs: false, and loop.kernels: reference if that does not help"
             if progress.skipped_steps > progress.step and loop.on_nonfinite != "stop"
             else "lower the learning rate or look at these rows"
         )
