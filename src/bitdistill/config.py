@@ -6,9 +6,17 @@ resolved recipe is embedded in every artifact.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 class Strict(BaseModel):
@@ -380,6 +388,10 @@ class Recipe(Strict):
     method: Literal["bitdistill", "paper"] = "bitdistill"
     """paper: the paper's literal choices become the defaults (see METHODS); single keys still override them."""
     model: ModelSource
+    teacher: ModelSource | None = None
+    """Another full-precision model to be fine-tuned as the teacher: of any size, family and tokenizer, for
+    classification (paper, Fig. 3c). Stage 3 then distils its distribution over the labels alone, so `distill.gamma` and
+    `distill.hidden_weight` must be 0. None: `model` itself."""
     task: Task
     """A section, or the name of a built-in task (resolved by recipe.py)."""
     data: DataConfig
@@ -402,6 +414,39 @@ class Recipe(Strict):
         if self.task.kind != "classification" and self.data.rows_per_label is not None:
             raise ValueError("data.rows_per_label: a generation task has no labels; use data.limit_train")
         return self
+
+    @model_validator(mode="after")
+    def _another_teacher_gives_labels_alone(self) -> Recipe:
+        """Refuses what needs a teacher of the student's own shapes and tokens."""
+        if self.teacher is None:
+            return self
+        refused = (
+            ("task.kind", self.task.kind, "classification", "two tokenizers share labels, not answers"),
+            ("method", self.method, "bitdistill", "the paper's loss has attention relations of one model"),
+            ("distill.gamma", self.distill.gamma, 0, "attention relations need the student's own model"),
+            ("distill.hidden_weight", self.distill.hidden_weight, 0, "block outputs need the student's own model"),
+            ("distill.distilled_tokens", self.distill.distilled_tokens, "answer", "only labels are distilled"),
+        )  # fmt: skip
+        for key, value, needed, why in refused:
+            if value != needed:
+                raise ValueError(
+                    f"{key}: {value}, but teacher is another model ({self.teacher.path}): {why}; "
+                    f"set {key}: {needed}, or teacher: null"
+                )
+        return self
+
+    @property
+    def teacher_source(self) -> ModelSource:
+        """The model that stage sft fine-tunes as the teacher."""
+        return self.teacher or self.model
+
+    @model_serializer(mode="wrap")
+    def _without_a_null_teacher(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Hashes and digests of recipes from before the key stay what they were."""
+        tree: dict[str, Any] = handler(self)
+        if self.teacher is None:
+            tree.pop("teacher", None)
+        return tree
 
 
 # What `method:` sets, as overrides below the user's own keys. `bitdistill` is the models' defaults above.

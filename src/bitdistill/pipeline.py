@@ -138,6 +138,10 @@ def probe_layers(recipe: Recipe, *, command: str = "", quiet: bool = False) -> d
     Raises:
         BitDistillError: as `run`.
     """
+    if recipe.teacher is not None:
+        raise RecipeError(
+            f"teacher: {recipe.teacher.path}: layers of another model are not the student's; set teacher: null"
+        )
     reuse = Reuse.of_runs(Path(recipe.output_dir).expanduser())
     this = Run.open(recipe, command=command, quiet=quiet, reuse=reuse)
     teacher = sft(this)

@@ -356,6 +356,8 @@ def _validate_task(tree: Tree, where: str) -> Task:
 _PATHS = (
     ("model", "path"),
     ("model", "tokenizer"),
+    ("teacher", "path"),
+    ("teacher", "tokenizer"),
     ("data", "train"),
     ("data", "validation"),
     ("data", "test"),
@@ -369,7 +371,7 @@ def _resolve_paths(tree: Tree, folder: Path) -> None:
     for section, key in _PATHS:
         branch = tree.get(section)
         if isinstance(branch, dict) and isinstance(branch.get(key), str):
-            branch[key] = _absolute(branch[key], folder, hub=section == "model")
+            branch[key] = _absolute(branch[key], folder, hub=section in ("model", "teacher"))
     for section, key in (("data", "unlabelled"), ("augment", "texts")):
         branch = tree.get(section)
         if isinstance(branch, dict) and isinstance(branch.get(key), str | list):

@@ -58,6 +58,7 @@ def _print(plan: Plan, console: Console) -> None:
         f"Model     {recipe.model.path}  ({layout.family}, {layout.layers} layers)",
         f"          config from {plan.config_from}",
         f"          {layout.parameters:,} parameters: {layout.ternary_parameters:,} become ternary",
+        *_teacher_lines(plan),
         "",
         f"Surgery   {sum(plan.ternary.values())} linears become ternary: "
         + ", ".join(f"{count} {kind}" for kind, count in plan.ternary.items()),
@@ -75,6 +76,13 @@ def _print(plan: Plan, console: Console) -> None:
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
     _print_stages(plan, console)
+
+
+def _teacher_lines(plan: Plan) -> list[str]:
+    if plan.teacher is None:
+        return []
+    shape = f"{plan.teacher.family}, {plan.teacher.layers} layers, {plan.teacher.parameters:,} parameters"
+    return [f"Teacher   {plan.recipe.teacher_source.path}  ({shape}): its labels alone are distilled"]
 
 
 def _data_line(source: object) -> str:

@@ -54,6 +54,10 @@ class Batch:
     """int32, packed batches only: where each row starts, where the filling behind them starts, and T."""
     longest: int = 0
     """Packed batches only: no row, nor the filling, is longer."""
+    label_scores_BC: Tensor | None = None
+    """float32, with another model's teacher only: its log-likelihood of each label word."""
+    answer_start_B: Tensor | None = None
+    """int64, likewise: b * T + t of each row's first answer token."""
 
     @property
     def rows(self) -> int:
@@ -84,6 +88,8 @@ class Batch:
             real_index_N=self.real_index_N.to(device, non_blocking=non_blocking),
             positions_BT=_moved(self.positions_BT, device, non_blocking),
             starts_R=_moved(self.starts_R, device, non_blocking),
+            label_scores_BC=_moved(self.label_scores_BC, device, non_blocking),
+            answer_start_B=_moved(self.answer_start_B, device, non_blocking),
         )
 
     def with_filled_index(self, multiple: int) -> Batch:
@@ -140,9 +146,11 @@ class TaskBatches:
         buckets: lengths to pad to instead, for compiled runs with few shapes.
         packing: lay the rows of a micro-batch one after the other, without padding between them. Batches are then
             not sorted by length, which keeps their sizes alike.
+        label_scores_NC: float32, a teacher's score of each label for each example; batches bring those of their rows.
 
     Raises:
         DataError: no examples, or one longer than the largest bucket.
+        ValueError: not as many scores as examples.
     """
 
     def __init__(
@@ -157,9 +165,13 @@ class TaskBatches:
         bucket_multiple: int = 8,
         buckets: Sequence[int] | None = None,
         packing: bool = False,
+        label_scores_NC: Tensor | None = None,
     ) -> None:
         if not examples:
             raise DataError("training rows: none; check data.train and data.limit_train")
+        if label_scores_NC is not None and len(label_scores_NC) != len(examples):
+            raise ValueError(f"{len(label_scores_NC)} rows of label scores, {len(examples)} examples")
+        self._label_scores_NC = label_scores_NC
         self.batch_rows = batch_rows
         self._loop = Loop(
             batch_rows=batch_rows, micro_batch_rows=micro_batch_rows, micro_batch_tokens=micro_batch_tokens
@@ -268,7 +280,16 @@ class TaskBatches:
             tokens=int(lengths.sum()),
             answer_index_N=torch.from_numpy(np.flatnonzero(predicted)),
             real_index_N=torch.from_numpy(np.flatnonzero(real)),
+            **self._taught(rows, np.arange(len(rows)) * width + prompts),
         )
+
+    def _taught(self, rows: NDArray[np.int64], answer_starts: NDArray[np.int64]) -> dict[str, Any]:
+        if self._label_scores_NC is None:
+            return {}
+        return {
+            "label_scores_BC": self._label_scores_NC[torch.from_numpy(rows)],
+            "answer_start_B": torch.from_numpy(answer_starts),
+        }
 
     def _pack(self, rows: NDArray[np.int64], step_answers: int) -> Batch:
         lengths = self._lengths[rows]
@@ -295,6 +316,7 @@ class TaskBatches:
             positions_BT=torch.from_numpy(positions)[None],
             starts_R=torch.from_numpy(starts),
             longest=max(int(self._lengths.max()), PACKED_MULTIPLE - 1),
+            **self._taught(rows, starts[:-2] + self._prompts[rows]),
         )
 
 

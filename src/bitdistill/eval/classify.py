@@ -18,7 +18,7 @@ from bitdistill.data.tasks import Example, label_token_ids
 from bitdistill.eval.prediction import Prediction
 from bitdistill.models.forward import final_hidden, logits_at
 
-__all__ = ["Prediction", "classify", "label_scores"]
+__all__ = ["LabelPath", "Prediction", "classify", "label_paths", "label_scores"]
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def classify(
     """Label every example by exact summed log-likelihood of each label word's tokens after the prompt.
 
     One forward pass of a prompt scores all label words of one token. Longer words share prefixes: a prompt is
-    repeated only once for each longest proper prefix among the words (see `_paths`).
+    repeated only once for each longest proper prefix among the words (see `label_paths`).
 
     Args:
         model: causal LM on `device`, in eval mode.
@@ -74,7 +74,7 @@ def label_scores(
     pad_id: int,
 ) -> Tensor:
     """Log-likelihood in nats of each label's tokens after each prompt: float32 [examples, labels], on CPU."""
-    paths = _paths(label_ids)
+    paths = label_paths(label_ids)
     rows = [(n, path) for n in range(len(examples)) for path in paths]
     # Equal lengths meet in a batch; the longest first, so that memory runs out early or never.
     rows.sort(key=lambda row: -(len(examples[row[0]].prompt_ids) + len(row[1].prefix)))
@@ -95,7 +95,7 @@ def label_scores(
 
 
 @dataclass(frozen=True, slots=True)
-class _Path:
+class LabelPath:
     """Tokens put after a prompt, and which next tokens to score where.
 
     steps: (position, labels, token): at `position` tokens of the prefix, `token` continues these labels.
@@ -105,7 +105,7 @@ class _Path:
     steps: tuple[tuple[int, tuple[int, ...], int], ...]
 
 
-def _paths(label_ids: Sequence[tuple[int, ...]]) -> list[_Path]:
+def label_paths(label_ids: Sequence[tuple[int, ...]]) -> list[LabelPath]:
     """Longest proper prefixes of the label words that cover all of them; each next token is scored once."""
     prefixes = {ids[:end] for ids in label_ids for end in range(len(ids))}
     longest = sorted(p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes))
@@ -120,14 +120,14 @@ def _paths(label_ids: Sequence[tuple[int, ...]]) -> list[_Path]:
             for token in sorted({ids[end] for ids in label_ids if len(ids) > end and ids[:end] == node}):
                 labels = tuple(n for n, ids in enumerate(label_ids) if ids[: end + 1] == (*node, token))
                 steps.append((end, labels, token))
-        paths.append(_Path(prefix, tuple(steps)))
+        paths.append(LabelPath(prefix, tuple(steps)))
     return paths
 
 
 def _step_log_probs(
     model: Any,
     sequences: Sequence[tuple[int, ...]],
-    paths: Sequence[_Path],
+    paths: Sequence[LabelPath],
     device: torch.device | str,
     pad_id: int,
 ) -> list[list[float]]:

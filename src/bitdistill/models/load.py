@@ -140,6 +140,15 @@ def load_source(
     return model.to(device).eval(), tokenizer
 
 
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a source without its model.
+
+    Raises:
+        ModelError: not found or unreadable.
+    """
+    return _load_tokenizer(source.tokenizer or source.path)
+
+
 def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 

@@ -132,28 +132,32 @@ def stages(
     test: Work | None,
     device: str,
     distilled: Work | None = None,
+    teacher: Layout | None = None,
 ) -> list[Stage]:
     """One estimate a training stage and one for scoring; task stages are left out when rows are unknown.
 
     Args:
         distilled: rows of stage 3, where they are more than the training rows.
+        teacher: of a teacher that is another model.
     """
     rate = DEVICES[device].flops * (_threads(recipe) if device == "cpu" else 1)
     kind = "cpu" if device == "cpu" else "gpu"
     context = _Context(recipe, layout, rate, kind)
+    other = None if teacher is None else _Context(recipe, teacher, rate, kind)
     found = []
     if train is not None:
-        found.append(context.task("sft", recipe.sft.loop, recipe.sft.epochs, train))
+        found.append((other or context).task("sft", recipe.sft.loop, recipe.sft.epochs, train))
     if recipe.pretrain is not None and recipe.pretrain.base is None:
         found.append(context.pretrain())
     if train is not None and recipe.augment is not None:
         found.append(context.augment(train, recipe.augment.rows))
     if train is not None:
-        found.append(context.task("distill", recipe.distill.loop, recipe.distill.epochs, distilled or train))
+        stage = context.task("distill", recipe.distill.loop, recipe.distill.epochs, distilled or train)
+        found.append(stage if other is None else other.labelled(stage, distilled or train))
         if recipe.bitnet_sft is not None:
             found.append(context.task("bitnet_sft", recipe.bitnet_sft.loop, recipe.bitnet_sft.epochs, train))
     if test is not None:
-        found.append(context.scoring(test))
+        found.append(context.scoring(test, other))
     return found
 
 
@@ -166,7 +170,7 @@ class _Context:
 
     def task(self, name: str, loop: Loop, epochs: float, work: Work) -> Stage:
         """sft, distill, bitnet_sft: logits for the answer tokens only."""
-        teacher = name == "distill"
+        teacher = name == "distill" and self.recipe.teacher is None  # beside the student in every step
         ternary = name not in ("sft", "augment")
         tokens = int(work.rows * work.tokens_per_row * epochs)
         rows = loop.micro_batch_rows or loop.batch_rows
@@ -186,6 +190,14 @@ class _Context:
         micro_steps = work.rows * epochs / rows
         seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
         return Stage(name, tokens, seconds, {**memory, "logits": logits})
+
+    def labelled(self, distill: Stage, work: Work) -> Stage:
+        """Stage 3 with this teacher's pass over all its rows before it, whose memory is free again when it begins."""
+        tokens = int(work.rows * work.tokens_per_row)
+        seconds = tokens * self.flops_per_token(work.tokens_per_row, train=False) / self.rate
+        memory = self.scoring_memory(work, 4)
+        larger = memory if sum(memory.values()) > distill.peak_bytes else distill.memory
+        return Stage(distill.name, distill.tokens + tokens, distill.seconds + seconds, larger)
 
     def augment(self, train: Work, rows: int) -> Stage:
         """The writer's fine-tuning, and one pass over the tokens of the rows that it writes."""
@@ -230,16 +242,27 @@ class _Context:
         """Bytes of every block's output of the teacher; the student's are among its activations."""
         return tokens * self.layout.layers * self.layout.hidden * (2 if self.kind == "gpu" else 4)
 
-    def scoring(self, work: Work) -> Stage:
-        """Teacher, student and, if wanted, the baseline, one after the other."""
+    def scoring_memory(self, work: Work, width: int) -> dict[str, int]:
+        """Weights and activations of `width` bytes for a batch of scoring."""
+        layout, tokens = self.layout, self.recipe.eval.batch_rows * work.max_length
+        activations = tokens * (4 * layout.hidden + 3 * layout.intermediate) * width
+        return {"weights": layout.parameters * width, "activations": activations}
+
+    def scoring(self, work: Work, teacher: _Context | None = None) -> Stage:
+        """Teacher, student and, if wanted, the baseline, one after the other.
+
+        Args:
+            teacher: of another model.
+        """
         models = 2 if self.recipe.bitnet_sft is None else 3
         generated = self.recipe.task.max_new_tokens if self.recipe.task.kind == "generation" else 0
         tokens = int(work.rows * (work.tokens_per_row + generated)) * models
         flops = self.flops_per_token(work.tokens_per_row, train=False)
         width = self.compute_bytes(self.recipe.sft.loop)
-        rows = self.recipe.eval.batch_rows
-        activations = rows * work.max_length * (4 * self.layout.hidden + 3 * self.layout.intermediate) * width
-        memory = {"weights": self.layout.parameters * width, "activations": activations}
+        memory = self.scoring_memory(work, width)
+        if teacher is not None:
+            flops += (teacher.flops_per_token(work.tokens_per_row, train=False) - flops) / models
+            memory = max(memory, teacher.scoring_memory(work, width), key=lambda parts: sum(parts.values()))
         return Stage("eval", tokens, tokens * flops / self.rate, memory)
 
     def flops_per_token(self, length: float, *, train: bool) -> float:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitdistill.config import Recipe
-from bitdistill.errors import RecipeError, UsageError
+from bitdistill.errors import DataError, RecipeError, UsageError
 from bitdistill.models.families import Layout, layout_of
 from bitdistill.planning import check, estimate, sources
 
@@ -25,6 +25,8 @@ class Plan:
     data: list[check.Source]
     stages: list[estimate.Stage]
     device: str
+    teacher: Layout | None = None
+    """Of a teacher that is another model."""
 
     @property
     def packed_bytes(self) -> int:
@@ -68,6 +70,7 @@ class Plan:
                 "kept_parameters": layout.kept_parameters,
                 "tied_head": layout.tied,
             },
+            **self._teacher_json(),
             "surgery": {
                 "ternary_linears": self.ternary,
                 "subln_before": self.subln,
@@ -81,6 +84,12 @@ class Plan:
                 {**asdict(stage), "peak_bytes": stage.peak_bytes, "estimate": True} for stage in self.stages
             ],
         }
+
+    def _teacher_json(self) -> dict[str, Any]:
+        if self.teacher is None:
+            return {}
+        about = {name: getattr(self.teacher, name) for name in ("family", "layers", "parameters")}
+        return {"teacher": {"path": self.recipe.teacher_source.path, **about}}
 
 
 def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = None) -> Plan:
@@ -103,6 +112,7 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     config, where = sources.find_config(recipe.model)
     layout = layout_of(config, where)
     _check_fit(recipe, layout)
+    teacher = _teacher_layout(recipe)
     last = ORDER.index(until) if until else len(ORDER) - 1
     data = check.check_data(recipe, scoring=last >= ORDER.index("eval"))
     test = check.scored(data, recipe)
@@ -110,6 +120,11 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     tokenizer = sources.find_tokenizer(recipe.model)
     if tokenizer is not None:
         check.check_tokens(recipe, tokenizer)
+    if recipe.teacher is not None and (tokenizer := sources.find_tokenizer(recipe.teacher)) is not None:
+        try:
+            check.check_tokens(recipe, tokenizer)
+        except DataError as error:
+            raise DataError(f"teacher's tokenizer: {error}") from None
     stages = estimate.stages(
         recipe,
         layout,
@@ -117,10 +132,11 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
         test.work(length) if test else None,
         device,
         check.distilled(data, length),
+        teacher,
     )
     stages = [stage for stage in stages if ORDER.index(stage.name) <= last]
     packed = estimate.packed_bytes(layout, recipe.refine.subln, recipe.export.float_dtype)
-    return Plan(recipe, where, layout, packed, data, stages, device)
+    return Plan(recipe, where, layout, packed, data, stages, device, teacher)
 
 
 def _check_fit(recipe: Recipe, layout: Layout) -> None:
@@ -144,6 +160,24 @@ def _check_fit(recipe: Recipe, layout: Layout) -> None:
     for key, length in _lengths(recipe).items():
         if limit is not None and length > limit:
             raise RecipeError(f"{key}: {length}, the model has {limit} positions; use at most {limit}")
+
+
+def _teacher_layout(recipe: Recipe) -> Layout | None:
+    """Shapes of a teacher that is another model.
+
+    Raises:
+        ModelError: no config for it, or an unsupported family.
+        RecipeError: prompts may be longer than it can read.
+    """
+    if recipe.teacher is None:
+        return None
+    layout = layout_of(*sources.find_config(recipe.teacher, "teacher.path"))
+    limit, length = layout.max_positions, recipe.data.max_length
+    if limit is not None and length > limit:
+        raise RecipeError(
+            f"data.max_length: {length}, the teacher has {limit} positions; use at most {limit}"
+        )
+    return layout
 
 
 def _lengths(recipe: Recipe) -> dict[str, int]:

@@ -16,8 +16,8 @@ from bitdistill.models.gguf_header import config_from_gguf, read_gguf
 MAX_CONFIG_BYTES = 4 << 20
 
 
-def find_config(source: ModelSource) -> tuple[dict[str, Any], str]:
-    """The model's config and where it was read.
+def find_config(source: ModelSource, key: str = "model.path") -> tuple[dict[str, Any], str]:
+    """The model's config and where it was read; `key` is the recipe's, for errors.
 
     Looked for in this order: a `.gguf` file's header; `config.json` of a local folder; the local Hugging
     Face cache (`HF_HUB_CACHE`, `HF_HOME`); a copy shipped with bitdistill. Nothing is downloaded.
@@ -28,13 +28,13 @@ def find_config(source: ModelSource) -> tuple[dict[str, Any], str]:
     path = Path(source.path).expanduser()
     if source.path.endswith(".gguf"):
         if not path.is_file():
-            raise ModelError(f"model.path: {source.path}: no such file; check the path")
+            raise ModelError(f"{key}: {source.path}: no such file; check the path")
         return config_from_gguf(read_gguf(path)), f"GGUF header of {path}"
     if path.is_dir():
         return read_config(path / "config.json"), str(path / "config.json")
     if not _is_hub_name(source.path):
         raise ModelError(
-            f"model.path: {source.path}: no such folder; give a Hugging Face folder, hub name or .gguf"
+            f"{key}: {source.path}: no such folder; give a Hugging Face folder, hub name or .gguf"
         )
     cached = cached_config(source.path, source.revision)
     if cached is not None:
@@ -44,7 +44,7 @@ def find_config(source: ModelSource) -> tuple[dict[str, Any], str]:
         config: dict[str, Any] = json.loads(shipped.read_text("utf-8"))
         return config, f"copy of {source.path}'s config shipped with bitdistill"
     raise ModelError(
-        f"model.path: {source.path}: not in the local Hugging Face cache, and bitdistill ships no copy of "
+        f"{key}: {source.path}: not in the local Hugging Face cache, and bitdistill ships no copy of "
         f"its config; download it first (hf download {source.path}) or give a folder"
     )
 

@@ -70,6 +70,7 @@ def model_card(
         sentences=headline_sentences,
         base=str(model.get("path", "unknown")),
         base_revision=model.get("revision"),
+        teacher=_mapping(recipe.get("teacher")).get("path"),
         task=task,
         labels=dict(_mapping(task.get("labels"))),
         rows=rows,
@@ -134,10 +135,14 @@ def data_fingerprints(run: RunFolder) -> dict[str, str]:
     found: dict[str, str] = {}
     training = _mapping(_mapping(run.manifests.get("student")).get("inputs"))
     base = _mapping(_mapping(run.manifests.get("base")).get("inputs"))
+    teacher = _mapping(_mapping(run.manifests.get("teacher")).get("inputs")).get("model")
+    other = run.recipe.get("teacher") is not None  # then its source is not the student's
+    refined = _mapping(_mapping(run.manifests.get("refined")).get("inputs")).get("model")
     for what, value in (
         ("training rows", _find(training, "train")),
         ("stage-2 corpus", _mapping(base.get("pretrain")).get("corpus")),
-        ("source model", _mapping(_mapping(run.manifests.get("teacher")).get("inputs")).get("model")),
+        ("source model", refined if other else teacher),
+        ("teacher's source model", teacher if other else None),
     ):
         if isinstance(value, str):
             found[what] = value

@@ -102,6 +102,7 @@ def view(run: RunFolder) -> dict[str, Any]:
         "title": f"{_task(run, 'name')} · {_model_name(run)}",
         "task": text.clean(_task(run, "name")),
         "model": text.clean(_model_name(run)),
+        "other_teacher": text.clean(_other_teacher(run)),
         "headline": headline.sentences(rows, gaps, run.split),
         "missing": run.missing,
         "table": [_table_row(row, rows.get(headline.TEACHER), gaps, pairs) for row in run.rows],
@@ -136,8 +137,13 @@ def _task(run: RunFolder, key: str) -> str:
 def _model_name(run: RunFolder) -> str:
     model = run.recipe.get("model")
     path = str(model.get("path", "model")) if isinstance(model, dict) else str(model or "model")
-    # A local folder says more by its last part; a hub name ("owner/name") is kept whole.
-    return Path(path).name if path.startswith((".", "/", "~")) or path.count("/") > 1 else path
+    return text.model_name(path)
+
+
+def _other_teacher(run: RunFolder) -> str:
+    """The teacher's name where it is another model, else the empty text."""
+    teacher = run.recipe.get("teacher")
+    return text.model_name(str(teacher.get("path", ""))) if isinstance(teacher, dict) else ""
 
 
 def _table_row(

@@ -42,6 +42,7 @@ ARTIFACTS = (
     "base",
     "writer",
     "written",
+    "label_scores",
     "student",
     "bitnet_sft",
     "packed",

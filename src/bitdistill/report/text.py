@@ -108,6 +108,11 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric)
 
 
+def model_name(path: str) -> str:
+    """A model as people know it: the last part of a local folder, a hub name ("owner/name") whole."""
+    return Path(path).name if path.startswith((".", "/", "~")) or path.count("/") > 1 else path
+
+
 def write(path: Path, content: str) -> Path:
     """Write a UTF-8 file so that a reader sees the old content or the new one, never a part; returns `path`.
 

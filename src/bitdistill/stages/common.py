@@ -270,7 +270,14 @@ class Run:
             )
         return held_out[: data.limit_test]
 
-    def task_batches(self, examples: list[Example], loop: Loop, pad_id: int, compiling: bool) -> TaskBatches:
+    def task_batches(
+        self,
+        examples: list[Example],
+        loop: Loop,
+        pad_id: int,
+        compiling: bool,
+        label_scores_NC: torch.Tensor | None = None,
+    ) -> TaskBatches:
         """Batches of encoded rows; compiled runs pad to few lengths so that few graphs are built."""
         lengths = sorted(len(e.prompt_ids) + len(e.answer_ids) for e in examples)
         buckets = None
@@ -288,6 +295,7 @@ class Run:
             pad_id=pad_id,
             buckets=buckets,
             packing=loop.packing,
+            label_scores_NC=label_scores_NC,
         )
 
     def compiling(self, loop: Loop) -> bool:

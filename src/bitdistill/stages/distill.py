@@ -1,8 +1,12 @@
-"""Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD, from the fine-tuned teacher."""
+"""Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD, from the fine-tuned teacher.
+
+A teacher that is another model gives its labels alone: see other_teacher.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from bitdistill import artifact
 from bitdistill.config import DistillConfig
 from bitdistill.data.batches import Batch
 from bitdistill.data.corpus import tokenizer_fingerprint
+from bitdistill.data.tasks import Example, label_token_ids
 from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
 from bitdistill.losses.hidden import block_errors_sum, relative_error
@@ -37,6 +42,7 @@ from bitdistill.models.student import load_student
 from bitdistill.stages import kernels, layer_probe, pseudo_labels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.layer_probe import relation_options
+from bitdistill.stages.other_teacher import LabelDistillStep, answered_examples, label_scores
 from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.step import StepOutput, Totals, autocast
@@ -271,18 +277,13 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written
         inputs["unlabelled"] = pseudo_labels.fingerprints(run)
     if written is not None:
         inputs["written"] = run.keys["augment"]
+    if run.recipe.teacher is not None:  # another loss, also where the teacher is equal
+        inputs["distilled"] = "labels"
     if run.finished("distill", folder, inputs):
         return folder
     student, tokenizer, manifest = load_student(start, device=run.device)
-    teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
-    _check_pair(student, teacher, tokenizer, teacher_tokenizer)
-    layers, layer_metrics = _layers(run, student, teacher, tokenizer)
-    answered = pseudo_labels.answered_examples(run, teacher, tokenizer, written)
-    if run.compiling(config.loop):
-        compile_blocks(student, skip=layers)
-        compile_blocks(teacher, skip=layers)
-    fused = kernels.usable(config.loop, run.device, student)
-    step = DistillStep(student, teacher, config, layers, fused, run.compiling(config.loop))
+    prepare = _same_model if run.recipe.teacher is None else _other_model
+    lesson = prepare(run, student, tokenizer, teacher_folder, written)
     result = train_on_task(
         run,
         "distill",
@@ -291,12 +292,10 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written
         optim=config.optim,
         loop=config.loop,
         epochs=config.epochs,
-        make_step=lambda _: step,
-        frozen=[teacher],
-        examples=[*run.train_examples(tokenizer), *answered],
-        state=step,
-        before_step=step.before_step,
-        fused=fused,
+        make_step=lambda _: lesson.step,
+        examples=[*run.train_examples(tokenizer), *lesson.answered],
+        fused=lesson.fused,
+        **lesson.options,
     )
     run.save_artifact(
         "distill",
@@ -307,13 +306,59 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written
         plan=manifest["plan"],
         extra={
             **run.meta("distill", inputs, result),
-            "distilled_layers": layers,
-            "teacher_answered_rows": len(answered),
-            "layer_metrics": layer_metrics,
-            "final_gamma": step.balancer.gamma,
+            "distilled_layers": lesson.layers,
+            "teacher_answered_rows": len(lesson.answered),
+            "layer_metrics": lesson.layer_metrics,
+            "final_gamma": lesson.step.balancer.gamma if isinstance(lesson.step, DistillStep) else 0.0,
         },
     )
     return folder
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What a student is trained by, besides the training rows."""
+
+    step: DistillStep | LabelDistillStep
+    fused: bool
+    answered: list[Example]
+    """Rows of `data.unlabelled` and `augment` with the teacher's answers."""
+    options: dict[str, Any]
+    """Further arguments of `train_on_task`."""
+    layers: list[int] = field(default_factory=list)
+    layer_metrics: layer_probe.Metrics = field(default_factory=dict)
+
+
+def _same_model(
+    run: Run, student: Any, tokenizer: Any, teacher_folder: Path, written: Path | None
+) -> _Lesson:
+    """The teacher is the student's own model: all losses, with the teacher beside the student in every step."""
+    config = run.recipe.distill
+    teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
+    _check_pair(student, teacher, tokenizer, teacher_tokenizer)
+    layers, layer_metrics = _layers(run, student, teacher, tokenizer)
+    answered = pseudo_labels.answered_examples(run, teacher, tokenizer, written)
+    if run.compiling(config.loop):
+        compile_blocks(student, skip=layers)
+        compile_blocks(teacher, skip=layers)
+    fused = kernels.usable(config.loop, run.device, student)
+    step = DistillStep(student, teacher, config, layers, fused, run.compiling(config.loop))
+    options = {"frozen": [teacher], "state": step, "before_step": step.before_step}
+    return _Lesson(step, fused, answered, options, layers, layer_metrics)
+
+
+def _other_model(
+    run: Run, student: Any, tokenizer: Any, teacher_folder: Path, written: Path | None
+) -> _Lesson:
+    """The teacher is another model: its distributions over the labels, computed before the first step."""
+    config = run.recipe.distill
+    train_NC, others_NC = label_scores(run, teacher_folder, written)
+    answered = answered_examples(run, tokenizer, written, others_NC)
+    if run.compiling(config.loop):
+        compile_blocks(student)
+    fused = kernels.usable(config.loop, run.device, student)
+    step = LabelDistillStep(student, label_token_ids(run.recipe.task, tokenizer), config)
+    return _Lesson(step, fused, answered, {"label_scores_NC": torch.cat([train_NC, others_NC])})
 
 
 def load_teacher(run: Run, folder: Path) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from bitdistill.eval.results import (
 )
 from bitdistill.eval.row_scores import encode
 from bitdistill.models.contents import count_weights
+from bitdistill.report import text
 from bitdistill.stages.common import Run, git_commit, log
 from bitdistill.stages.reuse import read_predictions
 from bitdistill.stages.scorers import Scorer, open_scorer
@@ -43,6 +44,12 @@ class Entry:
     name: str
     folder: Path
     trained: Path
+
+
+def _label(run: Run, entry: Entry) -> str:
+    if entry.name == "teacher" and run.recipe.teacher is not None:
+        return f"Teacher ({text.model_name(run.recipe.teacher.path)}, full precision)"
+    return LABELS.get(entry.name, entry.name)
 
 
 def predict_rows(run: Run, scorer: Scorer, examples: Sequence[Example]) -> tuple[list[Prediction], float]:
@@ -92,7 +99,7 @@ def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
     for entry in entries:
         taken = _scored_before(run, entry, teacher_predictions)
         if taken is None:
-            log.info("eval: %s on %d rows", LABELS.get(entry.name, entry.name), len(rows))
+            log.info("eval: %s on %d rows", _label(run, entry), len(rows))
             taken = _evaluate_one(run, entry, rows, teacher_predictions)
         row, predictions = taken
         if entry.name == "teacher":
@@ -137,12 +144,12 @@ def _scored_before(
     row = run.reuse.row(_score_key(run, entry), entry.name, run.run_dir)
     if row is None:
         return None
-    log.info("eval: %s was scored before", LABELS.get(entry.name, entry.name))
+    log.info("eval: %s was scored before", _label(run, entry))
     predictions = read_predictions(run.run_dir, entry.name, run.recipe.task) or []
     metrics = {name: value for name, value in row.metrics.items() if name != "agreement_with_teacher"}
     if teacher is not None:
         metrics["agreement_with_teacher"] = agreement(predictions, teacher).value
-    label = LABELS.get(entry.name, entry.name)
+    label = _label(run, entry)
     return row.model_copy(update={"metrics": metrics, "label": label}), predictions
 
 
@@ -164,7 +171,7 @@ def _evaluate_one(
     training = artifact.read_manifest(entry.trained).get("training") or {}
     row = ResultRow(
         name=entry.name,
-        label=LABELS.get(entry.name, entry.name),
+        label=_label(run, entry),
         task=run.recipe.task.name,
         metric=headline,
         value=score.value,

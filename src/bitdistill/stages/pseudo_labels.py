@@ -31,6 +31,24 @@ def fingerprints(run: Run) -> list[str]:
     return [readers.source_fingerprint(source) for source in run.recipe.data.unlabelled]
 
 
+def unlabelled_rows(run: Run, written: Path | None) -> list[Row]:
+    """Rows of `data.unlabelled` and of `augment`, in this order, without answers.
+
+    Raises:
+        DataError: a source that cannot be read.
+        ArtifactError: the written rows are damaged.
+    """
+    sources = list(run.recipe.data.unlabelled)
+    if written is not None:
+        artifact.verify(written)
+        sources.append(str(written / WRITTEN_ROWS))
+    rows = [row for source in sources for row in readers.read_rows(source)]
+    task = run.recipe.task
+    answer_field = task.label_field if task.kind == "classification" else str(task.target_field)
+    # Whatever answers the rows bring are hidden: they must not reach the student by this way.
+    return [Row({k: v for k, v in row.fields.items() if k != answer_field}, row.where) for row in rows]
+
+
 def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | None = None) -> list[Example]:
     """Encoded rows of `data.unlabelled` and of `augment` with the teacher's answers; empty without either.
 
@@ -43,22 +61,14 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
         DataError: a source that cannot be read, or a row that lacks a field of the template.
         ArtifactError: the written rows are damaged.
     """
-    sources = list(run.recipe.data.unlabelled)
-    if written is not None:
-        artifact.verify(written)
-        sources.append(str(written / WRITTEN_ROWS))
-    rows = [row for source in sources for row in readers.read_rows(source)]
-    if not rows:
+    bare, task = unlabelled_rows(run, written), run.recipe.task
+    if not bare:
         return []
-    task = run.recipe.task
-    answer_field = task.label_field if task.kind == "classification" else str(task.target_field)
-    # Whatever answers the rows bring are hidden: they must not reach the student by this way.
-    bare = [Row({k: v for k, v in row.fields.items() if k != answer_field}, row.where) for row in rows]
     length = run.recipe.data.max_length
     examples = tasks.encode(task, bare, tokenizer, length, require_answers=False)
     answers = _answers(run, teacher, tokenizer, examples)
     kept = [n for n, (text, _) in enumerate(answers) if text.strip()]
-    log.info("distill: the teacher answered %d of %d unlabelled rows", len(kept), len(rows))
+    log.info("distill: the teacher answered %d of %d unlabelled rows", len(kept), len(bare))
     if not kept:
         raise DataError(
             "data.unlabelled: the teacher answered no row; check the teacher, or leave the key (or augment) out"

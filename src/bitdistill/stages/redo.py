@@ -19,7 +19,7 @@ from bitdistill.report import text
 
 log = logging.getLogger("bitdistill")
 REDO = "redo.json"
-PART_OF = {"writer": "augment"}
+PART_OF = {"writer": "augment", "label_scores": "distill"}
 """Work with an artifact of its own that is no stage: where its settings changed, it is made again with the stage."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitdistill.config import BitNetSftConfig, Loop, Optim, RefineConfig, SftConfig
 from bitdistill.data.batches import Batch
@@ -16,7 +17,7 @@ from bitdistill.losses.logits import chunked_language_model_loss, cross_entropy_
 from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
 from bitdistill.models.forward import final_hidden, head_weight, logits_at, predicting, tokens_at
-from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.models.load import load_source, load_tokenizer, source_fingerprint
 from bitdistill.stages import kernels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.refine import calibration_from_task
@@ -40,6 +41,10 @@ class CrossEntropyStep:
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
         hidden = final_hidden(self.model, batch.input_ids_BT, **batch.packing)
+        return StepOutput(self.answers_sum(hidden, batch) / totals.answers)
+
+    def answers_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the answer tokens, from final hidden states [B, T, H]."""
         rows_NH = predicting(hidden, batch.answer_index_N)
         targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
         head = head_weight(self.model)
@@ -47,7 +52,7 @@ class CrossEntropyStep:
             loss, _, _ = chunked_language_model_loss(rows_NH, head, targets_N, lm_weight=1.0, kl_weight=0.0)
         else:
             loss = cross_entropy_sum(logits_at(self.model, rows_NH), targets_N)
-        return StepOutput(loss / totals.answers)
+        return loss
 
 
 def train_on_task(
@@ -64,6 +69,7 @@ def train_on_task(
     fused: bool = False,
     before_step: Callable[[int], None] | None = None,
     examples: Sequence[Example] | None = None,
+    label_scores_NC: Tensor | None = None,
     **fit_options: Any,
 ) -> FitResult:
     """Run `fit` over task rows for `epochs`.
@@ -72,6 +78,7 @@ def train_on_task(
         frozen: other models that the step runs.
         fused: train `model`, a ternary student, with fused layers.
         examples: encoded rows; None: the task's training rows.
+        label_scores_NC: for each example, what batches bring as `label_scores_BC`.
 
     Raises:
         DataError, ModelError: rows, label words or tokenizer are not usable.
@@ -80,7 +87,7 @@ def train_on_task(
     if examples is None and run.recipe.task.kind == "classification":
         label_token_ids(run.recipe.task, tokenizer)  # or scoring would refuse them, after all training
     rows = run.train_examples(tokenizer) if examples is None else list(examples)
-    batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop))
+    batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop), label_scores_NC)
     total_steps = max(1, round(epochs * batches.steps_per_epoch))
     if loop.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -105,22 +112,27 @@ def train_on_task(
 
 
 def sft(run: Run) -> Path:
-    """Fine-tune the full-precision model on the task; writes `teacher/`, a plain bfloat16 model folder.
+    """Fine-tune the full-precision model, or the recipe's `teacher`, on the task; writes `teacher/`, a plain bfloat16
+    model folder.
 
     Raises:
         DataError, ModelError: rows, tokenizer or model are not usable.
     """
     config: SftConfig = run.recipe.sft
-    folder = run.run_dir / "teacher"
+    source, folder = run.recipe.teacher_source, run.run_dir / "teacher"
     inputs = {
-        "model": source_fingerprint(run.recipe.model),
+        "model": source_fingerprint(source),
         **run.train_inputs(),
         "sft": run.section("sft"),
         "seed": run.recipe.seed,
     }
     if run.finished("sft", folder, inputs):
         return folder
-    model, tokenizer = load_source(run.recipe.model, dtype="float32", device=run.device)
+    if (
+        run.recipe.teacher is not None
+    ):  # the student's label words would be refused after two stages of training
+        label_token_ids(run.recipe.task, load_tokenizer(run.recipe.model))
+    model, tokenizer = load_source(source, dtype="float32", device=run.device)
     if run.compiling(config.loop):
         compile_blocks(model)
     result = train_on_task(

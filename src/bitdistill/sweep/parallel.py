@@ -120,6 +120,8 @@ def _signature(recipe: Recipe, stage: str) -> str:
         "pretrain": ("model", "refine", "pretrain"),
     }[stage]
     about = {name: tree[name] for name in (*sections, "device")}
+    if stage == "sft" and recipe.teacher is not None:
+        about["model"] = tree["teacher"]
     own_seed = (tree[stage] or {}).get("seed") if stage in ("augment", "pretrain") else 0
     if own_seed is None:
         about["seed"] = tree["seed"]

@@ -235,8 +235,9 @@ def _word(key: str, value: Any) -> str:
 def _override(key: str, value: Any, folder: Path) -> str:
     """A `KEY=VALUE` for load_recipe, whose values are YAML: JSON is. Paths are the sweep file's."""
     sources = ("data.train", "data.validation", "data.test", "pretrain.corpus", "pretrain.base")
-    if isinstance(value, str) and key in (*sources, "model.path", "model.tokenizer"):
-        value = absolute_source(value, folder, hub=key.startswith("model."))
+    models = ("model.path", "model.tokenizer", "teacher.path", "teacher.tokenizer")
+    if isinstance(value, str) and key in (*sources, *models):
+        value = absolute_source(value, folder, hub=key in models)
     if key in ("data.unlabelled", "augment.texts"):
         value = [absolute_source(source, folder) for source in ([value] if isinstance(value, str) else value)]
     return f"{key}={json.dumps(value, allow_nan=False)}"
@@ -245,7 +246,12 @@ def _override(key: str, value: Any, folder: Path) -> str:
 def _localised(recipe: Recipe, local: Mapping[str, str]) -> Recipe:
     """The recipe with its sources replaced by local ones."""
     tree = recipe.model_dump(mode="json", by_alias=True)
-    sources = {"model": ("path",), "data": ("train", "validation", "test"), "pretrain": ("corpus", "base")}
+    sources = {
+        "model": ("path",),
+        "teacher": ("path",),
+        "data": ("train", "validation", "test"),
+        "pretrain": ("corpus", "base"),
+    }
     for section, keys in sources.items():
         for key in keys:
             if tree.get(section) is not None and tree[section].get(key) in local:
