@@ -6,22 +6,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import nn
 
 
 def wants_compile(setting: bool | str, device: torch.device) -> bool:
     """Resolve a recipe's `loop.compile`: auto compiles on a GPU only."""
     return device.type == "cuda" if setting == "auto" else bool(setting)
-
-
-def _without_mix_order_reductions() -> None:
-    """Inductor's fused reductions of both dimensions may leave gradients unwritten, so that they are what lay in
-    memory, from 16k tokens on (pytorch/pytorch#193061; torch 2.10 to 2.13). Norms of a ternary student are in our
-    kernels anyway."""
-    settings = torch._inductor.config.triton
-    if hasattr(settings, "mix_order_reduction"):
-        settings.mix_order_reduction = False
 
 
 def compile_blocks(model: nn.Module, *, skip: Collection[int] = ()) -> None:
@@ -33,7 +23,6 @@ def compile_blocks(model: nn.Module, *, skip: Collection[int] = ()) -> None:
     """
     # Gradients of parts of the loss are taken before the backward: saved buffers must survive the first.
     torch._functorch.config.donated_buffer = False
-    _without_mix_order_reductions()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for index, layer in enumerate(model.get_submodule("model.layers").children()):
         if index not in skip:
@@ -42,7 +31,4 @@ def compile_blocks(model: nn.Module, *, skip: Collection[int] = ()) -> None:
 
 def compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
     """`function`, compiled if `enabled`."""
-    if not enabled:
-        return function
-    _without_mix_order_reductions()
-    return torch.compile(function)
+    return torch.compile(function) if enabled else function
