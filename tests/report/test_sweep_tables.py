@@ -72,6 +72,15 @@ def test_lines_have_mean_spread_gap_and_cost() -> None:
     assert referred[2].gap.points == pytest.approx(b.mean - a.mean)
 
 
+def test_a_teacher_that_is_another_model_is_named() -> None:
+    own, other = run("a", 0, 0.8), run("b", 0, 0.8)
+    changed = {"label": "Teacher (owner/large, full precision)", "score_key": "large-0"}
+    rows = [other.rows[0].model_copy(update=changed), other.rows[1]]
+    made = results(own, other.model_copy(update={"rows": rows}))
+    labels = [line.label for line in sweep_tables.lines(made)]
+    assert labels == ["FP-SFT (teacher)", "FP-SFT (teacher, owner/large)", "a", "b"]
+
+
 def test_what_cannot_be_paired_has_no_gap_and_failures_no_line() -> None:
     unscored = run("a", 0, 0.8)
     bare = [r.model_copy(update={"row_scores": None}) for r in unscored.rows]

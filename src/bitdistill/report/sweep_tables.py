@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ OWN_STAGES = {
     "bitdistill": ("pretrain", "augment", "distill"),
 }
 NAMES = {"teacher": "FP-SFT (teacher)", "bitnet_sft": "BitNet-SFT"}
+_OTHER_TEACHER = re.compile(r"Teacher \((.+), full precision\)")  # as stages/evaluate.py calls another model's row
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _line(results: SweepResults, recipe: str, cell: str, row: str, tests: bool) 
         recipe=recipe,
         cell=cell,
         row=row,
-        label=NAMES.get(row, runs[0].label),
+        label=_label(runs[0], first),
         line=runs[0].line,
         x=runs[0].x,
         task=first.task,
@@ -124,6 +126,11 @@ def _line(results: SweepResults, recipe: str, cell: str, row: str, tests: bool) 
         n=first.n,
         size_bytes=first.size_bytes,
     )
+
+
+def _label(run: RunResult, row: ResultRow) -> str:
+    other = _OTHER_TEACHER.fullmatch(row.label) if row.name == "teacher" else None
+    return NAMES.get(row.name, run.label) if other is None else f"FP-SFT (teacher, {other[1]})"
 
 
 def _row(run: RunResult, name: str) -> ResultRow:
