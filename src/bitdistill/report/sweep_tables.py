@@ -24,7 +24,8 @@ OWN_STAGES = {
     "bitdistill": ("pretrain", "augment", "distill"),
 }
 NAMES = {"teacher": "FP-SFT (teacher)", "bitnet_sft": "BitNet-SFT"}
-_OTHER_TEACHER = re.compile(r"Teacher \((.+), full precision\)")  # as stages/evaluate.py calls another model's row
+# What stages/evaluate.py calls a row of another model
+_OTHER_TEACHER = re.compile(r"Teacher \((.+), full precision\)")
 
 
 @dataclass(frozen=True)
