@@ -76,7 +76,7 @@ def section_check(report: Report, shape: Shape, name: str) -> None:
             x_scale, w_scale = randn(1000).abs() + 0.01, randn(o).abs() + 0.01
             product = twins.int8_product(x, x_scale, w, w_scale, torch.bfloat16)
             differ = {}
-            for tile in (matmul.INT_MM, *range(len(matmul.TILES))):
+            for tile in matmul.WAYS:
                 y = torch.full_like(product, math.nan)
                 matmul._product(y, x, x_scale, w, w_scale, tile)
                 differ[matmul.name_of(tile)] = int(torch.ne(y, product).sum())

@@ -65,7 +65,7 @@ def three_micro_batches(way, step) -> list[float]:  # type: ignore[no-untyped-de
     return norms
 
 
-def ways_of(kind, names: bool = True):  # type: ignore[no-untyped-def]
+def way_of(kind):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     student, _ = students()
     step = CrossEntropyStep(student)
@@ -73,7 +73,7 @@ def ways_of(kind, names: bool = True):  # type: ignore[no-untyped-def]
 
 
 def test_a_graph_with_the_eager_gradients_is_used_and_nothing_is_counted_twice(no_gpu: None) -> None:
-    way, step = ways_of(_FakeGraphs)
+    way, step = way_of(_FakeGraphs)
     norms = three_micro_batches(way, step)
     assert way.enabled
     assert len(way.graphs) == way.captured == 1
@@ -85,7 +85,7 @@ def test_a_graph_with_the_eager_gradients_is_used_and_nothing_is_counted_twice(n
 def test_a_graph_with_other_gradients_is_not_used(
     no_gpu: None, value: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    way, step = ways_of(_FakeGraphs)
+    way, step = way_of(_FakeGraphs)
     way.corrupt = lambda grads: grads[1].fill_(value)
     norms = three_micro_batches(way, step)
     assert not way.enabled

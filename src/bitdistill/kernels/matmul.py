@@ -33,7 +33,8 @@ TILES: list[tuple[int, int, int, int, int]] = [
     (128, 64, 64, 4, 4),
 ]
 INT_MM = -1
-"""Ways are numbers: INT_MM, or an index of TILES."""
+WAYS = (INT_MM, *range(len(TILES)))
+"""What can make a product: cuBLASLt, or an index of TILES."""
 _chosen: dict[tuple[int, int, int, torch.dtype], int] = {}
 
 
@@ -175,7 +176,7 @@ def int8_product(
 def measure(y: Tensor, x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor) -> dict[int, float]:
     """Milliseconds of every way at this shape, the best of three rounds of five calls (synchronises)."""
     times: dict[int, float] = {}
-    for tile in (INT_MM, *range(len(TILES))):
+    for tile in WAYS:
         try:
             for _ in range(2):
                 _product(y, x, x_scale, w, w_scale, tile)

@@ -128,9 +128,8 @@ def sft(run: Run) -> Path:
     }
     if run.finished("sft", folder, inputs):
         return folder
-    if (
-        run.recipe.teacher is not None
-    ):  # the student's label words would be refused after two stages of training
+    if run.recipe.teacher is not None:
+        # The student's label words would be refused after two stages of training
         label_token_ids(run.recipe.task, load_tokenizer(run.recipe.model))
     model, tokenizer = load_source(source, dtype="float32", device=run.device)
     if run.compiling(config.loop):

@@ -38,7 +38,7 @@ tokens) about as long for a forward pass as the GPU to run it. At 0.6B (16 x 1,0
 10 % more memory (docs/log.md, run 14)."""
 SAME_NORM, NEGLIGIBLE = 0.05, 1e-3
 """Of a graph's gradients: relative error of a parameter's norm, and of norms this small beside the whole gradient's
-there is no telling. Sums in another order make less than a hundredth of either."""
+there is no telling. Wide by choice, for sums in another order; what these make on a GPU was not measured yet."""
 INDEX_MULTIPLE = 128
 """Indices of answer and real tokens are filled up to this multiple, so that few shapes occur."""
 
