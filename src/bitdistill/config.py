@@ -243,6 +243,10 @@ class PretrainConfig(Strict):
     """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
     base: Text | None = None
     """An existing ternary base (folder): stage 2 is not run. `auto`-cached bases need no entry here."""
+    start: Text | None = None
+    """A ternary base (folder) that stage 2 goes on from, in place of the freshly refined model: for more tokens than
+    one sitting allows, or for the user's own text after a general corpus. `budget_tokens` are those to come; the
+    schedule begins anew, with the data in another order than the base saw them."""
     objective: Literal["lm", "kl", "mix"] = "kl"
     """lm: next-token loss (the paper). kl: KL to the frozen full-precision model, all tokens, temperature 1."""
     mix_lm: Fraction = 0.5
@@ -267,6 +271,22 @@ class PretrainConfig(Strict):
     see stages/branch.py). They must be multiples of `loop.checkpoint_every_steps`."""
     cache_dir: str = "~/.cache/bitdistill/bases"
     """Ternary bases are kept here under the hash of model, corpus and recipe section."""
+
+    @model_validator(mode="after")
+    def _base_or_start(self) -> PretrainConfig:
+        if self.base is not None and self.start is not None:
+            raise ValueError(
+                "base and start are both set: base is taken as it is, start is trained further; keep one of them"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_a_null_start(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys and digests from before `start` stay what they were."""
+        tree: dict[str, Any] = handler(self)
+        if self.start is None:
+            tree.pop("start", None)
+        return tree
 
 
 class RelationConfig(Strict):

@@ -363,6 +363,7 @@ _PATHS = (
     ("data", "test"),
     ("pretrain", "corpus"),
     ("pretrain", "base"),
+    ("pretrain", "start"),
 )
 
 

@@ -189,6 +189,7 @@ def test_a_held_out_share_must_be_a_row(write):
         ({"pretrain": "{}"}, DataError, "neither corpus nor base"),
         ({"pretrain": "{corpus: gone}"}, DataError, "pretrain.corpus: .*no such file or folder"),
         ({"pretrain": "{base: gone}"}, DataError, "pretrain.base: .*no such folder"),
+        ({"pretrain": "{corpus: ., start: gone}"}, DataError, "pretrain.start: .*no such folder"),
         ({"pretrain": "{corpus: ., sequence_length: 9000}"}, RecipeError, "the model has 8192 positions"),
         ({"distill": "{relation: {layer: 30}}"}, RecipeError, "the model has 30 layers"),
         ({"distill": "{relation: {layer: [0, -31]}}"}, RecipeError, "the model has 30 layers"),

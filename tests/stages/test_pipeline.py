@@ -26,7 +26,10 @@ from bitdistill.errors import (
 from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
+from bitdistill.report.run_folder import read_run
+from bitdistill.report.sweep_results import costs
 from bitdistill.stages import common, kernels, pretrain, refine, sft
+from bitdistill.stages.common import Run
 from bitdistill.stages.export import export_base
 from bitdistill.train import loop
 from tests.models.conftest import tiny_model
@@ -288,6 +291,58 @@ def test_a_copied_base_serves_elsewhere(work: Path, dtype: str) -> None:
     assert other.base == copy
     started = artifact.read_manifest(other.run_dir / "student")["inputs"]["start"]
     assert started == artifact.read_manifest(copy)["key"]
+
+
+def test_stage_2_goes_on_from_a_base(work: Path) -> None:
+    first = pipeline.run(recipe(work), until="pretrain", quiet=True)
+    assert first.base is not None
+    copy = export_base(first.base, work / "copy", "float32")
+    before = artifact.read_manifest(copy)
+    more = ("name=more", f"pretrain.start={copy}", "pretrain.optim.learning_rate=1e-9")
+    second = pipeline.run(recipe(work, *more), until="pretrain", quiet=True)
+    assert second.base is not None
+    manifest = artifact.read_manifest(second.base)
+    assert manifest["inputs"]["start"] == before["key"]
+    assert "refined" not in manifest["inputs"]
+    assert manifest["key"] != before["key"]
+    assert costs(read_run(second.run_dir))["pretrain"].tokens == 2 * before["training"]["tokens"]
+    began, ended, refined = latents(copy), latents(second.base), latents(first.run_dir / "refined")
+    assert all(torch.allclose(began[k], ended[k], atol=1e-6) for k in began)
+    assert not all(torch.allclose(refined[k], ended[k], atol=1e-6) for k in began)
+    # Where the base lies is no part of the key; which base it is, is
+    moved = shutil.move(copy, work / "moved")
+    again = pipeline.run(recipe(work, *more, f"pretrain.start={moved}"), until="pretrain", quiet=True)
+    assert again.base == second.base
+    third = pipeline.run(
+        recipe(work, *more, "name=third", f"pretrain.start={second.base}"), until="pretrain", quiet=True
+    )
+    assert third.base is not None
+    spent = artifact.read_manifest(third.base)["started_from"]
+    assert spent["tokens"] == 2 * before["training"]["tokens"]
+    assert spent["key"] == manifest["key"]
+
+
+def test_the_data_come_in_another_order_after_a_start(work: Path) -> None:
+    base = pipeline.run(recipe(work), until="pretrain", quiet=True).base
+    fresh = Run.open(recipe(work), command="test", quiet=True)
+    going_on = Run.open(recipe(work, "name=on", f"pretrain.start={base}"), command="test", quiet=True)
+    assert pretrain._order_seed(fresh) == fresh.recipe.seed != pretrain._order_seed(going_on)
+
+
+def test_a_start_of_another_model_is_refused(work: Path) -> None:
+    base = pipeline.run(recipe(work), until="pretrain", quiet=True).base
+    with pytest.raises(RecipeError, match="base and start are both set"):
+        recipe(work, f"pretrain.start={base}", f"pretrain.base={base}")
+    tiny_model("llama_tied", seed=5).save_pretrained(work / "model")
+    with pytest.raises(ArtifactError, match=r"pretrain\.start: .* another model"):
+        pipeline.run(recipe(work, "name=b", f"pretrain.start={base}"), until="pretrain", quiet=True)
+
+
+def test_keys_without_a_start_are_what_they_were(work: Path) -> None:
+    plain = recipe(work)
+    assert plain.pretrain is not None
+    assert "start" not in plain.pretrain.model_dump()
+    assert "start" in recipe(work, "pretrain.start=x").pretrain.model_dump()  # type: ignore[union-attr]
 
 
 def test_a_copy_replaces_nothing(work: Path) -> None:

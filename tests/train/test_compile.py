@@ -38,20 +38,27 @@ def test_a_loop_that_reads_back_waits() -> None:
     source = LOOPS.replace("READ", "out_ptr0")
     guarded = with_barriers(source).split("\n")
     at = guarded.index("    tl.debug_barrier()")
-    assert guarded[at - 1].startswith("    tmp1 = tl.sum") and guarded[at + 1].startswith("    for r0_offset")
+    assert guarded[at - 1].startswith("    tmp1 = tl.sum")
+    assert guarded[at + 1].startswith("    for r0_offset")
     assert [line for n, line in enumerate(guarded) if n != at] == source.split("\n")
     assert with_barriers("\n".join(guarded)) == "\n".join(guarded)
 
 
 def test_other_sources_stay() -> None:
     assert with_barriers(LOOPS.replace("READ", "in_ptr0")) == LOOPS.replace("READ", "in_ptr0")
-    two = LOOPS.replace("READ", "in_ptr0") + LOOPS.replace("READ", "in_ptr0").replace("in_ptr0", "out_ptr0", 2)
+    two = LOOPS.replace("READ", "in_ptr0") + LOOPS.replace("READ", "in_ptr0").replace(
+        "in_ptr0", "out_ptr0", 2
+    )
     assert with_barriers(two) == two  # pointers of one kernel are not those of the next
 
 
 def test_block_pointers_and_single_statements() -> None:
-    source = "def k(out_ptr0):\n    tl.store(tl.make_block_ptr(out_ptr0, shape=[8]), x)\n    y = tl.load(out_ptr0 + i, None)"
-    assert with_barriers(source).split("\n")[2] == "    tl.debug_barrier()"
+    lines = [
+        "def k(out_ptr0):",
+        "    tl.store(tl.make_block_ptr(out_ptr0, shape=[8]), x)",
+        "    y = tl.load(out_ptr0 + i, None)",
+    ]
+    assert with_barriers("\n".join(lines)).split("\n") == [*lines[:2], "    tl.debug_barrier()", lines[2]]
 
 
 def test_inductor_writes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,8 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
             Source("augment", "written by the model", 0, recipe.augment.rows, train.tokens_per_row, "at most")
         )
     if recipe.pretrain is not None:
+        if recipe.pretrain.start is not None:
+            _check_base(Path(recipe.pretrain.start).expanduser(), "start")
         _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
     return found
 
@@ -240,7 +242,7 @@ def _decoded(raw: Any, path: Path) -> Any:
 def _check_corpus(corpus: str | None, base: str | None) -> None:
     """What stage 2 reads: its first document, or what kind of artifact it is."""
     if base is not None:
-        _check_base(Path(base).expanduser())
+        _check_base(Path(base).expanduser(), "base")
         return
     if corpus is None:
         raise DataError(
@@ -263,11 +265,11 @@ def _check_corpus(corpus: str | None, base: str | None) -> None:
         raise DataError(f"pretrain.corpus: {error}") from None
 
 
-def _check_base(folder: Path) -> None:
+def _check_base(folder: Path, key: str) -> None:
     if not folder.is_dir():
-        raise DataError(f"pretrain.base: {folder}: no such folder; give a ternary base, or remove the key")
+        raise DataError(f"pretrain.{key}: {folder}: no such folder; give a ternary base, or remove the key")
     kind = artifact.read_manifest(folder).get("kind")
     if kind != "base":
         raise ArtifactError(
-            f"pretrain.base: {folder}: kind {kind!r}, a ternary base is needed; run `bitdistill pretrain`"
+            f"pretrain.{key}: {folder}: kind {kind!r}, a ternary base is needed; run `bitdistill pretrain`"
         )

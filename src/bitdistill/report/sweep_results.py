@@ -156,13 +156,16 @@ def costs(run: RunFolder) -> dict[str, StageCost]:
         training = manifest.get("training")
         if not isinstance(training, dict):
             continue
-        saved = manifest.get("branched_from") or {}
+        saved, before = manifest.get("branched_from") or {}, manifest.get("started_from") or {}
         found[stage] = StageCost(
             key=str(manifest.get("key", "")),
-            steps=int(training["steps"]),
-            tokens=int(training["tokens"]),
+            steps=int(training["steps"]) + int(before.get("steps", 0)),
+            tokens=int(training["tokens"]) + int(before.get("tokens", 0)),
             # Of all processes that trained side by side; artifacts from before there were several have no such entry
-            elapsed_s=round(float(training.get("device_s") or training["elapsed_s"]), 2),
+            elapsed_s=round(
+                float(training.get("device_s") or training["elapsed_s"]) + float(before.get("device_s", 0.0)),
+                2,
+            ),
             saved_s=round(float(saved.get("device_s") or saved.get("elapsed_s", 0.0)), 2),
         )
     return found

@@ -89,7 +89,7 @@ def export_base(base: Path, folder: Path, float_dtype: str) -> Path:
     if changed:
         share = changed / sum(a.numel() for a in codes)
         log.info("pretrain: %s changes %.4f %% of the ternary codes", float_dtype, 100 * share)
-    kept = ("stage", "inputs", "training", "branched_from")
+    kept = ("stage", "inputs", "training", "branched_from", "started_from")
     save_student(
         model, tokenizer, folder, kind="base", plan=manifest["plan"], recipe=manifest["recipe"],
         extra={"key": key, **{name: manifest[name] for name in kept if name in manifest}}, float_dtype=float_dtype,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,10 @@ def pretrain(run: Run, refined: Path) -> Path:
         "pretrain": section,
         "seed": _seed(run),
     }
+    if config.start is not None:
+        before = _verified_base(run, Path(config.start).expanduser(), "start")
+        del section["start"], inputs["refined"]
+        inputs["start"] = before["key"]
     key = artifact.hash_json(inputs)
     folder = Path(config.cache_dir).expanduser() / key[:16]
     if not run.finished("pretrain", folder, inputs):
@@ -141,10 +145,11 @@ def _make_base(
 ) -> None:
     config = run.recipe.pretrain
     assert config is not None
-    student, _, manifest = load_student(refined, device=run.device)
+    before = refined if config.start is None else Path(config.start).expanduser()
+    student, _, manifest = load_student(before, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
     trunk = branch.trunk(inputs, config, _total_steps(config))
-    result = _train(run, student, teacher, shards, trunk, refined)
+    result = _train(run, student, teacher, shards, trunk, before)
     branched_from = branch.branched_from(run.checkpoints("pretrain"))
     run.save_artifact(
         "pretrain",
@@ -153,13 +158,38 @@ def _make_base(
         folder,
         kind="base",
         plan=manifest["plan"],
-        extra={**run.meta("pretrain", inputs, result), "branched_from": branched_from},
+        extra={
+            **run.meta("pretrain", inputs, result),
+            "branched_from": branched_from,
+            **({} if config.start is None else {"started_from": _cost_of(manifest)}),
+        },
     )
+
+
+def _cost_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Key of a base, and steps, tokens and seconds that it took, those before it included."""
+    training, before = manifest["training"], manifest.get("started_from") or {}
+    spent = {
+        "steps": training["steps"],
+        "tokens": training["tokens"],
+        "device_s": training.get("device_s") or training["elapsed_s"],
+    }
+    return {"key": manifest["key"], **{name: n + before.get(name, 0) for name, n in spent.items()}}
 
 
 def _seed(run: Run) -> int:
     assert run.recipe.pretrain is not None
     return run.recipe.seed if run.recipe.pretrain.seed is None else run.recipe.pretrain.seed
+
+
+def _order_seed(run: Run) -> int:
+    """Seed of the data order: another one than that of the base it goes on from."""
+    config = run.recipe.pretrain
+    assert config is not None
+    if config.start is None:
+        return _seed(run)
+    key = artifact.read_manifest(Path(config.start).expanduser())["key"]
+    return int(artifact.hash_json([_seed(run), key])[:8], 16)
 
 
 def _total_steps(config: PretrainConfig) -> int:
@@ -185,7 +215,7 @@ def _processes(config: PretrainConfig, device: torch.device) -> int:
     return config.processes
 
 
-def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path, refined: Path) -> FitResult:
+def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path, before: Path) -> FitResult:
     """Train the student, alone or as the first of several processes."""
     config = run.recipe.pretrain
     assert config is not None
@@ -198,7 +228,7 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
     job = {
         "recipe": run.recipe.model_dump(mode="json", by_alias=True),
         "run_dir": str(run.run_dir),
-        "refined": str(refined),
+        "before": str(before),
         "key": run.keys["pretrain"],
         "device": run.device.type,
         "processes": processes,
@@ -207,10 +237,11 @@ def _train(run: Run, student: Any, teacher: Any | None, shards: Any, trunk: Path
         return _fit(run, student, teacher, shards, group, trunk)
 
 
-def follow(run: Run, refined: Path, rank: int, processes: int, meeting: Path) -> None:
+def follow(run: Run, before: Path, rank: int, processes: int, meeting: Path) -> None:
     """Stage 2 in a process beside the one that leads; writes nothing.
 
     Args:
+        before: what stage 2 begins with.
         rank: 1 to processes - 1.
         meeting: see `replicas.join`.
     """
@@ -218,7 +249,7 @@ def follow(run: Run, refined: Path, rank: int, processes: int, meeting: Path) ->
     assert config is not None
     group = replicas.join(rank, processes, meeting, run.device)
     source, _, shards = _source_and_corpus(run)
-    student, _, _ = load_student(refined, device=run.device)
+    student, _, _ = load_student(before, device=run.device)
     teacher = None if config.objective == "lm" else source.requires_grad_(False).eval()
     _fit(run, student, teacher, shards, group, None)
 
@@ -243,7 +274,7 @@ def _fit(
         sequence_length=config.sequence_length,
         batch_rows=loop.batch_rows,
         micro_batch_rows=rows,
-        seed=_seed(run),
+        seed=_order_seed(run),
     )
     compiling = run.compiling(loop)
     fused = kernels.usable(loop, run.device, student)
@@ -280,7 +311,13 @@ def _fit(
 
 
 def _given_base(run: Run, folder: Path) -> Path:
-    """Check a base named by the recipe against the model.
+    run.keys["pretrain"] = str(_verified_base(run, folder, "base")["key"])
+    log.info("pretrain: using the ternary base %s", folder)
+    return folder
+
+
+def _verified_base(run: Run, folder: Path, key: str) -> dict[str, Any]:
+    """Manifest of a base that the recipe names by `pretrain.<key>`.
 
     Raises:
         ArtifactError: it is no ternary base, or of another model.
@@ -288,17 +325,16 @@ def _given_base(run: Run, folder: Path) -> Path:
     manifest = artifact.verify(folder)
     if manifest.get("kind") != "base":
         raise ArtifactError(
-            f"{folder}: kind {manifest.get('kind')!r}, a ternary base is needed; run `bitdistill pretrain`"
+            f"pretrain.{key}: {folder}: kind {manifest.get('kind')!r}, a ternary base is needed; "
+            "run `bitdistill pretrain`"
         )
     made_from, own = manifest.get("inputs", {}).get("model"), source_fingerprint(run.recipe.model)
     if made_from != own:
         raise ArtifactError(
-            f"{folder}: this ternary base was made from another model than {run.recipe.model.path} "
+            f"pretrain.{key}: {folder}: this ternary base was made from another model than {run.recipe.model.path} "
             f"(fingerprint {str(made_from)[:12]}, not {own[:12]}); make one with `bitdistill pretrain`"
         )
-    run.keys["pretrain"] = str(manifest["key"])
-    log.info("pretrain: using the ternary base %s", folder)
-    return folder
+    return manifest
 
 
 def _point_to(run: Run, folder: Path) -> None:

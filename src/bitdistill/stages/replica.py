@@ -29,7 +29,7 @@ def main(job_file: str, rank: str, meeting: str) -> int:
     run = Run(recipe, run_dir, device, "", Redo.open(run_dir, {}), quiet=True)
     run.keys["pretrain"] = job["key"]
     try:
-        follow(run, Path(job["refined"]), int(rank), int(job["processes"]), Path(meeting))
+        follow(run, Path(job["before"]), int(rank), int(job["processes"]), Path(meeting))
     except BitDistillError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -34,6 +34,7 @@ from bitdistill.recipe import absolute_source, load_recipe, read_yaml
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 RowName = Literal["teacher", "bitnet_sft", "bitdistill"]
 StageLogName = Literal["sft", "pretrain", "distill", "bitnet_sft"]
+PRETRAIN_SOURCES = ("corpus", "base", "start")
 MAX_RUNS = 2_000
 
 
@@ -234,7 +235,7 @@ def _word(key: str, value: Any) -> str:
 
 def _override(key: str, value: Any, folder: Path) -> str:
     """A `KEY=VALUE` for load_recipe, whose values are YAML: JSON is. Paths are the sweep file's."""
-    sources = ("data.train", "data.validation", "data.test", "pretrain.corpus", "pretrain.base")
+    sources = ("data.train", "data.validation", "data.test", *(f"pretrain.{k}" for k in PRETRAIN_SOURCES))
     models = ("model.path", "model.tokenizer", "teacher.path", "teacher.tokenizer")
     if isinstance(value, str) and key in (*sources, *models):
         value = absolute_source(value, folder, hub=key in models)
@@ -250,7 +251,7 @@ def _localised(recipe: Recipe, local: Mapping[str, str]) -> Recipe:
         "model": ("path",),
         "teacher": ("path",),
         "data": ("train", "validation", "test"),
-        "pretrain": ("corpus", "base"),
+        "pretrain": PRETRAIN_SOURCES,
     }
     for section, keys in sources.items():
         for key in keys:
