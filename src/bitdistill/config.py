@@ -236,6 +236,11 @@ class RefineConfig(Strict):
     """Per-token int8 activations; False is an ablation (weights only)."""
 
 
+def _without_defaults(tree: dict[str, Any], **defaults: Any) -> dict[str, Any]:
+    """`tree` without those of the keys that have these values."""
+    return {key: value for key, value in tree.items() if key not in defaults or value != defaults[key]}
+
+
 class PretrainConfig(Strict):
     """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
 
@@ -254,6 +259,9 @@ class PretrainConfig(Strict):
     hidden_weight: NonNegative = 1.0
     """With a teacher: weight of the relative squared error of every block's output, ||h_S - h_T||^2 / ||h_T||^2, a
     mean over tokens and blocks that is added to the loss."""
+    hidden_error: Literal["relative", "standardised"] = "relative"
+    """standardised: every channel's error over its own variance (losses/hidden.py), for models in which a few channels
+    are most of the norm."""
     budget_tokens: Count = 50_000_000
     sequence_length: Count = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="wsd", weight_decay=0.0)
@@ -281,12 +289,10 @@ class PretrainConfig(Strict):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_a_null_start(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys and digests from before `start` stay what they were."""
+    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys and digests from before these keys stay what they were."""
         tree: dict[str, Any] = handler(self)
-        if self.start is None:
-            tree.pop("start", None)
-        return tree
+        return _without_defaults(tree, start=None, hidden_error="relative")
 
 
 class RelationConfig(Strict):
@@ -324,6 +330,8 @@ class DistillConfig(Strict):
     hidden_weight: NonNegative = 1.0
     """Weight of the relative squared error of every block's output (see pretrain.hidden_weight) over all real
     tokens."""
+    hidden_error: Literal["relative", "standardised"] = "relative"
+    """See pretrain.hidden_error."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0
@@ -333,6 +341,11 @@ class DistillConfig(Strict):
     relation: RelationConfig = RelationConfig()
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys and digests from before this key stay what they were."""
+        return _without_defaults(handler(self), hidden_error="relative")
 
 
 class BitNetSftConfig(Strict):

@@ -16,9 +16,11 @@ from tests.models.conftest import tiny_model
 from tests.stages.conftest import recipe
 
 
+@pytest.mark.parametrize("error", ["relative", "standardised"])
 @pytest.mark.parametrize("stage", ["pretrain", "distill"])
-def test_stages_train_on_it(work: Path, stage: str) -> None:
-    chosen = recipe(work, f"{stage}.hidden_weight=2.0", f"{stage}.loop.log_every_steps=1", "bitnet_sft=null")
+def test_stages_train_on_it(work: Path, stage: str, error: str) -> None:
+    settings = ("hidden_weight=2.0", f"hidden_error={error}", "loop.log_every_steps=1")
+    chosen = recipe(work, *(f"{stage}.{setting}" for setting in settings), "bitnet_sft=null")
     result = pipeline.run(chosen, until="distill", command="test", quiet=True)
     lines = [json.loads(x) for x in (result.run_dir / f"logs/{stage}.jsonl").read_text().splitlines()]
     assert all(line["hidden"] > 0 for line in lines)

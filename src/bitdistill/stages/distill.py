@@ -20,7 +20,7 @@ from bitdistill.data.corpus import tokenizer_fingerprint
 from bitdistill.data.tasks import Example, label_token_ids
 from bitdistill.errors import ModelError
 from bitdistill.losses.balance import GammaBalancer, gradient_norm
-from bitdistill.losses.hidden import block_errors_sum, relative_error
+from bitdistill.losses.hidden import ERRORS, block_errors_sum
 from bitdistill.losses.logits import (
     chunked_language_model_loss,
     cross_entropy_sum,
@@ -65,7 +65,7 @@ class DistillStep:
         fused: bool = False,
         compiling: bool = False,
     ) -> None:
-        self.hidden_error = compiled(relative_error, compiling)
+        self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
         self.student, self.teacher, self.config = student, teacher, config
         self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
         capped = getattr(student.config, "final_logit_softcapping", None) is not None

@@ -19,7 +19,7 @@ from bitdistill.config import PretrainConfig
 from bitdistill.data.batches import Batch, PackedBatches
 from bitdistill.data.corpus import TokenShards
 from bitdistill.errors import ArtifactError, RecipeError
-from bitdistill.losses.hidden import block_errors_sum, relative_error
+from bitdistill.losses.hidden import ERRORS, block_errors_sum
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import head_weight, hidden_states, next_tokens
@@ -51,7 +51,7 @@ class LanguageModelStep:
         self.student, self.teacher = student, teacher
         self.lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
         self.hidden_weight = 0.0 if teacher is None else config.hidden_weight
-        self.hidden_error = compiled(relative_error, compiling)
+        self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
         self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
         self.replayable = config.ternary_warmup_fraction == 0
