@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitdistill.losses.hidden import VARIANCE_FLOOR, relative_error, standardised_error
+from bitdistill.losses.hidden import (
+    VARIANCE_FLOOR,
+    block_errors_sum,
+    normed_error,
+    relative_error,
+    standardised_error,
+)
 from bitdistill.models.forward import final_hidden, hidden_states
+from bitdistill.models.norms import gains_after_blocks
 from bitdistill.train.compile import compile_blocks
 from tests.models.conftest import tiny_model
 
@@ -38,7 +45,7 @@ def test_value_and_gradient_against_float64(scale: float) -> None:
     assert not student.grad[~mask].any()
 
 
-@pytest.mark.parametrize("error", [relative_error, standardised_error])
+@pytest.mark.parametrize("error", [relative_error, standardised_error, normed_error])
 def test_masked_tokens_may_hold_anything(error) -> None:  # type: ignore[no-untyped-def]
     teacher, student = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
     teacher[0, 1], student[0, 1] = torch.nan, torch.inf
@@ -65,6 +72,23 @@ def test_standardised_value_and_gradient_against_float64(scale: float, masked: b
     assert student.grad is not None
     assert exact.grad is not None
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-9 / scale)
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma3_text"])
+def test_normed_error_is_that_of_the_next_norms_outputs(family: str) -> None:
+    torch.manual_seed(0)
+    teacher = tiny_model(family).eval()
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter))
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    outputs = hidden_states(teacher, ids, every=True)[1]
+    students = [output + 0.2 * torch.randn_like(output) for output in outputs]
+    norms = [*(layer.input_layernorm for layer in teacher.model.layers[1:]), teacher.model.norm]
+    wanted = [relative_error(n(s), n(t)) for n, s, t in zip(norms, students, outputs, strict=True)]
+    found = block_errors_sum(students, outputs, error=normed_error, gains=gains_after_blocks(teacher))
+    torch.testing.assert_close(found, torch.stack(wanted).mean(), rtol=1e-4, atol=0)
 
 
 def test_a_massive_channel_does_not_hide_the_others() -> None:

@@ -57,9 +57,23 @@ def standardised_error(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor
     return (relative if mask_BT is None else torch.where(mask_BT, relative, 0.0)).sum()
 
 
+def normed_error(
+    student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor | None = None, gain_H: Tensor | None = None
+) -> Tensor:
+    """`relative_error` as what comes next sees it: of both outputs over their own RMS, times the gain of the teacher's
+    norm that follows."""
+    normed = []
+    for x_BTH in (student_BTH, teacher_BTH):
+        x = x_BTH.to(torch.float32)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        normed.append(y if gain_H is None else y * gain_H)
+    return relative_error(normed[0], normed[1], mask_BT)
+
+
 ERRORS: dict[str, Callable[..., Tensor]] = {
     "relative": relative_error,
     "standardised": standardised_error,
+    "normed": normed_error,
 }
 
 
@@ -69,14 +83,17 @@ def block_errors_sum(
     mask_BT: Tensor | None = None,
     *,
     error: Callable[..., Tensor] = relative_error,
+    gains: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Error of every block's output, mean over blocks and sum over tokens.
 
     Args:
         error: one of `ERRORS`, or a compiled form of it.
+        gains: for `normed_error`, [H] of the norm after each block.
 
     Raises:
         ValueError: the models differ in the number of blocks.
     """
-    errors = [error(s, t, mask_BT) for s, t in zip(students, teachers, strict=True)]
+    further = [()] * len(teachers) if gains is None else [(gain,) for gain in gains]
+    errors = [error(s, t, mask_BT, *more) for s, t, more in zip(students, teachers, further, strict=True)]
     return torch.stack(errors).mean()

@@ -24,23 +24,11 @@ from torch import Tensor, nn
 from bitdistill.errors import ModelError
 from bitdistill.kernels.functions import TernaryGatedMlp, TernaryProjections
 from bitdistill.models.families import layout_of
-from bitdistill.quant.linear import BitLinear, SubLN, out_dtype_of
+from bitdistill.models.norms import norm_arguments
+from bitdistill.quant.linear import BitLinear, out_dtype_of
 from bitdistill.quant.ternary import ternarize
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_NO_NORM = (None, 0.0, 0.0)
-
-
-def _norm_arguments(norm: nn.Module | None) -> tuple[Tensor | None, float, float]:
-    """Gain, epsilon and what is added to the gain."""
-    if norm is None:
-        return _NO_NORM
-    if isinstance(norm, SubLN):
-        return norm.weight, norm.eps, 0.0
-    eps = getattr(norm, "variance_epsilon", None)
-    if eps is not None:
-        return norm.weight, float(eps), 0.0  # type: ignore[return-value]
-    return norm.weight, float(norm.eps), 1.0  # type: ignore[return-value, arg-type]  # Gemma: 1 + gain
 
 
 class StackedCodes:
@@ -74,7 +62,7 @@ class Projections:
         dtype = out_dtype_of(x)
         parts = TernaryProjections.apply(
             x.reshape(-1, x.shape[-1]),
-            *_norm_arguments(self.norm),
+            *norm_arguments(self.norm),
             stack.codes,
             stack.row_scale,
             dtype,
@@ -119,10 +107,10 @@ class GatedMlp:
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up.layers
         (down,) = self.down.layers
-        sub_gain, sub_eps, _ = _norm_arguments(down.subln)
+        sub_gain, sub_eps, _ = norm_arguments(down.subln)
         y: Tensor = TernaryGatedMlp.apply(
             x.reshape(-1, x.shape[-1]),
-            *_norm_arguments(self.norm),
+            *norm_arguments(self.norm),
             sub_gain,
             sub_eps,
             self.activation,

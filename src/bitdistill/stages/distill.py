@@ -38,6 +38,7 @@ from bitdistill.models.forward import (
     tokens_at,
 )
 from bitdistill.models.load import load_source
+from bitdistill.models.norms import gains_after_blocks
 from bitdistill.models.student import load_student
 from bitdistill.stages import kernels, layer_probe, pseudo_labels
 from bitdistill.stages.common import Run, pad_token_id
@@ -65,6 +66,7 @@ class DistillStep:
         fused: bool = False,
         compiling: bool = False,
     ) -> None:
+        self.gains = gains_after_blocks(teacher) if config.hidden_error == "normed" else None
         self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
         self.student, self.teacher, self.config = student, teacher, config
         self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
@@ -116,7 +118,10 @@ class DistillStep:
             metrics |= {"ad": ad.detach(), "gamma": self.gamma * share, "ad_ce_ratio": self.ratio * share}
         if every:
             mask = batch.attention_mask_BT
-            error = block_errors_sum(outputs, teacher_outputs, mask, error=self.hidden_error) / totals.tokens
+            error = block_errors_sum(
+                outputs, teacher_outputs, mask, error=self.hidden_error, gains=self.gains
+            )
+            error = error / totals.tokens
             loss = loss + self.config.hidden_weight * error
             metrics["hidden"] = error.detach()
         return StepOutput(loss, metrics)

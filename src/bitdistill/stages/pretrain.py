@@ -24,6 +24,7 @@ from bitdistill.losses.logits import chunked_language_model_loss, language_model
 from bitdistill.models.attention import causal_only, fastest_attention
 from bitdistill.models.forward import head_weight, hidden_states, next_tokens
 from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.models.norms import gains_after_blocks
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
 from bitdistill.stages import branch, kernels
@@ -51,6 +52,9 @@ class LanguageModelStep:
         self.student, self.teacher = student, teacher
         self.lm_weight = {"lm": 1.0, "kl": 0.0, "mix": config.mix_lm}[config.objective]
         self.hidden_weight = 0.0 if teacher is None else config.hidden_weight
+        self.gains = (
+            gains_after_blocks(teacher) if config.hidden_error == "normed" and teacher is not None else None
+        )
         self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
         self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
@@ -82,7 +86,8 @@ class LanguageModelStep:
             metrics["kl"] = kl_sum / totals.answers
         loss = loss / totals.answers
         if every:
-            error = block_errors_sum(outputs, teacher_outputs, error=self.hidden_error) / totals.tokens
+            error = block_errors_sum(outputs, teacher_outputs, error=self.hidden_error, gains=self.gains)
+            error = error / totals.tokens
             metrics["hidden"] = error.detach()
             loss = loss + self.hidden_weight * error
         return StepOutput(loss, metrics)
