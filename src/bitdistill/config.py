@@ -6,7 +6,8 @@ resolved recipe is embedded in every artifact.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,6 +24,14 @@ class Strict(BaseModel):
     """Base of all recipe sections: unknown keys fail, numbers are finite, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    LATER: ClassVar[Mapping[str, Any]] = {}
+    """Keys that came later, with their defaults. They are dumped with other values only, so that hashes, stage keys and
+    digests of recipes without them stay what they were."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = handler(self)
+        return {k: v for k, v in tree.items() if k not in self.LATER or v != self.LATER[k]}
 
 
 MOST_COUNT = 10**15
@@ -236,13 +245,10 @@ class RefineConfig(Strict):
     """Per-token int8 activations; False is an ablation (weights only)."""
 
 
-def _without_defaults(tree: dict[str, Any], **defaults: Any) -> dict[str, Any]:
-    """`tree` without those of the keys that have these values."""
-    return {key: value for key, value in tree.items() if key not in defaults or value != defaults[key]}
-
-
 class PretrainConfig(Strict):
     """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
+
+    LATER: ClassVar[Mapping[str, Any]] = {"start": None, "hidden_error": "relative"}
 
     corpus: Text | None = None
     """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
@@ -288,12 +294,6 @@ class PretrainConfig(Strict):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys and digests from before these keys stay what they were."""
-        tree: dict[str, Any] = handler(self)
-        return _without_defaults(tree, start=None, hidden_error="relative")
-
 
 class RelationConfig(Strict):
     """Attention-relation distillation L_AD (paper, Eq. 12 and 13; the sources disagree: see docs/method.md)."""
@@ -316,6 +316,8 @@ class RelationConfig(Strict):
 
 class DistillConfig(Strict):
     """Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD."""
+
+    LATER: ClassVar[Mapping[str, Any]] = {"hidden_error": "relative"}
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
@@ -341,11 +343,6 @@ class DistillConfig(Strict):
     relation: RelationConfig = RelationConfig()
 
     model_config = ConfigDict(populate_by_name=True)
-
-    @model_serializer(mode="wrap")
-    def _without_later_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys and digests from before this key stay what they were."""
-        return _without_defaults(handler(self), hidden_error="relative")
 
 
 class BitNetSftConfig(Strict):
@@ -411,6 +408,8 @@ class TrackConfig(Strict):
 class Recipe(Strict):
     """A whole run: model and data in, packed student and report out."""
 
+    LATER: ClassVar[Mapping[str, Any]] = {"teacher": None}
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: Seed = 0
     output_dir: Text = "runs"
@@ -472,14 +471,6 @@ class Recipe(Strict):
     def teacher_source(self) -> ModelSource:
         """The model that stage sft fine-tunes as the teacher."""
         return self.teacher or self.model
-
-    @model_serializer(mode="wrap")
-    def _without_a_null_teacher(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Hashes and digests of recipes from before the key stay what they were."""
-        tree: dict[str, Any] = handler(self)
-        if self.teacher is None:
-            tree.pop("teacher", None)
-        return tree
 
 
 # What `method:` sets, as overrides below the user's own keys. `bitdistill` is the models' defaults above.
