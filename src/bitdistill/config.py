@@ -265,9 +265,9 @@ class PretrainConfig(Strict):
     hidden_weight: NonNegative = 1.0
     """With a teacher: weight of the relative squared error of every block's output, ||h_S - h_T||^2 / ||h_T||^2, a
     mean over tokens and blocks that is added to the loss."""
-    hidden_error: Literal["relative", "standardised", "normed"] = "relative"
-    """How an output differs (losses/hidden.py), for models in which a few channels are most of the norm. standardised:
-    every channel over its own deviation. normed: after the norm that comes next."""
+    hidden_error: Literal["relative", "normed"] = "relative"
+    """How an output differs (losses/hidden.py). normed: after the norm that comes next, for models in which a few
+    channels are most of the norm; with Gemma 3 270M a fifth less KL at 6M tokens, none at 52M."""
     budget_tokens: Count = 50_000_000
     sequence_length: Count = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="wsd", weight_decay=0.0)
@@ -332,7 +332,7 @@ class DistillConfig(Strict):
     hidden_weight: NonNegative = 1.0
     """Weight of the relative squared error of every block's output (see pretrain.hidden_weight) over all real
     tokens."""
-    hidden_error: Literal["relative", "standardised", "normed"] = "relative"
+    hidden_error: Literal["relative", "normed"] = "relative"
     """See pretrain.hidden_error."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""

@@ -11,9 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-VARIANCE_FLOOR = 1e-6
-"""Share of the mean square that is added to every channel's variance: a dead channel would count without bound."""
-
 
 def relative_error(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """Sum over tokens (those of the mask, if there is one) of ||h_S - h_T||^2 / ||h_T||^2, a float32 scalar.
@@ -27,41 +24,15 @@ def relative_error(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor | N
     return (relative if mask_BT is None else torch.where(mask_BT, relative, 0.0)).sum()
 
 
-def standardised_error(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """`relative_error` in the teacher's standardised channels: sum over tokens of
-
-        sum_c( (h_S - h_T)^2 / var_c ) / sum_c( (h_T - mean_c)^2 / var_c ),
-
-    a float32 scalar, with mean and variance of each channel over the tokens (those of the mask, if there is one). A
-    student that knows the channels' means alone has 1 on every token.
-
-    In models with massive activations `relative_error` sees little else than those: in Gemma 3 270M one channel of 640
-    holds four fifths of the squared norm, and hardly changes from token to token.
-    """
-    student, teacher = student_BTH.to(torch.float32), teacher_BTH.to(torch.float32)
-    if mask_BT is None:
-        count: Tensor | float = float(teacher.shape[0] * teacher.shape[1])
-        real_BT1 = None
-    else:
-        real_BT1 = mask_BT[..., None]
-        student, teacher = torch.where(real_BT1, student, 0.0), torch.where(real_BT1, teacher, 0.0)
-        count = mask_BT.sum().clamp_min(1)
-    centred = teacher - teacher.sum((0, 1)) / count
-    if real_BT1 is not None:
-        centred = torch.where(real_BT1, centred, 0.0)
-    var_H = centred.square().sum((0, 1)) / count
-    floor = VARIANCE_FLOOR * teacher.square().sum() / (count * teacher.shape[-1])
-    weight_H = 1.0 / (var_H + floor).clamp_min(1e-12)
-    error = ((student - teacher).square() * weight_H).sum(-1)
-    relative = error / (centred.square() * weight_H).sum(-1).clamp_min(1e-6)
-    return (relative if mask_BT is None else torch.where(mask_BT, relative, 0.0)).sum()
-
-
 def normed_error(
     student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor | None = None, gain_H: Tensor | None = None
 ) -> Tensor:
     """`relative_error` as what comes next sees it: of both outputs over their own RMS, times the gain of the teacher's
-    norm that follows."""
+    norm that follows.
+
+    In models with massive activations `relative_error` sees little else than those: in Gemma 3 270M one channel of 640
+    holds four fifths of the squared norm, and hardly changes from token to token.
+    """
     normed = []
     for x_BTH in (student_BTH, teacher_BTH):
         x = x_BTH.to(torch.float32)
@@ -72,7 +43,6 @@ def normed_error(
 
 ERRORS: dict[str, Callable[..., Tensor]] = {
     "relative": relative_error,
-    "standardised": standardised_error,
     "normed": normed_error,
 }
 
