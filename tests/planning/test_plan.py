@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import bitdistill
 from bitdistill import artifact
+from bitdistill.cli.main import app
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, RecipeError, UsageError
 from bitdistill.planning import check
 from bitdistill.planning.plan import make_plan
@@ -66,6 +69,36 @@ def test_every_recipe_plans(path):
     limit = 140e9 if "4b" in path.stem or "gemma3-270m" in path.stem else 80e9
     assert all(stage.peak_bytes < limit for stage in plan.stages)
     json.dumps(plan.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "line", "named"),
+    [
+        ("null", "Stage 2   none: the student goes from surgery to the task", None),
+        ("{base: BASE}", "Stage 2   the ternary base BASE", {"base": "BASE"}),
+        (
+            "{corpus: CORPUS, budget_tokens: 2000000}",
+            "Stage 2   KL over 2.0M tokens of CORPUS",
+            {"objective": "kl", "budget_tokens": 2_000_000, "corpus": "CORPUS", "start": None},
+        ),
+        (
+            "{corpus: CORPUS, objective: lm, budget_tokens: 500, start: BASE}",
+            "Stage 2   LM over 500 tokens of CORPUS, from the ternary base BASE",
+            {"objective": "lm", "budget_tokens": 500, "corpus": "CORPUS", "start": "BASE"},
+        ),
+    ],
+)
+def test_the_plan_says_where_the_ternary_base_comes_from(pretrain, line, named, tmp_path):
+    assets = Path(bitdistill.__file__).parent / "assets" / "demo"
+    (tmp_path / "corpus.txt").write_text("Some text.", "utf-8")
+
+    def placed(text):
+        return text.replace("BASE", str(assets / "base")).replace("CORPUS", str(tmp_path / "corpus.txt"))
+
+    command = ["plan", str(assets / "recipe.yaml"), "--set", f"pretrain={placed(pretrain)}"]
+    assert placed(line) in CliRunner().invoke(app, command).output.splitlines()
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)
+    assert found["pretrain"] == json.loads(placed(json.dumps(named)))
 
 
 @pytest.mark.parametrize("path", [p for p in HUB if not p.stem.endswith(OURS)], ids=lambda p: p.stem)

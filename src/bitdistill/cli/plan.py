@@ -66,6 +66,7 @@ def _print(plan: Plan, console: Console) -> None:
         "          stays in high precision: "
         + ", ".join(f"{reason} {_count(elements)}" for reason, (_, elements) in plan.kept.items())
         + (" (head tied to the embedding)" if layout.tied else ""),
+        f"Stage 2   {_stage2(plan)}",
         "",
         f"Packed    about {_bytes(plan.packed_bytes)} (whole model in bfloat16: "
         f"{_bytes(2 * layout.parameters)}): codes {_bytes(plan.packed['codes'])}, "
@@ -83,6 +84,16 @@ def _teacher_lines(plan: Plan) -> list[str]:
         return []
     shape = f"{plan.teacher.family}, {plan.teacher.layers} layers, {plan.teacher.parameters:,} parameters"
     return [f"Teacher   {plan.recipe.teacher_source.path}  ({shape}): its labels alone are distilled"]
+
+
+def _stage2(plan: Plan) -> str:
+    config = plan.recipe.pretrain
+    if config is None:
+        return "none: the student goes from surgery to the task"
+    if config.base is not None:
+        return f"the ternary base {config.base}"
+    start = f", from the ternary base {config.start}" if config.start is not None else ""
+    return f"{config.objective.upper()} over {_count(config.budget_tokens)} tokens of {config.corpus}{start}"
 
 
 def _data_line(source: object) -> str:

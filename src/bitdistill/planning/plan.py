@@ -77,6 +77,7 @@ class Plan:
                 "subln_gains": estimate.subln_gains(layout, self.recipe.refine.subln),
                 "kept": {reason: {"tensors": t, "parameters": n} for reason, (t, n) in self.kept.items()},
             },
+            "pretrain": self._pretrain_json(),
             "packed_bytes": {**self.packed, "total": self.packed_bytes},
             "data": [asdict(source) for source in self.data],
             "device": {"class": self.device, **asdict(estimate.DEVICES[self.device])},
@@ -84,6 +85,14 @@ class Plan:
                 {**asdict(stage), "peak_bytes": stage.peak_bytes, "estimate": True} for stage in self.stages
             ],
         }
+
+    def _pretrain_json(self) -> dict[str, Any] | None:
+        """Where the ternary base comes from."""
+        config = self.recipe.pretrain
+        if config is None:
+            return None
+        names = ("base",) if config.base is not None else ("objective", "budget_tokens", "corpus", "start")
+        return {name: getattr(config, name) for name in names}
 
     def _teacher_json(self) -> dict[str, Any]:
         if self.teacher is None:
