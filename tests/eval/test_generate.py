@@ -1,11 +1,9 @@
-"""Greedy generation and perplexity against slow twins without padding, batches or caches."""
+"""Greedy generation against a slow twin without padding, batches or caches."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -14,9 +12,8 @@ from bitdistill.config import Task
 from bitdistill.data import tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example
-from bitdistill.errors import DataError
 from bitdistill.eval import generate as module
-from bitdistill.eval.generate import decode_answer, generate, perplexity, stop_ids
+from bitdistill.eval.generate import decode_answer, generate, stop_ids
 from bitdistill.models.attention import decoding_attention
 
 TASK = Task(name="t", kind="generation", template="{text}\nTL;DR:", target_field="summary", max_new_tokens=9)
@@ -173,44 +170,3 @@ def test_sampling_settings_of_the_model_are_not_used(llama: Any, tokenizer: Any)
     assert generate(hot, tokenizer, TASK, examples, **options) == generate(
         llama, tokenizer, TASK, examples, **options
     )
-
-
-class Stream:
-    def __init__(self, ids: np.ndarray) -> None:
-        self.ids, self.n_tokens = ids, len(ids)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        assert start + count <= self.n_tokens
-        return self.ids[start : start + count]
-
-
-@torch.no_grad()
-def slow_nll(model: Any, ids: np.ndarray) -> float:
-    logits = model(input_ids=torch.tensor(ids[None].astype("int64"))).logits[0].double().log_softmax(-1)
-    return -sum(float(logits[t - 1, int(ids[t])]) for t in range(1, len(ids)))
-
-
-@pytest.mark.parametrize(
-    ("total", "limit"), [(16 * 5, None), (16 * 5 + 1, None), (16 * 5 + 7, None), (99, 50)]
-)
-def test_perplexity_equals_the_slow_twin(
-    model: Any, monkeypatch: pytest.MonkeyPatch, total: int, limit: int | None
-) -> None:
-    monkeypatch.setattr(module, "HEAD_ELEMENTS", 340 * 10)  # the head in several pieces
-    ids = np.random.default_rng(0).integers(0, 340, total).astype(np.uint16)
-    score = perplexity(model, Stream(ids), sequence_length=16, batch_rows=2, device="cpu", limit_tokens=limit)
-    used = ids[:limit]
-    windows = [w for w in (used[s : s + 16] for s in range(0, len(used), 16)) if len(w) > 1]
-    count = sum(len(w) - 1 for w in windows)
-    expected = math.exp(sum(slow_nll(model, w) for w in windows) / count)
-    assert score.value == pytest.approx(expected, rel=1e-5)
-    assert score.n == count
-    assert score.low < score.value < score.high
-
-
-def test_perplexity_of_nothing(llama: Any) -> None:
-    for count in (0, 1):
-        with pytest.raises(DataError, match="at least two tokens"):
-            perplexity(
-                llama, Stream(np.zeros(count, np.uint16)), sequence_length=8, batch_rows=1, device="cpu"
-            )

@@ -1,4 +1,4 @@
-"""Greedy generation and perplexity.
+"""Greedy generation.
 
 Shape legend: B rows, T tokens, H hidden features, V vocabulary.
 """
@@ -10,22 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitdistill.config import Task
-from bitdistill.data.batches import TokenStream
 from bitdistill.data.tasks import Example
 from bitdistill.data.tokenizer import eos_id
-from bitdistill.errors import DataError
-from bitdistill.eval.metrics import Score, perplexity_score
 from bitdistill.eval.prediction import Prediction
 from bitdistill.models.attention import decoding
-from bitdistill.models.forward import final_hidden, logits_at
 
 CACHE_SHARE = 0.4
 """Share of a GPU's memory that the rows of a batch may take; more rows than that go in further batches."""
-HEAD_ELEMENTS = 2**26
-"""Logits made at a time (256 MiB of float32), whatever the vocabulary."""
 
 
 @torch.inference_mode()
@@ -191,57 +184,3 @@ def decode_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int]) -> s
     end = next((n for n, token in enumerate(ids) if token in stops), len(ids))
     text: str = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.strip()
-
-
-@torch.inference_mode()
-def perplexity(
-    model: Any,
-    tokens: TokenStream,
-    *,
-    sequence_length: int,
-    batch_rows: int,
-    device: torch.device | str,
-    limit_tokens: int | None = None,
-    seed: int = 0,
-) -> Score:
-    """Perplexity over successive windows of a token stream; each window's first token is context only.
-
-    Args:
-        tokens: for example `corpus.TokenShards`; a last incomplete window is scored too.
-        limit_tokens: read no more than this many tokens.
-        seed: of the bootstrap interval over windows.
-
-    Raises:
-        DataError: fewer than two tokens.
-    """
-    total = min(tokens.n_tokens, limit_tokens or tokens.n_tokens)
-    starts = range(0, max(total - 1, 0), sequence_length)
-    windows = [(s, min(sequence_length, total - s)) for s in starts]
-    whole = [w for w in windows if w[1] == sequence_length]
-    groups = [whole[i : i + batch_rows] for i in range(0, len(whole), batch_rows)]
-    groups += [[w] for w in windows if w[1] != sequence_length]
-    if not groups:
-        raise DataError(f"perplexity: {total} tokens; give text of at least two tokens")
-    nll: list[float] = []
-    counts: list[int] = []
-    for group in groups:
-        rows = [torch.from_numpy(tokens.read(start, count).astype("int64")) for start, count in group]
-        ids = torch.stack(rows).to(device)
-        nll += _sum_nll(model, ids).tolist()
-        counts += [ids.shape[1] - 1] * len(group)
-    return perplexity_score(nll, counts, seed=seed)
-
-
-def _sum_nll(model: Any, ids_BT: Tensor) -> Tensor:
-    """Summed negative log-likelihood [B] (float64, nats) of tokens 1..T-1 of full rows."""
-    hidden = final_hidden(model, ids_BT)[:, :-1].flatten(0, 1)
-    targets = ids_BT[:, 1:].flatten()
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    step = max(1, HEAD_ELEMENTS // vocab_size)
-    parts = [
-        torch.nn.functional.cross_entropy(
-            logits_at(model, hidden[i : i + step]).float(), targets[i : i + step], reduction="none"
-        )
-        for i in range(0, len(targets), step)
-    ]
-    return torch.cat(parts).double().view(ids_BT.shape[0], -1).sum(1)

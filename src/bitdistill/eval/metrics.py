@@ -233,12 +233,26 @@ def perplexity_score(nll: Sequence[float], tokens: Sequence[int], *, seed: int =
         nll: summed negative log-likelihood of each sequence, in nats.
         tokens: predicted tokens of each sequence.
     """
+    mean = ratio_score(nll, tokens, seed=seed)
+    return Score(math.exp(mean.value), mean.n, math.exp(mean.low), math.exp(mean.high))
+
+
+def ratio_score(sums: Sequence[float], tokens: Sequence[int], *, seed: int = 0) -> Score:
+    """Total of the sums / total tokens, interval by resampling sequences; n counts tokens.
+
+    Args:
+        sums: of a figure over the tokens of each sequence.
+        tokens: counted tokens of each sequence.
+
+    Raises:
+        DataError: no tokens.
+    """
     total = sum(tokens)
     if total == 0:
-        raise DataError("perplexity: no predicted tokens; give text of at least two tokens")
-    sums = _resampled_sums(np.array([nll, tokens], dtype=np.float64).T, seed)
-    low, high = _percentiles(np.exp(sums[:, 0] / sums[:, 1]))
-    return Score(math.exp(math.fsum(nll) / total), total, low, high)
+        raise DataError("metrics: no predicted tokens; give text of at least two tokens")
+    resampled = _resampled_sums(np.array([sums, tokens], dtype=np.float64).T, seed)
+    low, high = _percentiles(resampled[:, 0] / resampled[:, 1])
+    return Score(math.fsum(sums) / total, total, low, high)
 
 
 def mean_score(values: NDArray[np.float64], seed: int = 0) -> Score:
@@ -352,7 +366,7 @@ METRICS: dict[str, MetricFn] = {
     "bleu": bleu,
 }
 """Metrics of a task, by the name used in `task.metrics`. Agreement and perplexity need more than predictions:
-see `agreement` and `eval.generate.perplexity`."""
+see `agreement` and `eval.perplexity.score_text`."""
 
 CLASSIFICATION_METRICS = frozenset({"accuracy", "f1", "f1_binary", "f1_macro"})
 

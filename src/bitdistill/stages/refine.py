@@ -29,12 +29,10 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
     assert config is not None
     assert config.corpus is not None
     path = Path(config.corpus).expanduser()
-    own = tokenizer_fingerprint(tokenizer)
-    # Shards hold these beside the texts' ids; a tokenizer's fingerprint knows nothing of them.
-    bos_ids, eos = special_prefix(tokenizer), eos_id(tokenizer)
     if not (path.is_dir() and artifact.exists(path)):
         limit_tokens = _limit_tokens(config)
-        identity = [readers.source_fingerprint(config.corpus), own, [bos_ids, eos], limit_tokens]
+        own = [tokenizer_fingerprint(tokenizer), [special_prefix(tokenizer), eos_id(tokenizer)]]
+        identity = [readers.source_fingerprint(config.corpus), *own, limit_tokens]
         path = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json(identity)[:16]
         if not artifact.exists(path):
             workers = max(1, torch.get_num_threads())
@@ -44,16 +42,26 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
                     tokenize_corpus(
                         [config.corpus], tokenizer, path, workers=workers, limit_tokens=limit_tokens
                     )
-    shards = TokenShards(path)
-    if shards.tokenizer_sha256 != own:
+    return check_shards(TokenShards(path), tokenizer, run.recipe.model.path)
+
+
+def check_shards(shards: TokenShards, tokenizer: Any, model: str) -> TokenShards:
+    """The same shards.
+
+    Raises:
+        ArtifactError: they were made with another tokenizer than this one of `model`.
+    """
+    if shards.tokenizer_sha256 != tokenizer_fingerprint(tokenizer):
         raise ArtifactError(
-            f"{path}: tokenized with another tokenizer than {run.recipe.model.path}'s; "
+            f"{shards.folder}: tokenized with another tokenizer than {model}'s; "
             "run `bitdistill tokenize` with this model"
         )
+    # Shards hold these beside the texts' ids; a tokenizer's fingerprint knows nothing of them.
+    bos_ids, eos = special_prefix(tokenizer), eos_id(tokenizer)
     if (shards.bos_ids, shards.eos_id) != (bos_ids, eos):
         raise ArtifactError(
-            f"{path}: documents begin with the ids {list(shards.bos_ids)} and end with {shards.eos_id}, "
-            f"{run.recipe.model.path}'s tokenizer puts {list(bos_ids)} and {eos}; "
+            f"{shards.folder}: documents begin with the ids {list(shards.bos_ids)} and end with {shards.eos_id}, "
+            f"{model}'s tokenizer puts {list(bos_ids)} and {eos}; "
             "run `bitdistill tokenize` with this model"
         )
     return shards
