@@ -81,6 +81,7 @@ def test_equals_the_slow_twin(
     for score in (scores.perplexity, scores.reference_perplexity, scores.kl, scores.same_token):
         assert score.n == count
         assert score.low < score.value < score.high
+    assert told[0] == (0, len(used))
     assert told[-1] == (sum(map(len, windows)), len(used))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -62,22 +63,33 @@ def perplexity(
     for source in sources:
         if not source.startswith("hub:") and not Path(source).expanduser().exists():
             raise DataError(f"{source}: no such file or folder; check the path (or write hub:owner/name)")
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from bitdistill.eval.results import human_count
     from bitdistill.stages.perplexity import perplexity as measure
 
     console = stderr()
     columns = (
-        TextColumn("perplexity"),
+        TextColumn("[bold]perplexity"),
         BarColumn(bar_width=24),
-        TaskProgressColumn(show_speed=True),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
         TextColumn("ETA"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or json_ or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=None)
+    hidden = quiet or json_ or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=None, start=False)
+        begun: list[float] = []
+
+        def progress(done: int, total: int) -> None:
+            if not begun:
+                bar.start_task(task)
+                begun.append(time.monotonic())
+            seconds = time.monotonic() - begun[0]
+            rate = f"{human_count(done / seconds)} tok/s" if done and seconds > 0 else ""
+            bar.update(task, completed=done, total=total, description=rate)
+
         scores = measure(
             model,
             sources,
@@ -86,7 +98,7 @@ def perplexity(
             sequence_length=sequence_length,
             batch_rows=batch_rows,
             device=device.value,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     if json_:
         print_json(

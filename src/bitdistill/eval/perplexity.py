@@ -65,7 +65,7 @@ def score_text(
         batch_rows: windows of one forward pass.
         limit_tokens: read no more than this many tokens.
         seed: of the bootstrap intervals over windows.
-        progress: called with (tokens read so far, tokens to read).
+        progress: called with (tokens read so far, tokens to read), first with 0.
 
     Raises:
         DataError: fewer than two tokens, or an id that is not in the model's vocabulary.
@@ -81,6 +81,8 @@ def score_text(
     rows: list[list[float]] = []
     counts: list[int] = []
     done = 0
+    if progress is not None:
+        progress(0, total)
     for group in _groups(total, sequence_length, batch_rows):
         ids_BT = torch.stack(
             [torch.from_numpy(tokens.read(start, count).astype("int64")) for start, count in group]
