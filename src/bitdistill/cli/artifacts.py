@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bitdistill.cli.options import AsJson, print_json, set_up_logging, stderr, stdout
+from bitdistill.cli.options import AsJson, check_sources, print_json, set_up_logging, stderr, stdout
 from bitdistill.errors import ArtifactError, DataError, UsageError
 
 RunPath = Annotated[
@@ -105,9 +105,7 @@ def tokenize(
     """Write a corpus as memory-mapped token shards for stage 2, in parallel."""
     set_up_logging(quiet=json_)
     kept, dropped = _conditions(include, "--include"), _conditions(exclude, "--exclude")
-    missing = [s for s in sources if not s.startswith("hub:") and not Path(s).expanduser().exists()]
-    if missing:
-        raise DataError(f"{missing[0]}: no such file or folder; check the path (or write hub:owner/name)")
+    check_sources(sources)
     from bitdistill.data.corpus import TokenShards, tokenize_corpus
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

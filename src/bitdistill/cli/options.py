@@ -99,6 +99,17 @@ def stdin_lines() -> Iterator[tuple[str, str]]:
             raise DataError(f"{place}: byte {error.start} is not UTF-8; convert it") from None
 
 
+def check_sources(sources: list[str]) -> None:
+    """Files and folders of text that are named must be there; hub names are looked up when they are read.
+
+    Raises:
+        DataError: one is not.
+    """
+    for source in sources:
+        if not source.startswith("hub:") and not Path(source).expanduser().exists():
+            raise DataError(f"{source}: no such file or folder; check the path (or write hub:owner/name)")
+
+
 def command_line() -> str:
     """The command as typed, for results and reports."""
     return shlex.join(["bitdistill", *sys.argv[1:]])

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitdistill.cli.options import AsJson, Quiet, print_json, set_up_logging, stderr, stdout
+from bitdistill.cli.options import AsJson, Quiet, check_sources, print_json, set_up_logging, stderr, stdout
 from bitdistill.cli.predict import DeviceName
-from bitdistill.errors import DataError
 
 if TYPE_CHECKING:
     from bitdistill.eval.metrics import Score
@@ -60,9 +58,7 @@ def perplexity(
     The text should be none that the model was trained on.
     """
     set_up_logging(quiet or json_)
-    for source in sources:
-        if not source.startswith("hub:") and not Path(source).expanduser().exists():
-            raise DataError(f"{source}: no such file or folder; check the path (or write hub:owner/name)")
+    check_sources(sources)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from bitdistill.eval.results import human_count

@@ -52,7 +52,6 @@ def score_text(
     batch_rows: int,
     device: torch.device | str,
     limit_tokens: int | None = None,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> TextScores:
     """Score a model over successive windows of a token stream; each window's first token is context only.
@@ -64,7 +63,6 @@ def score_text(
         sequence_length: tokens of a window.
         batch_rows: windows of one forward pass.
         limit_tokens: read no more than this many tokens.
-        seed: of the bootstrap intervals over windows.
         progress: called with (tokens read so far, tokens to read), first with 0.
 
     Raises:
@@ -100,16 +98,16 @@ def score_text(
     if not rows:
         raise DataError(f"perplexity: {total} tokens; give text of at least two tokens")
     columns = list(zip(*rows, strict=True))
-    perplexity = perplexity_score(columns[0], counts, seed=seed)
+    perplexity = perplexity_score(columns[0], counts)
     if reference is None:
         return TextScores(len(rows), sequence_length, perplexity)
     return TextScores(
         len(rows),
         sequence_length,
         perplexity,
-        perplexity_score(columns[1], counts, seed=seed),
-        ratio_score(columns[2], counts, seed=seed),
-        ratio_score([100 * same for same in columns[3]], counts, seed=seed),
+        perplexity_score(columns[1], counts),
+        ratio_score(columns[2], counts),
+        ratio_score([100 * same for same in columns[3]], counts),
     )
 
 
