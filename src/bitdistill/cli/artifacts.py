@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitdistill.cli.options import AsJson, check_sources, print_json, set_up_logging, stderr, stdout
-from bitdistill.errors import ArtifactError, DataError, UsageError
+from bitdistill.errors import ArtifactError, UsageError
 
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, or the recipe of the run.", show_default=False)
