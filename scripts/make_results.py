@@ -4,8 +4,9 @@
     python scripts/make_results.py           write docs/results.md, docs/figures/*.svg and the table
     python scripts/make_results.py --check   exit 1 if a page is not what the results say
 
-results/sweeps/*.json are results of `bitdistill sweep`; results/*.json are single runs' results.json, named
-<experiment>-seed<N>.json. Only what has data is shown: a sweep with one cell done has a table of one line.
+results/sweeps/*.json are results of `bitdistill sweep`; results/bases/*.json what `bitdistill perplexity --json`
+printed; results/*.json are single runs' results.json, named <experiment>-seed<N>.json. Only what has data is shown: a
+sweep with one cell done has a table of one line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
+from bitdistill.eval.metrics import Score
 from bitdistill.eval.results import ResultRow, human_bytes, human_count, read_results
+from bitdistill.eval.text_results import TextResult, read_text_result
 from bitdistill.report import layer_choice, sweep_figures, sweep_results, sweep_tables
 from bitdistill.report.panel import Figure, as_file
 from bitdistill.report.sweep_results import SweepResults
@@ -103,6 +106,49 @@ def provenance(seeds: dict[int, list[ResultRow]]) -> list[str]:
     return lines
 
 
+BASES = """## Ternary bases
+
+What stage 2 leaves, before any task, on text that it has not read, beside the full-precision model that it was made
+from. KL in nats a token over the whole vocabulary; 95 % intervals over windows. Minutes are of all devices together.
+"""
+
+
+def base_section(results: dict[Path, TextResult]) -> list[str]:
+    """One line a base, and how each was measured."""
+
+    def words(score: Score | None, form: str) -> str:
+        return "" if score is None else f"{score.value:{form}} [{score.low:{form}}, {score.high:{form}}]"
+
+    head = ["model", "stage-2 tokens", "rate, schedule", "training, min", "KL", "perplexity"]
+    head += ["full precision's", "same next token, %"]
+    lines = [BASES, "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    notes = []
+    for path, found in results.items():
+        made = found.trained
+        if made is None or made.stage != "pretrain" or found.kl is None or found.reference is None:
+            raise SystemExit(f"{path}: no ternary base beside its full-precision model; measure one")
+        optim = made.settings["optim"]
+        cells = [
+            Path(found.reference).name,
+            human_count(made.tokens),
+            f"{optim['learning_rate']:g}, {optim['schedule']}",
+            f"{made.device_s / 60:.1f}",
+            words(found.kl, ".3f"),
+            words(found.perplexity, ".1f"),
+            words(found.reference_perplexity, ".1f"),
+            words(found.same_token, ".1f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        where = found.hardware.get("gpu") or found.hardware.get("cpu")
+        notes.append(
+            f"- [{path.stem}](../results/bases/{path.name}): `{found.command}` at commit {found.commit}; "
+            f"{found.kl.n:,} tokens predicted in {found.windows} windows of up to {found.sequence_length:,}; "
+            f"stage 2's seed {made.seed}; measured on {where}, torch {found.versions.get('torch')}; "
+            f"predictions {found.best_sha256[:12]}, text {found.tokens_sha256[:12]}"
+        )
+    return [*lines, "", *notes, ""]
+
+
 SWEEPS = """## Sweeps
 
 Means and sample standard deviations over seeds. A gap is paired: row by row and seed by seed. Its first interval
@@ -144,6 +190,7 @@ def page(folder: Path) -> tuple[str, dict[str, Figure]]:
     """The whole page and its figures."""
     parts: list[str] = [HEADER]
     figures: dict[str, Figure] = {}
+    bases = {path: read_text_result(path) for path in sorted((folder / "bases").glob("*.json"))}
     sweeps = {path: sweep_results.read(path) for path in sorted((folder / "sweeps").glob("*.json"))}
     sweeps = {path: found for path, found in sweeps.items() if any(run.rows for run in found.runs)}
     if sweeps:
@@ -154,6 +201,8 @@ def page(folder: Path) -> tuple[str, dict[str, Figure]]:
         section, drawn = sweep_section(sweeps[path], path)
         parts += section
         figures |= drawn
+    if bases:
+        parts += base_section(bases)
     for experiment, seeds in load(folder).items():
         task = next(iter(seeds.values()))[0].task
         parts += [f"## {experiment} ({task})", "", *table(seeds), "", *provenance(seeds), ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from typing import Any
 
@@ -38,6 +39,10 @@ def slow_log_probs(model: Any, ids: np.ndarray) -> Tensor:
 
 def slow_nll(log_probs: Tensor, ids: np.ndarray) -> float:
     return -sum(float(log_probs[t - 1, int(ids[t])]) for t in range(1, len(ids)))
+
+
+def digest(arrays: list[np.ndarray]) -> str:
+    return hashlib.sha256(b"".join(a.astype("<i8").tobytes() for a in arrays)).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,8 @@ def test_equals_the_slow_twin(
     for score in (scores.perplexity, scores.reference_perplexity, scores.kl, scores.same_token):
         assert score.n == count
         assert score.low < score.value < score.high
+    assert scores.tokens_sha256 == digest(windows)
+    assert scores.best_sha256 == digest([a.argmax(-1).numpy() for a in own])
     assert told[0] == (0, len(used))
     assert told[-1] == (sum(map(len, windows)), len(used))
 

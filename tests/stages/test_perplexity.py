@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from bitdistill import pipeline
+from bitdistill import artifact, pipeline
 from bitdistill.cli.main import app
 from bitdistill.data.corpus import tokenize_corpus
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, UsageError
+from bitdistill.eval.text_results import Trained, read_text_result
 from tests.models.conftest import make_tokenizer
 from tests.stages.conftest import recipe
 
@@ -50,8 +53,75 @@ def test_a_base_beside_its_full_precision_model(work: Path, base: Path) -> None:
     # Shards of the same text, and no more of them than asked for
     tokenize_corpus([str(work / "corpus.txt")], make_tokenizer(), work / "shards", workers=1)
     shards = scores(base, work / "shards", "--reference", work / "model")
-    assert {**shards, "text": found["text"]} == found
+    told = ("text", "command", "elapsed_s")
+    assert {k: v for k, v in shards.items() if k not in told} == {
+        k: v for k, v in found.items() if k not in told
+    }
     assert scores(base, work / "shards", "--tokens", 160)["perplexity"]["n"] == 150
+
+
+def test_the_result_says_where_it_comes_from(work: Path, base: Path) -> None:
+    found = scores(base, work / "corpus.txt", "--reference", work / "model")
+    (work / "found.json").write_text(json.dumps(found), "utf-8")
+    read = read_text_result(work / "found.json")
+    assert read.model_dump(mode="json") == found
+    manifest = artifact.read_manifest(base)
+    made = read.trained
+    assert made is not None
+    assert (made.stage, made.key, made.seed) == ("pretrain", manifest["key"], manifest["inputs"]["seed"])
+    assert (made.steps, made.tokens) == (manifest["training"]["steps"], manifest["training"]["tokens"])
+    assert made.settings == manifest["inputs"]["pretrain"]
+    assert read.command.startswith("bitdistill ")
+    assert read.versions["torch"]
+    assert read.hardware["device"] == "cpu"
+    # All sittings of a base that went on from another
+    more = {**manifest, "started_from": {"key": "x", "steps": 10, "tokens": 640, "device_s": 1.5}}
+    all_ = Trained.of(more)
+    assert all_ is not None
+    assert (all_.steps, all_.tokens) == (made.steps + 10, made.tokens + 640)
+    assert all_.device_s == pytest.approx(made.device_s + 1.5, abs=0.01)
+    # A full-precision model, and an imported student, were not trained by us
+    alone = scores(work / "model", work / "corpus.txt")
+    assert (alone["trained"], alone["best_sha256"] == found["best_sha256"]) == (None, False)
+    assert alone["tokens_sha256"] == found["tokens_sha256"]
+    assert Trained.of({"kind": "student", "origin": {}}) is None
+
+
+def test_the_page_of_results_has_a_line_a_base(work: Path, base: Path) -> None:
+    def page() -> subprocess.CompletedProcess[str]:
+        script = Path(__file__).parents[2] / "scripts/make_results.py"
+        call = [sys.executable, str(script), "--results", str(work / "r"), "--docs", str(work / "docs")]
+        return subprocess.run(call, check=False, capture_output=True, text=True)
+
+    (work / "docs").mkdir()
+    (work / "r/bases").mkdir(parents=True)
+    found = scores(base, work / "corpus.txt", "--reference", work / "model")
+    (work / "r/bases/tiny-1k.json").write_text(json.dumps(found), "utf-8")
+    done = page()
+    assert done.returncode == 0, done.stderr
+    text = (work / "docs/results.md").read_text("utf-8")
+    (line,) = [line for line in text.splitlines() if f"| {found['kl']['value']:.3f} [" in line]
+    assert f"| {found['perplexity']['value']:.1f} [" in line
+    assert f"| {found['same_token']['value']:.1f} [" in line
+    assert f"predictions {found['best_sha256'][:12]}" in text
+    # A full-precision model is no base
+    alone = scores(work / "model", work / "corpus.txt")
+    (work / "r/bases/model.json").write_text(json.dumps(alone), "utf-8")
+    done = page()
+    assert done.returncode == 1
+    assert "model.json: no ternary base" in done.stderr
+
+
+def test_what_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such file"):
+        read_text_result(tmp_path / "none.json")
+    path = tmp_path / "bad.json"
+    path.write_text('{"model": "m", "text": [], "windows": "many"}', "utf-8")
+    with pytest.raises(ArtifactError, match=r"bad\.json: windows: .*perplexity --json"):
+        read_text_result(path)
+    path.write_bytes(b"\xff{")
+    with pytest.raises(ArtifactError, match=r"bad\.json: "):
+        read_text_result(path)
 
 
 def test_windows_are_as_long_as_both_models_read(work: Path) -> None:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitdistill.cli.options import AsJson, Quiet, check_sources, print_json, set_up_logging, stderr, stdout
+from bitdistill.cli.options import (
+    AsJson,
+    Quiet,
+    check_sources,
+    command_line,
+    print_json,
+    set_up_logging,
+    stderr,
+    stdout,
+)
 from bitdistill.cli.predict import DeviceName
 
 if TYPE_CHECKING:
     from bitdistill.eval.metrics import Score
-    from bitdistill.eval.perplexity import TextScores
+    from bitdistill.eval.text_results import TextResult
 
 
 def perplexity(
@@ -94,22 +102,16 @@ def perplexity(
             sequence_length=sequence_length,
             batch_rows=batch_rows,
             device=device.value,
+            command=command_line(),
             progress=progress,
         )
     if json_:
-        print_json(
-            {
-                "model": model,
-                "text": sources,
-                "reference": reference,
-                **asdict(scores),
-            }
-        )
+        print_json(scores.model_dump(mode="json"))
     else:
         _show(model, scores)
 
 
-def _show(model: str, scores: TextScores) -> None:
+def _show(model: str, scores: TextResult) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

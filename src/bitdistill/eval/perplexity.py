@@ -12,6 +12,7 @@ Shape legend: B windows, T tokens, N predicted tokens of a batch, H hidden featu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,10 @@ class TextScores:
 
     windows: int
     sequence_length: int
+    tokens_sha256: str
+    """Of the ids read, as little-endian int64: equal where two models were scored on the same text."""
+    best_sha256: str
+    """Of the token the model finds most likely at each place, likewise: its predictions."""
     perplexity: Score
     reference_perplexity: Score | None = None
     kl: Score | None = None
@@ -79,6 +84,7 @@ def score_text(
     rows: list[list[float]] = []
     counts: list[int] = []
     done = 0
+    read, best = hashlib.sha256(), hashlib.sha256()
     if progress is not None:
         progress(0, total)
     for group in _groups(total, sequence_length, batch_rows):
@@ -90,7 +96,10 @@ def score_text(
                 f"perplexity: token id {int(ids_BT.max())} in the text, but the model has {vocab_size:,} tokens; "
                 "tokenize it with this model"
             )
-        rows += _sums(model, reference, ids_BT.to(device)).tolist()
+        sums, best_BT = _sums(model, reference, ids_BT.to(device))
+        rows += sums.tolist()
+        read.update(_bytes(ids_BT))
+        best.update(_bytes(best_BT))
         counts += [ids_BT.shape[1] - 1] * len(group)
         done += ids_BT.numel()
         if progress is not None:
@@ -99,11 +108,13 @@ def score_text(
         raise DataError(f"perplexity: {total} tokens; give text of at least two tokens")
     columns = list(zip(*rows, strict=True))
     perplexity = perplexity_score(columns[0], counts)
+    hashes = read.hexdigest(), best.hexdigest()
     if reference is None:
-        return TextScores(len(rows), sequence_length, perplexity)
+        return TextScores(len(rows), sequence_length, *hashes, perplexity)
     return TextScores(
         len(rows),
         sequence_length,
+        *hashes,
         perplexity,
         perplexity_score(columns[1], counts),
         ratio_score(columns[2], counts),
@@ -124,23 +135,31 @@ def _vocab_size(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _sums(model: Any, reference: Any | None, ids_BT: Tensor) -> Tensor:
+def _bytes(ids: Tensor) -> bytes:
+    return ids.cpu().numpy().astype("<i8").tobytes()
+
+
+def _sums(model: Any, reference: Any | None, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the predicted tokens of each full row [B, 1 or 4], float64: negative log-likelihood, and beside a
-    reference its own, KL(reference || model), and whether the most likely tokens are the same."""
+    reference its own, KL(reference || model), and whether the most likely tokens are the same. Then the model's most
+    likely tokens [B, T - 1], int64."""
     hidden_NH = final_hidden(model, ids_BT)[:, :-1].flatten(0, 1)
     other_NH = None if reference is None else final_hidden(reference, ids_BT)[:, :-1].flatten(0, 1)
     targets_N = ids_BT[:, 1:].flatten()
     step = max(1, HEAD_ELEMENTS // _vocab_size(model))
     parts: list[Tensor] = []
+    best: list[Tensor] = []
     for start in range(0, len(targets_N), step):
         rows = slice(start, start + step)
         targets_N1 = targets_N[rows, None]
         log_NV = logits_at(model, hidden_NH[rows]).float().log_softmax(-1)
         columns = [-log_NV.gather(1, targets_N1)[:, 0]]
+        best.append(log_NV.argmax(-1))
         if other_NH is not None:
             other_NV = logits_at(reference, other_NH[rows]).float().log_softmax(-1)
             columns.append(-other_NV.gather(1, targets_N1)[:, 0])
             columns.append((other_NV.exp() * (other_NV - log_NV)).sum(-1))
-            columns.append((other_NV.argmax(-1) == log_NV.argmax(-1)).float())
+            columns.append((other_NV.argmax(-1) == best[-1]).float())
         parts.append(torch.stack(columns, dim=-1).double())
-    return torch.cat(parts).view(ids_BT.shape[0], ids_BT.shape[1] - 1, -1).sum(1)
+    shape = ids_BT.shape[0], ids_BT.shape[1] - 1
+    return torch.cat(parts).view(*shape, -1).sum(1), torch.cat(best).view(shape)

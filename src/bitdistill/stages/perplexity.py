@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from bitdistill import artifact
 from bitdistill.config import ModelSource
 from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_fingerprint
 from bitdistill.errors import ModelError, UsageError
-from bitdistill.eval.perplexity import TextScores, score_text
+from bitdistill.eval.perplexity import score_text
+from bitdistill.eval.results import hardware, versions
+from bitdistill.eval.text_results import TextResult, Trained
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
-from bitdistill.stages.common import choose_device
+from bitdistill.stages.common import choose_device, git_commit
 from bitdistill.stages.refine import check_shards
 
 WINDOW = 1024
@@ -33,8 +37,9 @@ def perplexity(
     sequence_length: int | None = None,
     batch_rows: int = 4,
     device: str = "auto",
+    command: str = "",
     progress: Callable[[int, int], None] | None = None,
-) -> TextScores:
+) -> TextResult:
     """Load models and text, and score the first `limit_tokens` of it. Weights are float32 but where a full-precision
     model is saved otherwise in a bitdistill folder.
 
@@ -46,6 +51,7 @@ def perplexity(
         sequence_length: tokens of a window; None: 1,024, or as many as both models read.
         batch_rows: windows of one forward pass.
         device: as in a recipe.
+        command: the command line, for the result.
         progress: called with (tokens read so far, tokens to read).
 
     Raises:
@@ -54,10 +60,10 @@ def perplexity(
         UsageError: windows longer than a model's positions.
     """
     where = choose_device(device)
-    student, tokenizer = _load(model, where)
+    student, tokenizer, manifest = _load(model, where)
     other = None
     if reference is not None:
-        other, others_tokenizer = _load(reference, where)
+        other, others_tokenizer, _ = _load(reference, where)
         if tokenizer_fingerprint(others_tokenizer) != tokenizer_fingerprint(tokenizer):
             raise ModelError(
                 f"{reference}: another tokenizer than {model}'s, so their tokens cannot be compared; "
@@ -74,7 +80,8 @@ def perplexity(
         )
     with ExitStack() as stack:
         shards = _open(sources, tokenizer, model, limit_tokens, stack)
-        return score_text(
+        begin = time.monotonic()
+        scores = score_text(
             student,
             shards,
             reference=other,
@@ -84,15 +91,27 @@ def perplexity(
             limit_tokens=limit_tokens,
             progress=progress,
         )
+    return TextResult(
+        model=model,
+        text=list(sources),
+        reference=reference,
+        **asdict(scores),
+        trained=Trained.of(manifest),
+        command=command,
+        commit=git_commit(),
+        versions=versions(),
+        hardware=hardware(where),
+        elapsed_s=round(time.monotonic() - begin, 2),
+    )
 
 
-def _load(path: str, device: torch.device) -> tuple[Any, Any]:
-    """Model in evaluation mode, tokenizer."""
+def _load(path: str, device: torch.device) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Model in evaluation mode, tokenizer, and what a folder of ours says of itself."""
     folder = Path(path).expanduser()
     if artifact.exists(folder):
-        model, tokenizer, _ = load_student(folder, device=device)
-        return model.eval(), tokenizer
-    return load_source(ModelSource(path=path), device=device)
+        model, tokenizer, manifest = load_student(folder, device=device)
+        return model.eval(), tokenizer, manifest
+    return *load_source(ModelSource(path=path), device=device), {}
 
 
 def _open(
