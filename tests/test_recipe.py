@@ -91,7 +91,7 @@ def test_partial_section_keeps_the_other_defaults_of_that_stage(write):
         write(MINIMAL + "pretrain: {optim: {learning_rate: 2e-3}}\n"), ["sft.loop.log_every_steps=5"]
     )
     assert recipe.pretrain.optim.learning_rate == 2e-3
-    assert recipe.pretrain.optim.schedule == "wsd"
+    assert recipe.pretrain.optim.schedule == "linear"
     assert recipe.sft.loop.batch_rows == 32
     assert recipe.sft.loop.log_every_steps == 5
 
