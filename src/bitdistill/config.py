@@ -319,7 +319,7 @@ class RelationConfig(Strict):
 class DistillConfig(Strict):
     """Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD."""
 
-    LATER: ClassVar[Mapping[str, Any]] = {"hidden_error": "relative"}
+    LATER: ClassVar[Mapping[str, Any]] = {"hidden_error": "relative", "prompt_weight": 0.0}
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
@@ -336,6 +336,9 @@ class DistillConfig(Strict):
     tokens."""
     hidden_error: Literal["relative", "normed"] = "relative"
     """See pretrain.hidden_error."""
+    prompt_weight: NonNegative = 0.0
+    """Weight of KL to the teacher over all real tokens that predict no answer, at temperature 1: stage 2's loss on the
+    task's own text. What it was worth: docs/method.md."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0
@@ -460,6 +463,7 @@ class Recipe(Strict):
             ("distill.gamma", self.distill.gamma, 0, "attention relations need the student's own model"),
             ("distill.hidden_weight", self.distill.hidden_weight, 0, "block outputs need the student's own model"),
             ("distill.distilled_tokens", self.distill.distilled_tokens, "answer", "only labels are distilled"),
+            ("distill.prompt_weight", self.distill.prompt_weight, 0, "only labels are distilled"),
         )  # fmt: skip
         for key, value, needed, why in refused:
             if value != needed:
@@ -484,6 +488,7 @@ METHODS: dict[str, dict[str, object]] = {
         "augment": None,
         "distill": {
             "hidden_weight": 0.0,
+            "prompt_weight": 0.0,
             "lambda": 10.0,
             "temperature": 5.0,
             "gamma": 1e5,

@@ -48,6 +48,8 @@ def gradients_of(step: Any, student: Any, batch: Batch) -> dict[str, torch.Tenso
         {"distilled_tokens": "answer"},
         {"distilled_tokens": "all", "tau_squared": True, "relation": {"form": "cosine", "heads": 2}},
         {"lambda": 0.0},
+        {"prompt_weight": 2.0, "temperature": 3.0},
+        {"lambda": 0.0, "ce_weight": 0.0, "prompt_weight": 0.5},
     ],
 )
 def test_losses_and_gradients_are_those_of_the_plain_step(options: dict[str, Any], layout: str) -> None:

@@ -120,6 +120,25 @@ def test_time_by_hand():
     assert made["distill"].seconds == pytest.approx(plain * estimate.TERNARY_SLOWDOWN["cpu"] + teacher)
 
 
+def test_the_prompts_words_cost_a_head_a_token():
+    work = Work(rows=1000, tokens_per_row=10.0, max_length=16)
+    made, more = (
+        {
+            s.name: s
+            for s in estimate.stages(recipe(pretrain=None, threads=1, distill=d), layout(), work, None, "cpu")
+        }
+        for d in ({}, {"prompt_weight": 1.0})
+    )
+    head = 320 * 48
+    flops = 6 * head * estimate.TERNARY_SLOWDOWN["cpu"] + 2 * head
+    took = more["distill"].seconds - made["distill"].seconds
+    assert took == pytest.approx(20_000 * flops / estimate.DEVICES["cpu"].flops)
+    tokens = 32 * 16  # of a batch: less than a piece
+    added = more["distill"].memory["logits"] - made["distill"].memory["logits"]
+    assert added == tokens * 320 * 4 * 6 + head * 4
+    assert more["sft"] == made["sft"]
+
+
 def test_short_rows_on_a_gpu_are_bound_by_launches():
     work = Work(rows=3200, tokens_per_row=10.0, max_length=16)
     made = {s.name: s for s in estimate.stages(recipe(pretrain=None), layout(), work, None, "h200")}

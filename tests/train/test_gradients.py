@@ -125,10 +125,14 @@ def totals_of(batch) -> Totals:  # type: ignore[no-untyped-def]
     return Totals(batch.input_ids_BT.shape[0], batch.tokens, len(batch.answer_index_N))
 
 
-@pytest.mark.parametrize("tokens", ["answer", "all"])
-def test_filling_the_index_changes_nothing(tokens: str) -> None:
+@pytest.mark.parametrize(("tokens", "prompt_weight"), [("answer", 0.0), ("all", 0.0), ("answer", 2.0)])
+def test_filling_the_index_changes_nothing(tokens: str, prompt_weight: float) -> None:
     student, teacher = students()
-    config = DistillConfig(gamma=3.0, distilled_tokens=tokens)  # type: ignore[arg-type]
+    config = DistillConfig(
+        gamma=3.0,
+        distilled_tokens=tokens,  # type: ignore[arg-type]
+        prompt_weight=prompt_weight,
+    )
     for step in (CrossEntropyStep(student), DistillStep(student, teacher, config, [1])):
         batch = batches().micro_batches(0)[0]
         filled = batch.with_filled_index(64)

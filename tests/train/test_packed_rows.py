@@ -116,11 +116,15 @@ def test_rows_do_not_see_one_another(name: str) -> None:
         torch.testing.assert_close(got[0, first:end], want[row, : end - first], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", ["answer", "all"])
-def test_losses_and_gradients_are_those_of_padded_rows(tokens: str) -> None:
+@pytest.mark.parametrize(("tokens", "prompt_weight"), [("answer", 0.0), ("all", 0.0), ("answer", 2.0)])
+def test_losses_and_gradients_are_those_of_padded_rows(tokens: str, prompt_weight: float) -> None:
     teacher = tiny_model("qwen3").requires_grad_(False).eval()
     student = refine(tiny_model("qwen3"), gains="ones").train()
-    config = DistillConfig(gamma=3.0, distilled_tokens=tokens)  # type: ignore[arg-type]
+    config = DistillConfig(
+        gamma=3.0,
+        distilled_tokens=tokens,  # type: ignore[arg-type]
+        prompt_weight=prompt_weight,
+    )
     padded, packed = pair()
     for step in (CrossEntropyStep(student), DistillStep(student, teacher, config, [1])):
         want, got = (gradients_of(step, student, batch) for batch in (padded, packed))

@@ -169,7 +169,7 @@ class _Context:
     kind: str
 
     def task(self, name: str, loop: Loop, epochs: float, work: Work) -> Stage:
-        """sft, distill, bitnet_sft: logits for the answer tokens only."""
+        """sft, distill, bitnet_sft: logits for the answer tokens only, unless stage 3 distils all of them."""
         teacher = name == "distill" and self.recipe.teacher is None  # beside the student in every step
         ternary = name not in ("sft", "augment")
         tokens = int(work.rows * work.tokens_per_row * epochs)
@@ -187,6 +187,10 @@ class _Context:
         memory = self.memory(loop, largest, ternary=ternary, teacher=teacher, subln=subln)
         if teacher and self.recipe.distill.hidden_weight:
             memory["block outputs"] = self.teacher_outputs(largest)
+        if teacher and self.recipe.distill.prompt_weight:
+            head = self.layout.hidden * self.layout.vocab
+            flops += 6 * head * self.slowdown(True) + 2 * head
+            logits += min(largest, HEAD_CHUNK_TOKENS) * self.layout.vocab * 4 * 6 + head * 4
         micro_steps = work.rows * epochs / rows
         seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
         return Stage(name, tokens, seconds, {**memory, "logits": logits})

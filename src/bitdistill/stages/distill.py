@@ -24,6 +24,7 @@ from bitdistill.losses.hidden import ERRORS, block_errors_sum
 from bitdistill.losses.logits import (
     chunked_language_model_loss,
     cross_entropy_sum,
+    language_model_chunk,
     logits_distillation_sum,
 )
 from bitdistill.losses.relation import attention_distillation_sum, fused_attention_distillation_sum
@@ -70,8 +71,8 @@ class DistillStep:
         self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
         self.student, self.teacher, self.config = student, teacher, config
         self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
-        capped = getattr(student.config, "final_logit_softcapping", None) is not None
-        self.chunk = kernels.fused_chunk() if fused and not capped else None
+        self.capped = getattr(student.config, "final_logit_softcapping", None) is not None
+        self.chunk = kernels.fused_chunk() if fused and not self.capped else None
         self.layers = list(layers)
         fixed = None if config.gamma == "auto" else float(config.gamma)
         self.balancer = GammaBalancer(target_ratio=config.gamma_ratio, fixed=fixed)
@@ -106,6 +107,10 @@ class DistillStep:
             loss, ce, metrics = self._head_losses(batch, totals, hidden, teacher_hidden)
         else:
             loss, metrics = self._fused_head_losses(batch, totals, hidden, teacher_hidden)
+        if self.config.prompt_weight:
+            prompt, value = self._prompt_loss(batch, totals, hidden, teacher_hidden)
+            loss = loss + prompt
+            metrics["prompt"] = value
         if self.layers:
             ad = self._relation_loss(batch, totals, states, teacher_states)
             if self.measure:
@@ -167,6 +172,25 @@ class DistillStep:
             metrics["ld"] = kl * tau_squared / totals.tokens
         return loss, metrics
 
+    def _prompt_loss(
+        self, batch: Batch, totals: Totals, hidden: Tensor, teacher_hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted KL over the real tokens that predict no answer, a mean over the step's, and its value."""
+        index_N = batch.real_index_N
+        rows, teacher_rows = rows_at(hidden, index_N), rows_at(teacher_hidden, index_N)
+        counted_N = unanswered(batch.answer_index_N, index_N, batch.input_ids_BT.numel())
+        count = max(1, totals.tokens - totals.answers)
+        weight = self.config.prompt_weight
+        if self.capped:  # chunks know no cap
+            with torch.no_grad():
+                teacher_NV = logits_at(self.teacher, teacher_rows)
+            logits_NV = logits_at(self.student, rows)
+            kl = logits_distillation_sum(logits_NV, teacher_NV, temperature=1.0, counted_N=counted_N) / count
+            return weight * kl, kl.detach()
+        targets_N = torch.where(counted_N, 0, IGNORED)
+        loss, _, kl = self._chunked(rows, targets_N, teacher_rows, 0.0, weight, temperature=1.0)
+        return loss / count, kl / count
+
     def _chunked(
         self,
         rows_NH: Tensor,
@@ -174,6 +198,7 @@ class DistillStep:
         teacher_NH: Tensor | None,
         ce_weight: float,
         kl_weight: float,
+        temperature: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return chunked_language_model_loss(
             rows_NH,
@@ -183,8 +208,8 @@ class DistillStep:
             teacher_head_VH=None if teacher_NH is None else head_weight(self.teacher),
             lm_weight=ce_weight,
             kl_weight=kl_weight,
-            temperature=self.config.temperature,
-            chunk_function=self.chunk,
+            temperature=self.config.temperature if temperature is None else temperature,
+            chunk_function=self.chunk or language_model_chunk,
         )
 
     def _publish(self) -> None:
@@ -225,6 +250,20 @@ class DistillStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.balancer.load_state_dict(state)
         self._publish()
+
+
+def unanswered(answer_index_N: Tensor, real_index_M: Tensor, positions: int) -> Tensor:
+    """Which real tokens [M] predict no answer: bool, False where the index is filling (negative).
+
+    Args:
+        answer_index_N: flat positions of answer tokens; each is predicted by the position before.
+        real_index_M: flat positions of real tokens.
+        positions: of the batch, filling included.
+    """
+    # No shape here depends on values, so a CUDA graph can hold it; the place past the end takes the filling.
+    marked = torch.zeros(positions + 1, dtype=torch.bool, device=answer_index_N.device)
+    marked.scatter_(0, torch.where(answer_index_N < 0, positions, answer_index_N - 1), True)
+    return (real_index_M >= 0) & ~marked.index_select(0, real_index_M.clamp_min(0))
 
 
 def _forward(
