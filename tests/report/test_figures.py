@@ -86,6 +86,9 @@ def test_single_values_and_zeros_are_drawn() -> None:
     text = all_text(figures.loss_terms(StageLog("distill", records)))
     assert "cross-entropy" in text
     assert "attention relations" not in text  # nothing positive to put on a log axis
+    more = [{**records[0], "ad": 2.0, "hidden": 0.3, "prompt": 0.5}]
+    text = all_text(figures.loss_terms(StageLog("distill", more)))
+    assert all(name in text for name in ("attention relations", "block outputs", "prompt's tokens"))
 
 
 def test_long_logs_are_thinned_but_keep_spikes() -> None:

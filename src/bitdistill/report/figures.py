@@ -48,8 +48,9 @@ def loss_curve(log: StageLog, title: str, objective: str = "loss") -> Figure | N
 
 
 def loss_terms(log: StageLog) -> Figure | None:
-    """Stage 3: the three terms of L = CE + lambda LD + gamma AD, unweighted, on a log axis."""
+    """Stage 3: the terms of L = CE + lambda LD + gamma AD and of what the recipe adds, unweighted, on a log axis."""
     named = [("ce", "cross-entropy"), ("ld", "logits"), ("ad", "attention relations")]
+    named += [("hidden", "block outputs"), ("prompt", "prompt's tokens")]
     drawn = [(slot, label, *log.series(key)) for slot, (key, label) in enumerate(named)]
     drawn = [item for item in drawn if item[2] and max(item[3]) > 0]
     if not drawn:
@@ -60,11 +61,14 @@ def loss_terms(log: StageLog) -> Figure | None:
             curve(axes, [x for x, _ in positive], [y for _, y in positive], slot, label)
         axes.set_yscale("log")
         log_axis(axes.yaxis)
-        axes.set_ylabel("term (nats)")
+        axes.set_ylabel("term")
         token_axis(axes, drawn[0][2])
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.2)
-        svg = as_svg(axes, "Stage 3: cross-entropy, logit and attention-relation losses over tokens")
-    return Figure("Stage 3: the three losses", "Before weighting by λ and γ. Log axis.", svg)
+        axes.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2 if len(drawn) > 3 else 3, columnspacing=1.2
+        )
+        svg = as_svg(axes, f"Stage 3: {', '.join(item[1] for item in drawn)} over tokens")
+    note = "Before weighting. Nats; block outputs: relative squared error. Log axis."
+    return Figure("Stage 3: the losses", note, svg)
 
 
 def gamma_balance(log: StageLog, target: float | None) -> Figure | None:
