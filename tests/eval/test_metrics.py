@@ -167,6 +167,29 @@ def test_agreement() -> None:
         metrics.agreement(a, b[:3])
 
 
+def test_kl_to_the_teacher_by_hand() -> None:
+    def scored(*rows: tuple[float, ...]) -> list[Prediction]:
+        return [Prediction(n, 0, row, "a") for n, row in enumerate(rows)]
+
+    def logs(*shares: float) -> tuple[float, ...]:
+        return tuple(math.log(share) - 3 for share in shares)  # what the labels share does not add up to 1
+
+    teacher = scored(logs(0.5, 0.5), logs(0.9, 0.1))
+    own = scored(logs(0.25, 0.75), logs(0.9, 0.1))
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    score = metrics.kl_to_teacher(own, teacher)
+    assert score is not None
+    assert score.value == pytest.approx(first / 2)
+    assert (score.n, score.low, score.high) == (2, pytest.approx(0), pytest.approx(first))
+    a, _ = texts(("x", [""]), ("y", [""]))
+    assert metrics.kl_to_teacher(a, a) is None
+    assert metrics.kl_to_teacher([], []) is None
+    with pytest.raises(DataError, match="different rows"):
+        metrics.kl_to_teacher(own, teacher[:1])
+    with pytest.raises(DataError, match="different labels"):
+        metrics.kl_to_teacher(own, scored((0.0,), (0.0,)))
+
+
 def test_perplexity_by_hand() -> None:
     score = perplexity_score([2.0, 6.0], [2, 2])
     assert score.value == pytest.approx(math.exp(2.0))

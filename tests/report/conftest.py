@@ -104,7 +104,7 @@ def write_predictions(run: Path, name: str, rows: int, accuracy: float, prompts:
         prediction = reference if correct else wrong
         record = {"index": index, "where": f"test.jsonl:{index + 1}", "prompt": prompts[index % len(prompts)]}
         record |= {"reference": reference, "prediction": prediction, "correct": correct}
-        lines.append(json.dumps(record | {"scores": {"a": -0.1, "b": -2.0}}))
+        lines.append(json.dumps(record | {"scores": [-0.1, -2.0]}))
         right += correct
     (run / "predictions").mkdir(exist_ok=True)
     (run / "predictions" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -67,6 +67,12 @@ def test_a_sweep_shares_teachers_bases_and_scores(work: Path) -> None:  # noqa: 
     assert both.rows[0].tokens_per_s is not None
     assert ce.rows[0].tokens_per_s is None
     assert "agreement_with_teacher" in ce.rows[1].metrics
+    for run in (both, ce):  # CE's teacher was read from the other run's predictions
+        assert run.rows[1].metrics["kl_to_teacher"] > 0
+        assert "kl_to_teacher" not in run.rows[0].metrics
+    table = "\n".join(sweep_tables.markdown(found))
+    assert " KL to its teacher |" in table
+    assert f" {ce.rows[1].metrics['kl_to_teacher']:.3f} |" in table
     assert {"tokens", "loss", "ce"} <= both.curves["distill"].keys()
     assert ce.curves["pretrain"] == both.curves["pretrain"]  # the base's log lies in the other run
     assert sweep_results.read(out) == found

@@ -1,4 +1,4 @@
-"""Metrics with 95% intervals. Every value but perplexity is in percent (0..100). No torch import.
+"""Metrics with 95% intervals. Values are percent (0..100), but for perplexity and KL (nats). No torch import.
 
 Proportions (accuracy, exact match, agreement) have Wilson intervals. The others have percentile bootstrap
 intervals over rows from a seed; F1 and BLEU are recomputed for every resample from their sufficient
@@ -136,6 +136,32 @@ def agreement(predictions: Sequence[Prediction], teacher: Sequence[Prediction]) 
         for p, t in zip(predictions, teacher, strict=True)
     ]
     return wilson(sum(same), len(same))
+
+
+def kl_to_teacher(predictions: Sequence[Prediction], teacher: Sequence[Prediction]) -> Score | None:
+    """Mean over rows of KL(teacher || model) over the task's labels, nats; bootstrap interval over rows. It tells two
+    students apart that answer alike. None where there are no label scores (generation).
+
+    Raises:
+        DataError: other rows, or another number of labels.
+    """
+    if [p.index for p in predictions] != [t.index for t in teacher]:
+        raise DataError("kl_to_teacher: the two models answered different rows; score both on the same data")
+    if not all(p.scores and t.scores for p, t in zip(predictions, teacher, strict=True)):
+        return None
+    if any(len(p.scores) != len(t.scores) for p, t in zip(predictions, teacher, strict=True)):
+        raise DataError("kl_to_teacher: the two models scored different labels; score both on the same task")
+    divergences = []
+    for prediction, wanted in zip(predictions, teacher, strict=True):
+        own, other = _log_softmax(prediction.scores), _log_softmax(wanted.scores)
+        divergences.append(sum(math.exp(b) * (b - a) for a, b in zip(own, other, strict=True)))
+    return mean_score(np.array(divergences)) if divergences else None
+
+
+def _log_softmax(scores: Sequence[float]) -> list[float]:
+    most = max(scores)
+    total = most + math.log(sum(math.exp(score - most) for score in scores))
+    return [score - total for score in scores]
 
 
 def f1(

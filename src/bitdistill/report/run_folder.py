@@ -100,6 +100,8 @@ class Answer:
     prediction: str
     correct: bool | None
     """None for generation, where an answer is scored and not right or wrong."""
+    scores: tuple[float, ...] = ()
+    """Classification: log-likelihood of each label, in nats and to four places."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ def read_answers(run: Path, row: str) -> list[Answer] | None:
                     reference=_as_text(record["reference"]),
                     prediction=_as_text(record["prediction"]),
                     correct=None if correct is None else bool(correct),
+                    scores=tuple(float(score) for score in record.get("scores") or ()),
                 )
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -205,6 +205,8 @@ def markdown(results: SweepResults) -> list[str]:
         head = ["model", f"{first.metric}, mean ± sd", "seeds", f"gap to {against} [95 %, rows]"]
         head += ["[95 %, seeds]", "p by seed", "training, min"]
         head += ["stage-2 tokens"] if with_tokens else []
+        with_kl = any("kl_to_teacher" in line.metrics for line in group)
+        head += ["KL to its teacher"] if with_kl else []
         others = [m for m in first.metrics if m not in (first.metric, "agreement_with_teacher")]
         head += others if first.metric.startswith("rouge") else []
         found += [f"**{recipe}** ({first.task}, {first.n:,} {first.split} rows)", ""]
@@ -214,6 +216,8 @@ def markdown(results: SweepResults) -> list[str]:
             cells = [line.label, score(line), str(len(line.values)), gap, seeds_words(line.gap)]
             cells += [p_words(line.gap), "" if line.train_minutes is None else f"{line.train_minutes:.1f}"]
             cells += ["" if line.tokens is None else f"{line.tokens / 1e6:.1f}M"] if with_tokens else []
+            kl = line.metrics.get("kl_to_teacher")
+            cells += ["" if kl is None else f"{kl:.3f}"] if with_kl else []
             cells += (
                 [f"{line.metrics[m]:.2f}" if m in line.metrics else "" for m in others]
                 if first.metric.startswith("rouge")

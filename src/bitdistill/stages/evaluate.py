@@ -12,7 +12,14 @@ from bitdistill import artifact
 from bitdistill.data import tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example
-from bitdistill.eval.metrics import MEAN_OVER_ROWS, METRICS, Score, agreement, row_scores
+from bitdistill.eval.metrics import (
+    MEAN_OVER_ROWS,
+    METRICS,
+    Score,
+    agreement,
+    kl_to_teacher,
+    row_scores,
+)
 from bitdistill.eval.prediction import Prediction
 from bitdistill.eval.results import (
     ResultRow,
@@ -35,6 +42,7 @@ LABELS = {
     "bitnet_sft": "BitNet-SFT (direct ternary)",
     "bitdistill": "BitDistill student",
 }
+AGAINST_TEACHER = ("agreement_with_teacher", "kl_to_teacher")
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,12 @@ def _score_key(run: Run, entry: Entry) -> str:
     return artifact.hash_json({"files": artifact.read_manifest(entry.folder)["files"], **_scoring(run)})
 
 
+def _against(predictions: list[Prediction], teacher: list[Prediction]) -> dict[str, Score]:
+    """How close a model is to its teacher, right or wrong; names as in AGAINST_TEACHER."""
+    found = (agreement(predictions, teacher), kl_to_teacher(predictions, teacher))
+    return {name: score for name, score in zip(AGAINST_TEACHER, found, strict=True) if score is not None}
+
+
 def _scored_before(
     run: Run, entry: Entry, teacher: list[Prediction] | None
 ) -> tuple[ResultRow, list[Prediction]] | None:
@@ -146,9 +160,9 @@ def _scored_before(
         return None
     log.info("eval: %s was scored before", _label(run, entry))
     predictions = read_predictions(run.run_dir, entry.name, run.recipe.task) or []
-    metrics = {name: value for name, value in row.metrics.items() if name != "agreement_with_teacher"}
+    metrics = {name: value for name, value in row.metrics.items() if name not in AGAINST_TEACHER}
     if teacher is not None:
-        metrics["agreement_with_teacher"] = agreement(predictions, teacher).value
+        metrics |= {name: score.value for name, score in _against(predictions, teacher).items()}
     label = _label(run, entry)
     return row.model_copy(update={"metrics": metrics, "label": label}), predictions
 
@@ -161,7 +175,7 @@ def _evaluate_one(
     predictions, tokens_per_s = predict_rows(run, scorer, examples)
     scores = score_predictions(run, predictions, examples)
     if teacher is not None:
-        scores["agreement_with_teacher"] = agreement(predictions, teacher)
+        scores |= _against(predictions, teacher)
     write_predictions(
         run.run_dir / "predictions" / f"{entry.name}.jsonl", predictions, examples, run.recipe.task
     )

@@ -59,7 +59,10 @@ def perplexity(
         DataError: the text is not readable, or too short.
         UsageError: windows longer than a model's positions.
     """
-    where = choose_device(device)
+    where, commit = (
+        choose_device(device),
+        git_commit(),
+    )  # of the code that runs, whatever is checked out meanwhile
     student, tokenizer, manifest = _load(model, where)
     other = None
     if reference is not None:
@@ -98,7 +101,7 @@ def perplexity(
         **asdict(scores),
         trained=Trained.of(manifest),
         command=command,
-        commit=git_commit(),
+        commit=commit,
         versions=versions(),
         hardware=hardware(where),
         elapsed_s=round(time.monotonic() - begin, 2),

@@ -109,7 +109,7 @@ def drop_link(folder: Path) -> None:
 
 
 def read_predictions(run_dir: Path, name: str, task: Task) -> list[Prediction] | None:
-    """Predictions of a run's row as `agreement` takes them (no scores); None when there is no such file."""
+    """Predictions of a run's row, scores to four places; None when there is no such file."""
     answers = read_answers(run_dir, name)
     if answers is None:
         return None
@@ -118,7 +118,7 @@ def read_predictions(run_dir: Path, name: str, task: Task) -> list[Prediction] |
         Prediction(
             answer.index,
             names[answer.prediction] if task.kind == "classification" else None,
-            (),
+            answer.scores,
             answer.prediction,
         )
         for answer in answers
