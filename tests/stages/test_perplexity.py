@@ -60,7 +60,8 @@ def test_a_base_beside_its_full_precision_model(work: Path, base: Path) -> None:
     assert scores(base, work / "shards", "--tokens", 160)["perplexity"]["n"] == 150
 
 
-def test_the_result_says_where_it_comes_from(work: Path, base: Path) -> None:
+def test_the_result_says_where_it_comes_from(work: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bitdistill", "perplexity", "a b"])
     found = scores(base, work / "corpus.txt", "--reference", work / "model")
     (work / "found.json").write_text(json.dumps(found), "utf-8")
     read = read_text_result(work / "found.json")
@@ -71,7 +72,7 @@ def test_the_result_says_where_it_comes_from(work: Path, base: Path) -> None:
     assert (made.stage, made.key, made.seed) == ("pretrain", manifest["key"], manifest["inputs"]["seed"])
     assert (made.steps, made.tokens) == (manifest["training"]["steps"], manifest["training"]["tokens"])
     assert made.settings == manifest["inputs"]["pretrain"]
-    assert read.command.startswith("bitdistill ")
+    assert read.command == "bitdistill perplexity 'a b'"
     assert read.versions["torch"]
     assert read.hardware["device"] == "cpu"
     # All sittings of a base that went on from another

@@ -59,10 +59,8 @@ def perplexity(
         DataError: the text is not readable, or too short.
         UsageError: windows longer than a model's positions.
     """
-    where, commit = (
-        choose_device(device),
-        git_commit(),
-    )  # of the code that runs, whatever is checked out meanwhile
+    where = choose_device(device)
+    commit = git_commit()  # of the code that runs, whatever is checked out meanwhile
     student, tokenizer, manifest = _load(model, where)
     other = None
     if reference is not None:
@@ -94,6 +92,7 @@ def perplexity(
             limit_tokens=limit_tokens,
             progress=progress,
         )
+        took = time.monotonic() - begin
     return TextResult(
         model=model,
         text=list(sources),
@@ -104,7 +103,7 @@ def perplexity(
         commit=commit,
         versions=versions(),
         hardware=hardware(where),
-        elapsed_s=round(time.monotonic() - begin, 2),
+        elapsed_s=round(took, 2),
     )
 
 
