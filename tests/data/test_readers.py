@@ -178,6 +178,10 @@ def test_documents_without_text(tmp_path: Path) -> None:
     (tmp_path / "void").mkdir()
     with pytest.raises(DataError, match="no documents here"):
         list(readers.read_documents(str(tmp_path / "void")))
+    (tmp_path / "notes.md").write_text("x", "utf-8")
+    for read in (lambda s: list(readers.read_documents(s)), readers.check_documents):
+        with pytest.raises(DataError, match=r"notes\.md: unknown kind of file; use one of .*, \.txt$"):
+            read(str(tmp_path / "notes.md"))
 
 
 def test_fingerprint_follows_content_not_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -108,7 +108,7 @@ def iter_documents(source: str) -> Iterator[Row]:
             if text.strip():
                 yield Row({"text": text}, str(path))
         else:
-            yield from _documents_of_rows(_reader_of(path)(path))
+            yield from _documents_of_rows(_reader_of(path, DOCUMENT_SUFFIXES)(path))
 
 
 def check_documents(source: str) -> None:
@@ -121,7 +121,7 @@ def check_documents(source: str) -> None:
         if path.name.lower().endswith(".txt"):
             if any(_decode(line, f"{path}:{number}").strip() for number, line in _lines(path)):
                 return
-        elif next(_documents_of_rows(_reader_of(path)(path)), None) is not None:
+        elif next(_documents_of_rows(_reader_of(path, DOCUMENT_SUFFIXES)(path)), None) is not None:
             return
     raise DataError(f"{source}: no text; give a corpus with at least one document")
 
@@ -173,12 +173,13 @@ def _existing_file(source: str) -> Path:
     return path
 
 
-def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
+def _reader_of(path: Path, known: Sequence[str] = TABLE_SUFFIXES) -> Callable[[Path], Iterator[Row]]:
+    """The reader of a table; `known` are the suffixes that the caller reads, for the message."""
     name = path.name.lower()
     for suffix, reader in _READERS.items():
         if name.endswith(suffix):
             return reader
-    raise DataError(f"{path}: unknown kind of file; use one of {', '.join(_READERS)}")
+    raise DataError(f"{path}: unknown kind of file; use one of {', '.join(known)}")
 
 
 class _Limited(io.RawIOBase):
