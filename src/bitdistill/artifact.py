@@ -261,6 +261,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def training_cost(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """steps, tokens and device_s (seconds of all processes together) that made an artifact, those of the bases that it
+    was started from included; None where it names no training."""
+    training, before = manifest.get("training"), manifest.get("started_from") or {}
+    if not isinstance(training, Mapping):
+        return None
+    # Artifacts from before several processes could train side by side have no device_s
+    spent = {**training, "device_s": training.get("device_s") or training["elapsed_s"]}
+    return {name: spent[name] + before.get(name, 0) for name in ("steps", "tokens", "device_s")}
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Check every file of an artifact against the manifest and return the manifest.
 

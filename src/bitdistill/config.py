@@ -271,7 +271,7 @@ class PretrainConfig(Strict):
     budget_tokens: Count = 50_000_000
     sequence_length: Count = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="linear", weight_decay=0.0)
-    """linear: 5 to 11 % less KL on held-out text than wsd with 30 % of decay (docs/log.md, run 20), whose budgets
+    """linear: 5 to 10 % less KL on held-out text than wsd with 30 % of decay (docs/log.md, run 20), whose budgets
     share a stable phase (`branch_steps`)."""
     loop: Loop = Loop(batch_rows=64)
     ternary_warmup_fraction: Fraction = 0.0

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from bitdistill.data.batches import TokenStream
@@ -29,9 +29,10 @@ HEAD_ELEMENTS = 2**26
 """Logits made at a time (256 MiB of float32), whatever the vocabulary."""
 
 
-@dataclass(frozen=True)
-class TextScores:
+class TextScores(BaseModel):
     """A model on a text; n of every score counts predicted tokens. The last three only beside a reference."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     windows: int
     sequence_length: int
@@ -107,19 +108,21 @@ def score_text(
     if not rows:
         raise DataError(f"perplexity: {total} tokens; give text of at least two tokens")
     columns = list(zip(*rows, strict=True))
-    perplexity = perplexity_score(columns[0], counts)
-    hashes = read.hexdigest(), best.hexdigest()
-    if reference is None:
-        return TextScores(len(rows), sequence_length, *hashes, perplexity)
-    return TextScores(
-        len(rows),
-        sequence_length,
-        *hashes,
-        perplexity,
-        perplexity_score(columns[1], counts),
-        ratio_score(columns[2], counts),
-        ratio_score([100 * same for same in columns[3]], counts),
+    scores = TextScores(
+        windows=len(rows),
+        sequence_length=sequence_length,
+        tokens_sha256=read.hexdigest(),
+        best_sha256=best.hexdigest(),
+        perplexity=perplexity_score(columns[0], counts),
     )
+    if reference is None:
+        return scores
+    compared = {
+        "reference_perplexity": perplexity_score(columns[1], counts),
+        "kl": ratio_score(columns[2], counts),
+        "same_token": ratio_score([100 * same for same in columns[3]], counts),
+    }
+    return scores.model_copy(update=compared)
 
 
 def _groups(total: int, sequence_length: int, batch_rows: int) -> list[list[tuple[int, int]]]:

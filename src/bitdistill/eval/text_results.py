@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bitdistill import artifact
 from bitdistill.errors import ArtifactError
-from bitdistill.eval.metrics import Score
+from bitdistill.eval.perplexity import TextScores
 
 
 class Trained(BaseModel):
@@ -32,45 +33,31 @@ class Trained(BaseModel):
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Trained | None:
         """From an artifact's manifest; None where it names no training (imported students)."""
-        training, stage = manifest.get("training"), manifest.get("stage")
-        if not isinstance(training, Mapping) or not isinstance(stage, str):
+        cost, stage = artifact.training_cost(manifest), manifest.get("stage")
+        if cost is None or not isinstance(stage, str):
             return None
-        before, inputs = manifest.get("started_from") or {}, manifest.get("inputs") or {}
+        inputs = manifest.get("inputs") or {}
         return cls(
             stage=stage,
             key=str(manifest.get("key", "")),
-            steps=training["steps"] + before.get("steps", 0),
-            tokens=training["tokens"] + before.get("tokens", 0),
-            device_s=round(
-                (training.get("device_s") or training["elapsed_s"]) + before.get("device_s", 0.0), 2
-            ),
+            **{**cost, "device_s": round(cost["device_s"], 2)},
             settings=dict(inputs.get(stage) or {}),
             seed=inputs.get("seed"),
         )
 
 
-class TextResult(BaseModel):
-    """`eval.perplexity.TextScores` and where they come from."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class TextResult(TextScores):
+    """Scores and where they come from."""
 
     model: str
     text: list[str]
     reference: str | None = None
-    windows: int
-    sequence_length: int
-    tokens_sha256: str
-    best_sha256: str
-    perplexity: Score
-    reference_perplexity: Score | None = None
-    kl: Score | None = None
-    same_token: Score | None = None
     trained: Trained | None = None
-    command: str = ""
-    commit: str | None = None
-    versions: dict[str, str] = {}
-    hardware: dict[str, Any] = {}
-    elapsed_s: float | None = None
+    command: str
+    commit: str | None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    elapsed_s: float
     """Of scoring alone."""
 
 

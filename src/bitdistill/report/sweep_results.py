@@ -153,19 +153,15 @@ def costs(run: RunFolder) -> dict[str, StageCost]:
     found = {}
     for stage, name in ARTIFACT_OF.items():
         manifest = run.manifests.get(name, {})
-        training = manifest.get("training")
-        if not isinstance(training, dict):
+        cost = artifact.training_cost(manifest)
+        if cost is None:
             continue
-        saved, before = manifest.get("branched_from") or {}, manifest.get("started_from") or {}
+        saved = manifest.get("branched_from") or {}
         found[stage] = StageCost(
             key=str(manifest.get("key", "")),
-            steps=int(training["steps"]) + int(before.get("steps", 0)),
-            tokens=int(training["tokens"]) + int(before.get("tokens", 0)),
-            # Of all processes that trained side by side; artifacts from before there were several have no such entry
-            elapsed_s=round(
-                float(training.get("device_s") or training["elapsed_s"]) + float(before.get("device_s", 0.0)),
-                2,
-            ),
+            steps=cost["steps"],
+            tokens=cost["tokens"],
+            elapsed_s=round(cost["device_s"], 2),
             saved_s=round(float(saved.get("device_s") or saved.get("elapsed_s", 0.0)), 2),
         )
     return found

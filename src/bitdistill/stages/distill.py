@@ -158,16 +158,19 @@ class DistillStep:
         targets_N = tokens_at(batch.input_ids_BT, index_N)
         rows, teacher_rows = predicting(hidden, index_N), predicting(teacher_hidden, index_N)
         loss, ce, kl = self._chunked(
-            rows, targets_N, teacher_rows if shared else None, config.ce_weight, kl_weight if shared else 0.0
+            rows,
+            targets_N,
+            teacher_rows if shared else None,
+            config.ce_weight,
+            kl_weight if shared else 0.0,
+            config.temperature,
         )
         loss, metrics = loss / totals.answers, {"ce": ce / totals.answers}
         if shared:
             metrics["ld"] = kl * tau_squared / totals.answers
         elif kl_weight:
-            index_N = batch.real_index_N
-            counted_N = torch.where(index_N < 0, IGNORED, 0)
-            rows, teacher_rows = rows_at(hidden, index_N), rows_at(teacher_hidden, index_N)
-            ld, _, kl = self._chunked(rows, counted_N, teacher_rows, 0.0, kl_weight)
+            counted_N = batch.real_index_N >= 0
+            ld, kl = self._chunked_kl(batch, hidden, teacher_hidden, counted_N, kl_weight, config.temperature)
             loss = loss + ld / totals.tokens
             metrics["ld"] = kl * tau_squared / totals.tokens
         return loss, metrics
@@ -177,19 +180,32 @@ class DistillStep:
     ) -> tuple[Tensor, Tensor]:
         """Weighted KL over the real tokens that predict no answer, a mean over the step's, and its value."""
         index_N = batch.real_index_N
-        rows, teacher_rows = rows_at(hidden, index_N), rows_at(teacher_hidden, index_N)
         counted_N = unanswered(batch.answer_index_N, index_N, batch.input_ids_BT.numel())
         count = max(1, totals.tokens - totals.answers)
         weight = self.config.prompt_weight
         if self.capped:  # chunks know no cap
             with torch.no_grad():
-                teacher_NV = logits_at(self.teacher, teacher_rows)
-            logits_NV = logits_at(self.student, rows)
+                teacher_NV = logits_at(self.teacher, rows_at(teacher_hidden, index_N))
+            logits_NV = logits_at(self.student, rows_at(hidden, index_N))
             kl = logits_distillation_sum(logits_NV, teacher_NV, temperature=1.0, counted_N=counted_N) / count
             return weight * kl, kl.detach()
-        targets_N = torch.where(counted_N, 0, IGNORED)
-        loss, _, kl = self._chunked(rows, targets_N, teacher_rows, 0.0, weight, temperature=1.0)
+        loss, kl = self._chunked_kl(batch, hidden, teacher_hidden, counted_N, weight, temperature=1.0)
         return loss / count, kl / count
+
+    def _chunked_kl(
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        teacher_hidden: Tensor,
+        counted_N: Tensor,
+        weight: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """KL summed over those of the batch's real tokens that count: weighted, and its value."""
+        rows, teacher_rows = (rows_at(h, batch.real_index_N) for h in (hidden, teacher_hidden))
+        targets_N = torch.where(counted_N, 0, IGNORED)
+        loss, _, kl = self._chunked(rows, targets_N, teacher_rows, 0.0, weight, temperature)
+        return loss, kl
 
     def _chunked(
         self,
@@ -198,7 +214,7 @@ class DistillStep:
         teacher_NH: Tensor | None,
         ce_weight: float,
         kl_weight: float,
-        temperature: float | None = None,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return chunked_language_model_loss(
             rows_NH,
@@ -208,7 +224,7 @@ class DistillStep:
             teacher_head_VH=None if teacher_NH is None else head_weight(self.teacher),
             lm_weight=ce_weight,
             kl_weight=kl_weight,
-            temperature=self.config.temperature if temperature is None else temperature,
+            temperature=temperature,
             chunk_function=self.chunk or language_model_chunk,
         )
 

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def perplexity(
         model=model,
         text=list(sources),
         reference=reference,
-        **asdict(scores),
+        **dict(scores),
         trained=Trained.of(manifest),
         command=command,
         commit=commit,

@@ -166,20 +166,14 @@ def _make_base(
         extra={
             **run.meta("pretrain", inputs, result),
             "branched_from": branched_from,
-            **({} if config.start is None else {"started_from": _cost_of(manifest)}),
+            **({} if config.start is None else {"started_from": _spent(manifest)}),
         },
     )
 
 
-def _cost_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Key of a base, and steps, tokens and seconds that it took, those before it included."""
-    training, before = manifest["training"], manifest.get("started_from") or {}
-    spent = {
-        "steps": training["steps"],
-        "tokens": training["tokens"],
-        "device_s": training.get("device_s") or training["elapsed_s"],
-    }
-    return {"key": manifest["key"], **{name: n + before.get(name, 0) for name, n in spent.items()}}
+def _spent(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Key and cost of the base that stage 2 went on from."""
+    return {"key": manifest["key"], **(artifact.training_cost(manifest) or {})}
 
 
 def _seed(run: Run) -> int:
