@@ -248,7 +248,7 @@ class RefineConfig(Strict):
 class PretrainConfig(Strict):
     """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
 
-    LATER: ClassVar[Mapping[str, Any]] = {"start": None, "hidden_error": "relative", "predict_every": 1}
+    LATER: ClassVar[Mapping[str, Any]] = {"start": None, "hidden_error": "relative"}
 
     corpus: Text | None = None
     """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
@@ -270,10 +270,6 @@ class PretrainConfig(Strict):
     channels are most of the norm. What it was worth: docs/method.md."""
     budget_tokens: Count = 50_000_000
     sequence_length: Count = 1024
-    predict_every: Count = 1
-    """Take the objective at one token of every so many that follow each other, drawn anew each time that a window comes
-    up; block outputs count at all tokens. The output head costs that much less: with a vocabulary of 262,144 words it
-    is half of a step. `sequence_length` must be a multiple. What it was worth: docs/method.md."""
     optim: Optim = Optim(learning_rate=1e-3, schedule="linear", weight_decay=0.0)
     """linear: 5 to 10 % less KL on held-out text than wsd with 30 % of decay (docs/log.md, run 20), whose budgets
     share a stable phase (`branch_steps`)."""
@@ -297,15 +293,6 @@ class PretrainConfig(Strict):
         if self.base is not None and self.start is not None:
             raise ValueError(
                 "base and start are both set: base is taken as it is, start is trained further; keep one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _whole_groups(self) -> PretrainConfig:
-        if self.sequence_length % self.predict_every:
-            raise ValueError(
-                f"predict_every: {self.predict_every} does not divide sequence_length {self.sequence_length}; "
-                "use a power of two"
             )
         return self
 

@@ -235,59 +235,6 @@ def test_packed_order_is_a_function_of_seed_and_step() -> None:
     assert not all(equal(a, b) for a, b in zip(other, kept[0], strict=True))
 
 
-def drawing(every: int, micro: int | None = None, seed: int = 0) -> PackedBatches:
-    return PackedBatches(
-        Stream(16 * 6 + 3),
-        sequence_length=16,
-        batch_rows=4,
-        micro_batch_rows=micro,
-        seed=seed,
-        predict_every=every,
-    )
-
-
-def drawn(batches: PackedBatches, steps: int) -> list[list[int]]:
-    """Drawn positions of each row, in the order in which rows come."""
-    masks = [b.answer_mask_BT for step in range(steps) for b in batches.micro_batches(step)]
-    return [row.nonzero().flatten().tolist() for mask in masks for row in mask]
-
-
-def test_one_token_of_each_group_is_drawn_and_never_the_first() -> None:
-    rows = drawn(drawing(4), steps=300)
-    assert all([t // 4 for t in row] == [0, 1, 2, 3] for row in rows)
-    times = Counter(t for row in rows for t in row)
-    assert 0 not in times
-    # 1,200 rows: each of a group's four a quarter of the time, the first group's three a third; five sigma
-    assert all(abs(times[t] - len(rows) / 4) < 75 for t in range(4, 16))
-    assert all(abs(times[t] - len(rows) / 3) < 82 for t in range(1, 4))
-
-
-def test_what_is_drawn_is_the_index_of_answers() -> None:
-    for batch in drawing(4, micro=3).micro_batches(0):
-        assert batch.answer_index_N.tolist() == batch.answer_mask_BT.flatten().nonzero().flatten().tolist()
-        assert len(batch.answer_index_N) == 4 * len(batch.indices)
-        assert batch.tokens == 16 * len(batch.indices)
-
-
-def test_tokens_are_drawn_by_seed_epoch_and_window_alone() -> None:
-    rows = drawn(drawing(4), steps=3)  # two epochs of six windows
-    assert rows == drawn(drawing(4, micro=1), steps=3)
-    assert rows != drawn(drawing(4, seed=1), steps=3)
-    indices = [i for step in range(3) for b in drawing(4).micro_batches(step) for i in b.indices]
-    by_window = [dict(zip(indices[e : e + 6], rows[e : e + 6], strict=True)) for e in (0, 6)]
-    assert all(by_window[0][w] != by_window[1][w] for w in range(6))
-
-
-def test_all_tokens_are_drawn_with_one() -> None:
-    assert drawn(drawing(1), steps=1) == [list(range(1, 16))] * 4
-
-
-@pytest.mark.parametrize("every", [0, 5])
-def test_groups_must_fill_a_window(every: int) -> None:
-    with pytest.raises(ValueError, match=f"predict_every {every} must divide sequence_length 16"):
-        drawing(every)
-
-
 def test_packed_batches_larger_than_the_corpus() -> None:
     batches = packed(16 * 3, batch_rows=8)
     counts = Counter(i for step in range(3) for b in batches.micro_batches(step) for i in b.indices)

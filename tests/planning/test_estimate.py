@@ -98,24 +98,6 @@ def test_packed_bytes_by_hand():
     assert sizes["other"] == 2 * (3 * 48 + 64 + 104)  # three norms, SubLN gains of o and down
 
 
-def test_a_head_that_reads_every_fourth_token_costs_a_quarter():
-    def stage(**settings):
-        made = estimate.stages(
-            recipe(pretrain={"corpus": "c", **settings}, threads=1), layout(), None, None, "cpu"
-        )
-        (found,) = (s for s in made if s.name == "pretrain")
-        return found
-
-    head = layout().hidden * layout().vocab
-    all_tokens, drawn, lm = stage(), stage(predict_every=4), stage(predict_every=4, objective="lm")
-    rate = estimate.DEVICES["cpu"].flops
-    slowdown = (stage(objective="lm").seconds - lm.seconds) * rate / (0.75 * 6 * head * 50_000_000)
-    saved = 0.75 * (6 * slowdown + 2) * head * 50_000_000 / rate
-    assert all_tokens.seconds - drawn.seconds == pytest.approx(saved)
-    assert slowdown >= 1
-    assert drawn.memory["logits"] <= all_tokens.memory["logits"]
-
-
 @pytest.mark.parametrize("subln", ["paper", "every_linear", "none"])
 def test_subln_places_are_those_of_surgery(subln):
     from bitdistill.config import RefineConfig

@@ -123,9 +123,8 @@ class TokenStream(Protocol):
     def read(self, start: int, count: int) -> NDArray[np.integer]: ...
 
 
-def _generator(seed: int, *of: int) -> np.random.Generator:
-    """Random numbers of an epoch, or of a window in it."""
-    return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, *of])
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch])
 
 
 class TaskBatches:
@@ -340,11 +339,7 @@ class PackedBatches:
         batch_rows: int,
         micro_batch_rows: int | None = None,
         seed: int,
-        predict_every: int = 1,
     ) -> None:
-        if predict_every < 1 or sequence_length % predict_every:
-            raise ValueError(f"predict_every {predict_every} must divide sequence_length {sequence_length}")
-        self.predict_every = predict_every
         self.n_windows = tokens.n_tokens // sequence_length
         if self.n_windows == 0 or sequence_length < 2:
             raise DataError(
@@ -381,21 +376,8 @@ class PackedBatches:
             self._epochs[epoch] = (offset, rng.permutation(self.n_windows))
         return self._epochs[epoch]
 
-    def _drawn(self, epoch: int, window: int) -> Tensor:
-        """Bool [T]: one token of each `predict_every`, by seed, epoch and window; never the first."""
-        every = self.predict_every
-        starts = np.arange(0, self.sequence_length, every)
-        rng = _generator(self.seed, epoch, window)
-        picked = starts + rng.integers(every, size=len(starts))
-        picked[0] = rng.integers(1, every)
-        drawn = torch.zeros(self.sequence_length, dtype=torch.bool)
-        drawn[torch.from_numpy(picked)] = True
-        return drawn
-
     def _assemble(self, samples: range) -> Batch:
         ids = np.empty((len(samples), self.sequence_length), dtype=np.int64)
-        answers = torch.ones(ids.shape, dtype=torch.bool)
-        answers[:, 0] = False
         indices: list[int] = []
         for n, sample in enumerate(samples):
             epoch, position = divmod(sample, self.n_windows)
@@ -403,8 +385,8 @@ class PackedBatches:
             window = int(order[position])
             ids[n] = self.tokens.read(offset + window * self.sequence_length, self.sequence_length)
             indices.append(window)
-            if self.predict_every > 1:
-                answers[n] = self._drawn(epoch, window)
+        answers = torch.ones(ids.shape, dtype=torch.bool)
+        answers[:, 0] = False
         return Batch(
             input_ids_BT=torch.from_numpy(ids),
             attention_mask_BT=torch.ones(ids.shape, dtype=torch.bool),

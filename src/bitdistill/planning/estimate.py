@@ -221,16 +221,15 @@ class _Context:
         return self.layout.layers * (block + (STEP_S_PER_BLOCK["teacher"] if teacher else 0.0))
 
     def pretrain(self) -> Stage:
-        """Stage 2: logits of every token, or of those that are drawn, a chunk at a time, with the head's gradient in
-        float32."""
+        """Stage 2: logits of every token, a chunk at a time, with the head's gradient in float32."""
         config = self.recipe.pretrain
         assert config is not None
         teacher = config.objective != "lm"
         tokens = config.loop.rows_at_a_time(config.sequence_length) * config.sequence_length
-        head = 6 * self.layout.hidden * self.layout.vocab / config.predict_every
+        head = 6 * self.layout.hidden * self.layout.vocab
         flops = (self.flops_per_token(config.sequence_length, train=True) + head) * self.slowdown(True)
         flops += self.flops_per_token(config.sequence_length, train=False) + head / 3 if teacher else 0.0
-        chunk = min(tokens // config.predict_every, HEAD_CHUNK_TOKENS)
+        chunk = min(tokens, HEAD_CHUNK_TOKENS)
         logits = (
             chunk * self.layout.vocab * 4 * (6 if teacher else 4) + self.layout.hidden * self.layout.vocab * 4
         )

@@ -22,7 +22,7 @@ from bitdistill.errors import ArtifactError, RecipeError
 from bitdistill.losses.hidden import ERRORS, block_errors_sum
 from bitdistill.losses.logits import chunked_language_model_loss, language_model_chunk
 from bitdistill.models.attention import causal_only, fastest_attention
-from bitdistill.models.forward import head_weight, hidden_states, next_tokens, predicting, tokens_at
+from bitdistill.models.forward import head_weight, hidden_states, next_tokens
 from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.norms import gains_after_blocks
 from bitdistill.models.student import load_student
@@ -39,8 +39,7 @@ from bitdistill.train.step import StepOutput, Totals
 
 
 class LanguageModelStep:
-    """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens, or over
-    those drawn of them (`predict_every`)."""
+    """Step function: LM loss, KL to the frozen full-precision model, or a mix; means over predicted tokens."""
 
     def __init__(
         self,
@@ -57,7 +56,6 @@ class LanguageModelStep:
             gains_after_blocks(teacher) if config.hidden_error == "normed" and teacher is not None else None
         )
         self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
-        self.drawn = config.predict_every > 1
         self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
         self.replayable = config.ternary_warmup_fraction == 0
@@ -71,16 +69,12 @@ class LanguageModelStep:
         if self.teacher is not None:
             with torch.no_grad():
                 teacher_hidden, teacher_outputs = hidden_states(self.teacher, batch.input_ids_BT, every=every)
-                teacher_hidden = self._rows(teacher_hidden, batch)
+                teacher_hidden = teacher_hidden.flatten(0, 1)
             teacher_head = head_weight(self.teacher)
-        if self.drawn:
-            targets_N = tokens_at(batch.input_ids_BT, batch.answer_index_N)
-        else:
-            targets_N = next_tokens(batch.input_ids_BT).flatten()
         loss, lm_sum, kl_sum = chunked_language_model_loss(
-            self._rows(hidden, batch),
+            hidden.flatten(0, 1),
             head_weight(self.student),
-            targets_N,
+            next_tokens(batch.input_ids_BT).flatten(),
             teacher_hidden_NH=teacher_hidden,
             teacher_head_VH=teacher_head,
             lm_weight=self.lm_weight,
@@ -97,10 +91,6 @@ class LanguageModelStep:
             metrics["hidden"] = error.detach()
             loss = loss + self.hidden_weight * error
         return StepOutput(loss, metrics)
-
-    def _rows(self, hidden_BTH: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Hidden states [N, H] that the head reads: of all tokens, or those that predict the drawn ones."""
-        return predicting(hidden_BTH, batch.answer_index_N) if self.drawn else hidden_BTH.flatten(0, 1)
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
@@ -284,7 +274,6 @@ def _fit(
         batch_rows=loop.batch_rows,
         micro_batch_rows=rows,
         seed=_order_seed(run),
-        predict_every=config.predict_every,
     )
     compiling = run.compiling(loop)
     fused = kernels.usable(loop, run.device, student)
