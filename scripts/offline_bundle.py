@@ -223,7 +223,8 @@ def _packed_blocks(pool: ThreadPoolExecutor, path: Path, size: int) -> Iterator[
     workers = os.cpu_count() or 1
     with path.open("rb") as file:
         while group := [data for _ in range(workers) if (data := file.read(size))]:
-            yield from zip(group, pool.map(lzma.compress, group), strict=True)
+            # Higher presets take four to ten times as long and save 2 to 4 % of tokens and bfloat16 weights
+            yield from zip(group, pool.map(functools.partial(lzma.compress, preset=0), group), strict=True)
 
 
 def pack(args: argparse.Namespace) -> None:
