@@ -14,9 +14,9 @@ There, with bundle/start copied; the pieces may come later, in any order, each m
     python3 start/offline_bundle.py status WORK --wait 300     # ends early, with exit status 1, if the work has failed
     python3 start/offline_bundle.py results WORK --into .      # logs, results and predictions, no weights
 
-`start` installs the wheels in WORK/site, runs `bitdistill version` there and ends with an error if that fails; then a
-process of its own waits for the pieces, puts the files together in WORK/files, checks their hashes and runs the command
-in WORK/source. Needs Python 3.11 and pip there, nothing else.
+`start` installs the wheels in WORK/site and ends with an error if a package is missing or the pipeline cannot be
+imported; then a process of its own waits for the pieces, puts the files together in WORK/files, checks their hashes and
+runs the command in WORK/source. Needs Python 3.11 and pip there, nothing else.
 """
 
 from __future__ import annotations
@@ -47,6 +47,23 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux201
 KEPT = (".json", ".jsonl", ".yaml", ".log", ".txt", ".csv")
 LARGEST_RESULT = 8 << 20
 POLL_S = 0.2
+CHECK = """
+import importlib.metadata as metadata, json, sys
+def absent(name):
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return True
+names = [name for name in json.loads(sys.argv.pop(1)) if absent(name)]
+if names:
+    sys.exit("no package " + ", ".join(names))
+import bitdistill
+print(bitdistill.__file__, flush=True)
+import bitdistill.pipeline, bitdistill.sweep.parallel
+from bitdistill.cli.main import main
+main()
+"""
+"""What `start` runs there: packages that are imported late are looked for too."""
 
 
 def fail(message: str) -> NoReturn:
@@ -235,7 +252,8 @@ def pack(args: argparse.Namespace) -> None:
     start.mkdir(parents=True)
     requirements = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     there = packages_there(args.there.read_text("utf-8").splitlines())
-    names = missing(needed(requirements, args.python), there)
+    wanted = needed(requirements, args.python)
+    names = missing(wanted, there)
     fetch_wheels(names, args.python, start / "wheels")
     subprocess.run(
         ["git", "-C", str(ROOT), "archive", "-o", str((start / "source.tar.gz").resolve()), "HEAD"],
@@ -248,7 +266,8 @@ def pack(args: argparse.Namespace) -> None:
         check=True,
     )
     told = pack_files(files_of(args.put), args.out / "pieces", int(args.piece_mb * 1e6))
-    (start / "bundle.json").write_text(json.dumps({"commit": commit.stdout.strip(), **told}) + "\n", "utf-8")
+    about = {"commit": commit.stdout.strip(), "packages": sorted(wanted), **told}
+    (start / "bundle.json").write_text(json.dumps(about) + "\n", "utf-8")
     shutil.copyfile(__file__, start / Path(__file__).name)
     print(f"{len(names)} wheels: {', '.join(names) or 'none'}")
     print(
@@ -266,9 +285,8 @@ def environment(work: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "BITDISTILL_COMMIT": commit, "PYTHONUNBUFFERED": "1"}
 
 
-def bitdistill(words: list[str], first: str = "") -> list[str]:
-    """A command of the bundle's bitdistill, after the statements `first`."""
-    return [sys.executable, "-c", f"{first}from bitdistill.cli.main import main; main()", *words]
+def bitdistill(words: list[str]) -> list[str]:
+    return [sys.executable, "-c", "from bitdistill.cli.main import main; main()", *words]
 
 
 def note(work: Path, **values: Any) -> None:
@@ -307,10 +325,14 @@ def start(args: argparse.Namespace) -> None:
     if wheels:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*pip, "--upgrade", "--target", str(work / "site"), *wheels], check=True)
+    names = json.dumps(json.loads((work / "bundle.json").read_text("utf-8"))["packages"])
     checked = subprocess.run(
-        bitdistill(["version"], first="import bitdistill; print(bitdistill.__file__, flush=True); "),
-        cwd=work / "source", env=environment(work), capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", CHECK, names, "version"],
+        cwd=work / "source",
+        env=environment(work),
+        capture_output=True,
+        text=True,
+    )
     if checked.returncode != 0:
         last = (checked.stderr.strip() or checked.stdout.strip()).splitlines()[-3:]
         fail(f"bitdistill does not run here; nothing was started: {' '.join(last)}")

@@ -14,6 +14,7 @@ import sysconfig
 import tarfile
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -66,19 +67,22 @@ def files(tmp_path: Path) -> dict[str, bytes]:
     return made
 
 
-def packed(tmp_path: Path, main: str = MAIN) -> Path:
+def packed(tmp_path: Path, main: str = MAIN, packages: Sequence[str] = ()) -> Path:
     """A bundle in pieces of 16 kB whose `bitdistill` is a stand-in."""
     out = tmp_path / "bundle"
     (out / "start").mkdir(parents=True)
     puts = [f"{tmp_path}/here/rows=rows", f"{tmp_path}/here/model/weights.bin=model/weights.bin"]
     told = bundle.pack_files(bundle.files_of(puts), out / "pieces", 16_000)
-    (out / "start/bundle.json").write_text(json.dumps({"commit": "abc", **told}))
+    (out / "start/bundle.json").write_text(json.dumps({"commit": "abc", "packages": packages, **told}))
     (out / "start/offline_bundle.py").write_bytes(SCRIPT.read_bytes())
     source = tmp_path / "source/src/bitdistill/cli"
     source.mkdir(parents=True)
     (source / "main.py").write_text(main)
-    for package in (source, source.parent):
+    for package in (source, source.parent, source.parent / "sweep"):
+        package.mkdir(exist_ok=True)
         (package / "__init__.py").touch()
+    for module in ("pipeline.py", "sweep/parallel.py"):
+        (source.parent / module).touch()
     with tarfile.open(out / "start/source.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "source/src", "src")
     return out
@@ -167,6 +171,15 @@ def test_nothing_starts_where_bitdistill_does_not_run(tmp_path: Path, files: dic
     told = call(out, "status", tmp_path / "work", "--wait", "30")
     assert told.returncode == 1
     assert "failed: nothing was started" in told.stdout
+
+
+def test_packages_that_are_imported_late_are_missed_at_the_start(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    out = packed(tmp_path, packages=["no-such-package", "nor-this"])
+    begun = call(out, "start", tmp_path / "work", "--", "run")
+    assert begun.returncode == 1
+    assert "nothing was started: no package no-such-package, nor-this" in begun.stderr
 
 
 def test_another_bitdistill_that_comes_first_is_refused(tmp_path: Path, files: dict[str, bytes]) -> None:
