@@ -16,7 +16,8 @@ There, with bundle/start copied; the pieces may come later, in any order, each m
 
 `start` installs the wheels in WORK/site and ends with an error if a package is missing or the pipeline cannot be
 imported; then a process of its own waits for the pieces, puts the files together in WORK/files, checks their hashes and
-runs the command in WORK/source. Needs Python 3.11 and pip there, nothing else.
+runs the command in WORK/source. After a failure the same `start` goes on from what is there. Needs Python 3.11 and pip
+there, nothing else.
 """
 
 from __future__ import annotations
@@ -318,8 +319,7 @@ def start(args: argparse.Namespace) -> None:
         return
     (work / "pieces").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(here / "bundle.json", work / "bundle.json")
-    shutil.rmtree(work / "source", ignore_errors=True)
-    with tarfile.open(here / "source.tar.gz") as archive:
+    with tarfile.open(here / "source.tar.gz") as archive:  # over what is there: runs stay, and go on
         archive.extractall(work / "source", filter="data")
     wheels = sorted(str(path) for path in (here / "wheels").glob("*.whl"))
     if wheels:

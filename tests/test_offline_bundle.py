@@ -203,6 +203,13 @@ def test_waiting_ends_when_the_command_fails(tmp_path: Path, files: dict[str, by
     told = call(out, "status", work, "--wait", "50")
     assert told.returncode == 1
     assert told.stdout.splitlines()[-2:] == ["error: no such recipe", "failed: exit status 1"]
+    kept = work / "source/runs/b/checkpoint"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    again = call(out, "start", work, "--", "run")
+    assert again.returncode == 0, again.stderr
+    assert call(out, "status", work, "--wait", "50").returncode == 0
+    assert kept.exists()
 
 
 def test_a_process_that_is_gone_has_failed(tmp_path: Path, files: dict[str, bytes]) -> None:
