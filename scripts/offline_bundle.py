@@ -248,6 +248,8 @@ def _packed_blocks(pool: ThreadPoolExecutor, path: Path, size: int) -> Iterator[
 def pack(args: argparse.Namespace) -> None:
     """Write bundle/start and bundle/pieces."""
     start = args.out / "start"
+    if not args.there.is_file():
+        fail(f"--there {args.there}: no such file; `pip list --format=freeze` on the other machine writes it")
     if args.out.exists() and any(args.out.iterdir()):
         fail(f"{args.out} is not empty; name another --out")
     start.mkdir(parents=True)
@@ -314,6 +316,8 @@ def state_of(work: Path) -> dict[str, Any]:
 def start(args: argparse.Namespace) -> None:
     """Install, check, and leave a process behind that waits for the pieces and runs the command."""
     here, work = Path(__file__).resolve().parent, args.work.resolve()
+    if not (here / "bundle.json").is_file():
+        fail(f"{here} is no bundle; `pack` writes one, and its start/ has the script to run")
     if (work / "state.json").exists() and state_of(work)["state"] != "failed":
         print(f"{work}: started before")
         return

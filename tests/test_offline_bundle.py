@@ -250,6 +250,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         list(bundle.files_of([f"{tmp_path}/nothing=rows"]))
 
 
+def test_a_missing_list_of_packages_and_a_start_outside_a_bundle_are_named(tmp_path: Path) -> None:
+    words = [sys.executable, str(SCRIPT)]
+    packed = ["pack", "--out", str(tmp_path / "out"), "--there", str(tmp_path / "there.txt")]
+    for further, said in (
+        (packed, "there.txt: no such file; `pip list"),
+        (["start", str(tmp_path / "w"), "--", "run"], "is no bundle; `pack` writes one"),
+    ):
+        done = subprocess.run([*words, *further], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_this_checkout_packs_and_runs(tmp_path: Path, files: dict[str, bytes]) -> None:
     """With everything there that is installed here; the real command line."""
     inside = subprocess.run(["git", "-C", str(SCRIPT.parent), "rev-parse"], capture_output=True)
