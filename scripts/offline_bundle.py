@@ -47,6 +47,8 @@ BLOCK = 1 << 24
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
 KEPT = (".json", ".jsonl", ".yaml", ".log", ".txt", ".csv")
 LARGEST_RESULT = 8 << 20
+LINES = 15
+"""Of the log, that `status` prints."""
 POLL_S = 0.2
 CHECK = """
 import importlib.metadata as metadata, json, sys
@@ -78,18 +80,15 @@ def sha256(data: bytes) -> str:
 # ---- here ----
 
 
-def canonical(name: str) -> str:
-    """A distribution's name as package indices compare it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def packages_there(lines: Iterable[str]) -> dict[str, str | None]:
     """Name -> version (None: not known) from lines of names, name==version or name version."""
+    from packaging.utils import canonicalize_name
+
     found: dict[str, str | None] = {}
     for line in lines:
         parts = re.split(r"\s*==\s*|\s+", line.split("#")[0].strip())
         if parts[0]:
-            found[canonical(parts[0])] = parts[1] if len(parts) > 1 else None
+            found[canonicalize_name(parts[0])] = parts[1] if len(parts) > 1 else None
     return found
 
 
@@ -100,6 +99,7 @@ def needed(requirements: Iterable[str], python: str) -> dict[str, list[str]]:
         SystemExit: one of them is not installed here.
     """
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
                    "platform_system": "Linux", "platform_machine": "x86_64", "extra": ""}  # fmt: skip
@@ -108,7 +108,7 @@ def needed(requirements: Iterable[str], python: str) -> dict[str, list[str]]:
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
         requirement = waiting.pop()
-        name = canonical(requirement.name)
+        name = canonicalize_name(requirement.name)
         found.setdefault(name, []).append(str(requirement.specifier))
         if (name, frozenset(requirement.extras)) in seen:
             continue
@@ -426,7 +426,7 @@ def status(args: argparse.Namespace) -> int:
     log = args.work / "log.txt"
     if log.exists():
         text = log.read_bytes()[-8192:].decode("utf-8", "replace").replace("\r", "\n")
-        print("\n".join(text.splitlines()[-args.lines :]))
+        print("\n".join(text.splitlines()[-LINES:]))
     print(f"{state['state']}: {state['why']}" if "why" in state else state["state"])
     return int(state["state"] == "failed")
 
@@ -438,7 +438,11 @@ def results(args: argparse.Namespace) -> None:
     with tarfile.open(target, "w:xz") as archive:
         for base in (args.work / "log.txt", args.work / "source/runs", args.work / "source/results"):
             for path in [base] if base.is_file() else sorted(base.rglob("*")):
-                if path.is_file() and path.suffix in KEPT and path.stat().st_size <= LARGEST_RESULT:
+                if not path.is_file() or path.suffix not in KEPT:
+                    continue
+                if path.stat().st_size > LARGEST_RESULT:
+                    print(f"left out, larger than {LARGEST_RESULT >> 20} MiB: {path}")
+                else:
                     archive.add(path, path.relative_to(args.work).as_posix())
     print(target)
 
@@ -457,20 +461,18 @@ def parser() -> argparse.ArgumentParser:
         "--piece-mb", type=float, default=1000.0, help="largest piece, in 10^6 bytes (default 1000)"
     )
     verb.set_defaults(do=pack)
-    for name, do, text in (
-        ("start", start, "install, check and start, there"),
-        ("work", work_on, argparse.SUPPRESS),
-    ):
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("work", type=Path, metavar="WORK")
-        verb.add_argument(
+    own = verbs.add_parser("work")  # the process that `start` leaves behind
+    own.set_defaults(do=work_on)
+    verb = verbs.add_parser("start", help="install, check and start, there")
+    verb.set_defaults(do=start)
+    for takes_command in (own, verb):
+        takes_command.add_argument("work", type=Path, metavar="WORK")
+        takes_command.add_argument(
             "command", nargs="+", metavar="COMMAND", help="after --: bitdistill's command and options"
         )
-        verb.set_defaults(do=do)
     verb = verbs.add_parser("status", help="state and last lines, there")
     verb.add_argument("work", type=Path, metavar="WORK")
     verb.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for the work to end")
-    verb.add_argument("--lines", type=int, default=15)
     verb.set_defaults(do=status)
     verb = verbs.add_parser("results", help="pack logs and results, there")
     verb.add_argument("work", type=Path, metavar="WORK")

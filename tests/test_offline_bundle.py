@@ -152,7 +152,11 @@ def test_the_command_runs_when_all_pieces_are_there(tmp_path: Path, files: dict[
     told = call(out, "status", work, "--wait", "30")
     assert told.returncode == 0
     assert told.stdout.splitlines()[-2:] == ["trained", "done: exit status 0"]
-    assert call(out, "results", work, "--into", tmp_path / "back").returncode == 0
+    (work / "source/runs/a/answers.jsonl").write_bytes(bytes(bundle.LARGEST_RESULT + 1))
+    taken = call(out, "results", work, "--into", tmp_path / "back")
+    assert taken.returncode == 0
+    assert "left out, larger than 8 MiB" in taken.stdout
+    assert "answers.jsonl" in taken.stdout
     with tarfile.open(tmp_path / "back/results.tar.xz") as archive:
         assert sorted(archive.getnames()) == ["log.txt", "source/runs/a/results.json"]
         member = archive.extractfile("source/runs/a/results.json")
@@ -252,9 +256,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_list_of_packages_and_a_start_outside_a_bundle_are_named(tmp_path: Path) -> None:
     words = [sys.executable, str(SCRIPT)]
-    packed = ["pack", "--out", str(tmp_path / "out"), "--there", str(tmp_path / "there.txt")]
+    packing = ["pack", "--out", str(tmp_path / "out"), "--there", str(tmp_path / "there.txt")]
     for further, said in (
-        (packed, "there.txt: no such file; `pip list"),
+        (packing, "there.txt: no such file; `pip list"),
         (["start", str(tmp_path / "w"), "--", "run"], "is no bundle; `pack` writes one"),
     ):
         done = subprocess.run([*words, *further], capture_output=True, text=True)
