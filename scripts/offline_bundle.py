@@ -16,8 +16,9 @@ There, with bundle/start copied; the pieces may come later, in any order, each m
 
 `start` installs the wheels in WORK/site and ends with an error if a package is missing or the pipeline cannot be
 imported; then a process of its own waits for the pieces, puts the files together in WORK/files, checks their hashes and
-runs the command in WORK/source. After a failure the same `start` goes on from what is there. Needs Python 3.11 and pip
-there, nothing else.
+runs the command in WORK/source. If no further piece comes for `--patience` seconds, the work has failed: transfers that
+are lined up in advance would otherwise go on for hours beside a machine that waits for one lost piece. After a failure
+the same `start` goes on from what is there. Needs Python 3.11 and pip there, nothing else.
 """
 
 from __future__ import annotations
@@ -343,7 +344,8 @@ def start(args: argparse.Namespace) -> None:
     place, _, versions = checked.stdout.strip().partition("\n")
     if not Path(place).resolve().is_relative_to(work):
         fail(f"another bitdistill comes first: {place}; uninstall it here, or take a Python without it")
-    words = [sys.executable, str(Path(__file__).resolve()), "work", str(work), "--", *args.command]
+    own = [str(Path(__file__).resolve()), "work", "--patience", str(args.patience), str(work)]
+    words = [sys.executable, *own, "--", *args.command]
     with (work / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -356,11 +358,12 @@ def start(args: argparse.Namespace) -> None:
     print(f"{versions}\n{work}: started, process {process.pid}")
 
 
-def unpack(work: Path, told: dict[str, Any]) -> None:
+def unpack(work: Path, told: dict[str, Any], patience: float) -> None:
     """Wait for the pieces and put the files together, each piece when it comes.
 
     Raises:
-        SystemExit: a piece or a file has another hash than it had when it was packed.
+        SystemExit: a piece or a file has another hash than it had when it was packed, or no piece came for `patience`
+            seconds.
     """
     for name, file in told["files"].items():
         path = work / "files" / name
@@ -368,6 +371,7 @@ def unpack(work: Path, told: dict[str, Any]) -> None:
         with path.open("wb") as handle:
             handle.truncate(file["bytes"])
     left = dict(told["pieces"])
+    deadline = time.monotonic() + patience
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         while left:
             come = [n for n, p in left.items() if _size(work / "pieces" / n) == p["bytes"]]
@@ -382,12 +386,26 @@ def unpack(work: Path, told: dict[str, Any]) -> None:
                     if block["piece"] == piece
                 ]
                 list(pool.map(functools.partial(_write, data), blocks))
-            if not come:
+            if come:
+                note(work, state="waiting", why=_missing(told, left))
+                deadline = time.monotonic() + patience
+            elif time.monotonic() > deadline:
+                fail(
+                    f"no piece came for {patience:g} s, {_missing(told, left)}; copy what is missing and start again"
+                )
+            else:
                 time.sleep(POLL_S)
     for name, file in told["files"].items():
         with (work / "files" / name).open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() != file["sha256"]:
                 fail(f"{work / 'files' / name}: not what was packed")
+
+
+def _missing(told: dict[str, Any], left: Iterable[str]) -> str:
+    names = sorted(left)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    count = f"{len(told['pieces']) - len(names)} of {len(told['pieces'])} pieces are there"
+    return f"{count}, missing: {', '.join(names[:3])}{more}" if names else count
 
 
 def _size(path: Path) -> int:
@@ -406,11 +424,12 @@ def _write(piece: bytes, target: tuple[Path, dict[str, Any]]) -> None:
 def work_on(args: argparse.Namespace) -> None:
     """The process that `start` leaves behind."""
     work: Path = args.work
-    note(work, state="waiting")
+    told = json.loads((work / "bundle.json").read_text("utf-8"))
+    note(work, state="waiting", why=_missing(told, told["pieces"]))
     try:
-        unpack(work, json.loads((work / "bundle.json").read_text("utf-8")))
+        unpack(work, told, args.patience)
     except SystemExit as ended:
-        note(work, state="failed", why=str(ended.code))
+        note(work, state="failed", why=str(ended.code).removeprefix("error: "))
         raise
     note(work, state="running")
     print(f"[{time.strftime('%X')}] files are there", flush=True)
@@ -466,6 +485,13 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("start", help="install, check and start, there")
     verb.set_defaults(do=start)
     for takes_command in (own, verb):
+        takes_command.add_argument(
+            "--patience",
+            type=float,
+            default=600.0,
+            metavar="S",
+            help="the work has failed when no further piece comes for so long (default 600)",
+        )
         takes_command.add_argument("work", type=Path, metavar="WORK")
         takes_command.add_argument(
             "command", nargs="+", metavar="COMMAND", help="after --: bitdistill's command and options"

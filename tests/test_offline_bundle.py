@@ -124,7 +124,7 @@ def test_files_come_out_the_same_in_whatever_order_pieces_come(
     (work / "pieces").mkdir(parents=True)
     for piece in random.Random(1).sample(pieces, len(pieces)):
         (work / "pieces" / piece.name).write_bytes(piece.read_bytes())
-    bundle.unpack(work, json.loads((out / "start/bundle.json").read_text()))
+    bundle.unpack(work, json.loads((out / "start/bundle.json").read_text()), 1.0)
     assert {name: (work / "files" / name).read_bytes() for name in files} == files
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_piece_is_named(tmp_path: Path, files: dict[str, bytes]) -> No
         data[-1] ^= piece.name == "piece-002"
         (work / "pieces" / piece.name).write_bytes(data)
     with pytest.raises(SystemExit, match="piece-002: damaged on its way"):
-        bundle.unpack(work, json.loads((out / "start/bundle.json").read_text()))
+        bundle.unpack(work, json.loads((out / "start/bundle.json").read_text()), 1.0)
 
 
 def test_the_command_runs_when_all_pieces_are_there(tmp_path: Path, files: dict[str, bytes]) -> None:
@@ -164,6 +164,26 @@ def test_the_command_runs_when_all_pieces_are_there(tmp_path: Path, files: dict[
         words, rows = json.load(member)
     assert words == ["run", "recipe.yaml", "--set", "seed=1"]
     assert rows.encode() == files["rows/train.jsonl"]
+
+
+def test_a_piece_that_never_comes_is_a_failure_and_can_still_come(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    out, work = packed(tmp_path), tmp_path / "work"
+    assert call(out, "start", "--patience", "2", work, "--", "run").returncode == 0
+    first, *others = sorted((out / "pieces").iterdir())
+    for piece in others:
+        piece.rename(work / "pieces" / piece.name)
+    there = f"{len(others)} of {len(others) + 1} pieces are there, missing: piece-000"
+    waiting = call(out, "status", work, "--wait", "0.5")
+    assert waiting.returncode == 0
+    assert waiting.stdout.splitlines()[-1] == f"waiting: {there}"
+    told = call(out, "status", work, "--wait", "50")
+    assert told.returncode == 1
+    assert told.stdout.splitlines()[-1].startswith(f"failed: no piece came for 2 s, {there};")
+    first.rename(work / "pieces" / first.name)
+    assert call(out, "start", work, "--", "run").returncode == 0
+    assert call(out, "status", work, "--wait", "50").stdout.splitlines()[-1] == "done: exit status 0"
 
 
 def test_nothing_starts_where_bitdistill_does_not_run(tmp_path: Path, files: dict[str, bytes]) -> None:
