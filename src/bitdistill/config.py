@@ -170,6 +170,9 @@ class Optim(Strict):
     embedding_rate: NonNegative = 1.0
     """Learning rate of embedding and output head as a multiple of `learning_rate`; 0 freezes them. They are not
     ternary, and what they know of rare words may be lost at the high rates that ternary latents want."""
+    matrix_rate: Literal["equal", "relative"] = "equal"
+    """relative: the rate of each matrix of the blocks is multiplied by its mean magnitude over the geometric mean of
+    all, as the stage finds them, so that every matrix moves by the same share of itself."""
     momentum: Fraction = 0.95
     """Of muon's matrices."""
     beta1: Fraction = 0.9

@@ -143,6 +143,30 @@ def test_signal_saves_and_resuming_is_bit_identical(tmp_path: Path, stop_at: int
     assert (again.steps, again.tokens) == (done.steps, done.tokens)
 
 
+def test_relative_rates_are_those_of_the_stage_s_start_after_a_resume(tmp_path: Path) -> None:
+    optim = Optim(learning_rate=0.3, matrix_rate="relative", schedule="constant", warmup_fraction=0.0)
+
+    def uneven() -> torch.nn.Sequential:
+        model = make_model()
+        with torch.no_grad():
+            model[1].weight.mul_(5)
+        return model
+
+    whole, start = uneven(), uneven()
+    train(whole, tmp_path / "whole", optim=optim)
+    rates = [[group["rate"] for group in build_optimizer(m, optim).param_groups] for m in (start, whole)]
+    assert rates[0] != rates[1]  # what a resume from the weights it finds would go on with
+
+    def interrupt(step: int) -> None:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(uneven(), tmp_path / "cut", before_step=interrupt, optim=optim)
+    train(start, tmp_path / "cut", optim=optim)
+    assert torch.equal(weights(whole), weights(start))
+
+
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     """Dropout draws from PyTorch's generator, so its state belongs to a checkpoint."""
     whole = make_model(dropout=0.5)
@@ -423,6 +447,36 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     singular = torch.linalg.svdvals(change) / (0.1 * 0.2 * 12**0.5)
     assert singular.max() < 1.3
     assert (singular > 0.6).sum() >= 10  # the iteration leaves tiny singular values behind
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_move_by_the_same_share_of_themselves(name: str) -> None:
+    torch.manual_seed(0)
+    small, middle, large = (torch.nn.Linear(16, 16, bias=False) for _ in range(3))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(VOCABULARY, 16), small, middle, large, torch.nn.LayerNorm(16)
+    )
+    with torch.no_grad():
+        small.weight.copy_(middle.weight / 4)
+        large.weight.copy_(-middle.weight * 4)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optim = Optim(learning_rate=0.1, name=name, matrix_rate="relative")  # type: ignore[arg-type]
+    optimizer = build_optimizer(model, optim)
+    sign = torch.where(torch.rand(16, 16) < 0.5, -1.0, 1.0)
+    for parameter in model.parameters():
+        parameter.grad = sign if parameter.shape == sign.shape else torch.ones_like(parameter)
+    optimizer.set_learning_rate(0.05)
+    optimizer.step()
+    moved = {n: (p.detach() - before[n]).square().mean().sqrt().item() for n, p in model.named_parameters()}
+    assert moved["1.weight"] * 4 == pytest.approx(moved["2.weight"], rel=1e-3)
+    assert moved["3.weight"] / 4 == pytest.approx(moved["2.weight"], rel=1e-3)
+    # the usual matrix, embedding and norms move at the stage's rate
+    if name == "adamw":
+        assert moved["2.weight"] == pytest.approx(0.05, rel=1e-3)
+    for other in ("0.weight", "4.weight", "4.bias"):
+        assert moved[other] == pytest.approx(0.05, rel=1e-3)
+    equal = build_optimizer(model, Optim(learning_rate=0.1, name=name))  # type: ignore[arg-type]
+    assert {group["rate"] for group in equal.param_groups if "rate" in group} == {1.0}
 
 
 def test_the_embedding_learns_at_its_own_rate() -> None:

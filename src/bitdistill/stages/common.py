@@ -144,6 +144,8 @@ class Run:
         ):  # artifacts from before these keys stay valid
             if not dumped.get("loop", {}).get(later, True):
                 del dumped["loop"][later]
+        if dumped.get("optim", {}).get("matrix_rate") == "equal":
+            del dumped["optim"]["matrix_rate"]
         for later in ("whole_share", "min_words"):
             if not dumped.get(later, True):
                 del dumped[later]

@@ -278,6 +278,9 @@ def _digest(recipe: Recipe) -> str:
         loop = section.get("loop") if isinstance(section, dict) else None
         if loop is not None and loop["micro_batch_tokens"] is None:
             del loop["micro_batch_tokens"]
+        optim = section.get("optim") if isinstance(section, dict) else None
+        if optim is not None and optim["matrix_rate"] == "equal":
+            del optim["matrix_rate"]
     return hash_json(tree)
 
 

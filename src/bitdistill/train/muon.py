@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     """Muon over matrices, with Nesterov momentum, decoupled weight decay and updates of AdamW's size.
 
     Args:
-        parameters: two-dimensional parameters.
+        parameters: two-dimensional parameters, or groups of them.
         learning_rate: the size that AdamW would use.
 
     Raises:
@@ -49,7 +49,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], *, learning_rate: float, weight_decay: float, momentum: float
+        self,
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        momentum: float,
     ) -> None:
         super().__init__(
             parameters, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum}

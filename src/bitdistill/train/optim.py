@@ -52,6 +52,19 @@ def split_parameters(
     return matrices, tables, rest
 
 
+def matrix_rates(matrices: list[nn.Parameter]) -> list[float]:
+    """For each matrix, how much larger its values are than is usual in this model: mean magnitude over the geometric
+    mean of all mean magnitudes, rounded to an eighth of an octave so that matrices of about one size share a group.
+
+    A ternary code changes when its latent has moved by about the matrix's mean magnitude, and AdamW moves every value
+    by about the rate, whatever its size: at one rate for all, matrices of small values change their codes more often.
+    """
+    sizes = [p.detach().abs().mean(dtype=torch.float32).clamp(min=1e-12).log2() for p in matrices]
+    logs = torch.stack(sizes).tolist() if sizes else []
+    middle = math.fsum(logs) / max(1, len(logs))
+    return [2.0 ** (round(8 * (log - middle)) / 8) for log in logs]
+
+
 class OptimizerSet:
     """One or more optimizers over disjoint parameters, stepped together."""
 
@@ -65,7 +78,7 @@ class OptimizerSet:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def set_learning_rate(self, rate: float) -> None:
-        """The rate of the next update; groups may have a multiple of it (`optim.embedding_rate`)."""
+        """The rate of the next update; groups may have a multiple of it (`embedding_rate`, `matrix_rate`)."""
         for group in self.param_groups:
             group["lr"] = rate * group.get("rate", 1.0)
 
@@ -88,24 +101,34 @@ class OptimizerSet:
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
-    """The optimizers of a stage over all trainable parameters; weight decay acts on matrices only."""
+    """The optimizers of a stage over all trainable parameters, as the stage finds them; weight decay acts on matrices
+    only."""
     matrices, tables, rest = split_parameters(model)
+    rates = matrix_rates(matrices) if optim.matrix_rate == "relative" else [1.0] * len(matrices)
+    matrix_groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p, own in zip(matrices, rates, strict=True) if own == rate],
+            "weight_decay": optim.weight_decay,
+            "rate": rate,
+        }
+        for rate in sorted(set(rates))
+    ]
     adamw_groups: list[dict[str, Any]] = [
-        {"params": rest, "weight_decay": 0.0},
+        {"params": rest, "weight_decay": 0.0, "rate": 1.0},
         {"params": tables, "weight_decay": 0.0, "rate": optim.embedding_rate},
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if optim.name == "muon":
         optimizers.append(
             Muon(
-                matrices,
+                matrix_groups,
                 learning_rate=optim.learning_rate,
                 weight_decay=optim.weight_decay,
                 momentum=optim.momentum,
             )
         )
     else:
-        adamw_groups.insert(0, {"params": matrices, "weight_decay": optim.weight_decay})
+        adamw_groups = [*matrix_groups, *adamw_groups]
     adamw = torch.optim.AdamW(
         [group for group in adamw_groups if group["params"]],
         lr=optim.learning_rate,
