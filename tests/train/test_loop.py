@@ -25,7 +25,7 @@ from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, Stora
 from bitdistill.train import checkpoint
 from bitdistill.train import loop as loop_module
 from bitdistill.train.loop import FitResult, fit
-from bitdistill.train.optim import build_optimizer, learning_rate_at
+from bitdistill.train.optim import build_optimizer, describe_rate, learning_rate_at
 from bitdistill.train.step import StepOutput, Totals
 from bitdistill.train.tracking import Tracker, truncate_log
 
@@ -477,6 +477,18 @@ def test_matrices_move_by_the_same_share_of_themselves(name: str) -> None:
         assert moved[other] == pytest.approx(0.05, rel=1e-3)
     equal = build_optimizer(model, Optim(learning_rate=0.1, name=name))  # type: ignore[arg-type]
     assert {group["rate"] for group in equal.param_groups if "rate" in group} == {1.0}
+
+
+def test_what_a_step_moves_is_said_in_shares_of_the_weights() -> None:
+    small, large = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+    torch.nn.init.constant_(small.weight, -0.01)
+    torch.nn.init.constant_(large.weight, 0.04)
+    model = torch.nn.Sequential(small, large)
+    equal = describe_rate(model, Optim(learning_rate=1e-3))
+    assert equal == "peak rate 0.001, 10 % of a matrix's mean magnitude (2.5 to 10 %)"
+    relative = describe_rate(model, Optim(learning_rate=1e-3, matrix_rate="relative"))
+    assert relative == "peak rate 0.001, 5 % of a matrix's mean magnitude (5 to 5 %)"
+    assert describe_rate(torch.nn.LayerNorm(4), Optim(learning_rate=1e-3)) == "peak rate 0.001"
 
 
 def test_the_embedding_learns_at_its_own_rate() -> None:

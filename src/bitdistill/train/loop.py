@@ -7,6 +7,7 @@ weights, optimizer moments, RNG and a step count, and resuming is bit-identical 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -30,11 +31,12 @@ from bitdistill.train.gradients import (
     ReplayedGradients,
     wants_graphs,
 )
-from bitdistill.train.optim import OptimizerSet, build_optimizer, learning_rate_at
+from bitdistill.train.optim import OptimizerSet, build_optimizer, describe_rate, learning_rate_at
 from bitdistill.train.replicas import ALONE, CHECK_EVERY_STEPS, Replicas
 from bitdistill.train.step import StepFunction, Totals
 from bitdistill.train.tracking import Tracker, truncate_log
 
+log = logging.getLogger("bitdistill")
 MAX_SKIPPED_IN_A_ROW = 10
 
 
@@ -122,6 +124,7 @@ def fit(
     """
     optimizer = build_optimizer(model, optim)
     if replicas.leads:
+        log.info("%s: %s", tracker.stage, describe_rate(model, optim))
         checkpoint.require_space(checkpoint_root, model)
     done = checkpoint.restore(checkpoint_root, model, optimizer, key) or {}
     if "elapsed_s" in done:  # of a checkpoint from before several processes could train

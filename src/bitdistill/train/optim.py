@@ -52,17 +52,42 @@ def split_parameters(
     return matrices, tables, rest
 
 
-def matrix_rates(matrices: list[nn.Parameter]) -> list[float]:
-    """For each matrix, how much larger its values are than is usual in this model: mean magnitude over the geometric
-    mean of all mean magnitudes, rounded to an eighth of an octave so that matrices of about one size share a group.
+def magnitudes(matrices: list[nn.Parameter]) -> list[float]:
+    """Mean magnitude of each matrix."""
+    if not matrices:
+        return []
+    means = [p.detach().abs().mean(dtype=torch.float32) for p in matrices]
+    return [float(mean) for mean in torch.stack(means).clamp(min=1e-12).tolist()]
+
+
+def matrix_rates(sizes: list[float], optim: Optim) -> list[float]:
+    """Multiple of the stage's rate for matrices of these mean magnitudes: 1, or with `matrix_rate: relative` the
+    magnitude over the geometric mean of all, rounded to an eighth of an octave so that matrices of about one size share
+    a group.
 
     A ternary code changes when its latent has moved by about the matrix's mean magnitude, and AdamW moves every value
     by about the rate, whatever its size: at one rate for all, matrices of small values change their codes more often.
     """
-    sizes = [p.detach().abs().mean(dtype=torch.float32).clamp(min=1e-12).log2() for p in matrices]
-    logs = torch.stack(sizes).tolist() if sizes else []
+    if optim.matrix_rate == "equal":
+        return [1.0] * len(sizes)
+    logs = [math.log2(size) for size in sizes]
     middle = math.fsum(logs) / max(1, len(logs))
     return [2.0 ** (round(8 * (log - middle)) / 8) for log in logs]
+
+
+def describe_rate(model: nn.Module, optim: Optim) -> str:
+    """How far a step at the peak moves the blocks' matrices, in shares of their mean magnitudes: the median one, least
+    and most."""
+    sizes = magnitudes(split_parameters(model)[0])
+    if not sizes:
+        return f"peak rate {optim.learning_rate:g}"
+    rates = matrix_rates(sizes, optim)
+    shares = sorted(100 * optim.learning_rate * rate / size for rate, size in zip(rates, sizes, strict=True))
+    middle = shares[len(shares) // 2]
+    return (
+        f"peak rate {optim.learning_rate:g}, {middle:.2g} % of a matrix's mean magnitude "
+        f"({shares[0]:.2g} to {shares[-1]:.2g} %)"
+    )
 
 
 class OptimizerSet:
@@ -104,7 +129,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
     """The optimizers of a stage over all trainable parameters, as the stage finds them; weight decay acts on matrices
     only."""
     matrices, tables, rest = split_parameters(model)
-    rates = matrix_rates(matrices) if optim.matrix_rate == "relative" else [1.0] * len(matrices)
+    rates = matrix_rates(magnitudes(matrices), optim)
     matrix_groups: list[dict[str, Any]] = [
         {
             "params": [p for p, own in zip(matrices, rates, strict=True) if own == rate],
