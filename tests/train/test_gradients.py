@@ -177,14 +177,17 @@ def test_graphs_are_for_small_steps_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_replayed_steps_equal_eager_ones(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "prompt_weight"), [("float32", 0.0), ("bfloat16", 0.0), ("bfloat16", 30.0)]
+)
+def test_replayed_steps_equal_eager_ones(precision: str, prompt_weight: float) -> None:
     device = torch.device("cuda")
     curves = []
     for replayed in (False, True):
         student, teacher = students("cuda")
         teacher.requires_grad_(False)
-        step = DistillStep(student, teacher, DistillConfig(gamma="auto", gamma_every_steps=4), [1])
+        config = DistillConfig(gamma="auto", gamma_every_steps=4, prompt_weight=prompt_weight)
+        step = DistillStep(student, teacher, config, [1])
         parameters = dict(student.named_parameters())
         way = (
             ReplayedGradients(step, parameters, device, precision)
