@@ -485,10 +485,10 @@ def test_what_a_step_moves_is_said_in_shares_of_the_weights() -> None:
     torch.nn.init.constant_(large.weight, 0.04)
     model = torch.nn.Sequential(small, large)
     equal = describe_rate(model, Optim(learning_rate=1e-3))
-    assert equal == "peak rate 0.001, 10 % of a matrix's mean magnitude (2.5 to 10 %)"
+    assert equal == "learning rate 0.001, 10 % of mean |W| (2.5 to 10 %)"
     relative = describe_rate(model, Optim(learning_rate=1e-3, matrix_rate="relative"))
-    assert relative == "peak rate 0.001, 5 % of a matrix's mean magnitude (5 to 5 %)"
-    assert describe_rate(torch.nn.LayerNorm(4), Optim(learning_rate=1e-3)) == "peak rate 0.001"
+    assert relative == "learning rate 0.001, 5 % of mean |W| (5 to 5 %)"
+    assert describe_rate(torch.nn.LayerNorm(4), Optim(learning_rate=1e-3)) == "learning rate 0.001"
 
 
 def test_the_embedding_learns_at_its_own_rate() -> None:

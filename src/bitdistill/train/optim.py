@@ -80,12 +80,12 @@ def describe_rate(model: nn.Module, optim: Optim) -> str:
     and most."""
     sizes = magnitudes(split_parameters(model)[0])
     if not sizes:
-        return f"peak rate {optim.learning_rate:g}"
+        return f"learning rate {optim.learning_rate:g}"
     rates = matrix_rates(sizes, optim)
     shares = sorted(100 * optim.learning_rate * rate / size for rate, size in zip(rates, sizes, strict=True))
     middle = shares[len(shares) // 2]
     return (
-        f"peak rate {optim.learning_rate:g}, {middle:.2g} % of a matrix's mean magnitude "
+        f"learning rate {optim.learning_rate:g}, {middle:.2g} % of mean |W| "
         f"({shares[0]:.2g} to {shares[-1]:.2g} %)"
     )
 
