@@ -476,7 +476,7 @@ def test_matrices_move_by_the_same_share_of_themselves(name: str) -> None:
     for other in ("0.weight", "4.weight", "4.bias"):
         assert moved[other] == pytest.approx(0.05, rel=1e-3)
     equal = build_optimizer(model, Optim(learning_rate=0.1, name=name))  # type: ignore[arg-type]
-    assert {group["rate"] for group in equal.param_groups if "rate" in group} == {1.0}
+    assert {group["rate"] for group in equal.param_groups} == {1.0}
 
 
 def test_what_a_step_moves_is_said_in_shares_of_the_weights() -> None:

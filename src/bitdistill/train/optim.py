@@ -105,7 +105,7 @@ class OptimizerSet:
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next update; groups may have a multiple of it (`embedding_rate`, `matrix_rate`)."""
         for group in self.param_groups:
-            group["lr"] = rate * group.get("rate", 1.0)
+            group["lr"] = rate * group["rate"]
 
     def step(self) -> None:
         for optimizer in self.optimizers:
