@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitdistill.config import DistillConfig, Loop, Optim, RefineConfig
+from bitdistill.config import DistillConfig, Loop, Optim, PretrainConfig, RefineConfig
 from bitdistill.data.batches import TaskBatches
 from bitdistill.data.tasks import Example
+from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
 from bitdistill.stages.distill import DistillStep
+from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.stages.sft import CrossEntropyStep
 from bitdistill.train.gradients import (
     FUSED_LAUNCH_BOUND,
     EagerGradients,
     ReplayedGradients,
     differing,
+    first_cause,
     wants_graphs,
 )
 from bitdistill.train.optim import build_optimizer
@@ -143,6 +147,81 @@ def test_filling_the_index_changes_nothing(tokens: str, prompt_weight: float) ->
         assert plain.keys() == again.keys()
         for name, value in plain.items():
             torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class _NothingReadBack(TorchDispatchMode):
+    """Fails where a step asks a tensor for its value or lets a shape hang on one: no CUDA graph can hold that."""
+
+    aten = torch.ops.aten
+    reads = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket not in self.reads, f"{func} reads a tensor back"
+        boolean = func is self.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        assert not boolean, "the shape of an index by bool hangs on its values"
+        return func(*args, **(kwargs or {}))
+
+
+def replayable_steps():  # type: ignore[no-untyped-def]
+    """Every step that says it may be replayed, with its model."""
+    student, teacher = students()
+    teacher.requires_grad_(False)
+    yield "sft", CrossEntropyStep(student), student, teacher
+    settings = [
+        {},
+        {"prompt_weight": 30.0},
+        {"distilled_tokens": "all"},
+        {"hidden_weight": 1.0, "hidden_error": "normed", "prompt_weight": 1.0},
+    ]
+    for fused in (False, True):
+        for setting in settings:
+            step = DistillStep(student, teacher, DistillConfig(gamma=3.0, **setting), [1], fused=False)
+            step.chunk = language_model_chunk if fused else None
+            yield f"distill {setting} {fused}", step, student, teacher
+    for objective in ("lm", "kl", "mix"):
+        config = PretrainConfig(corpus="corpus", objective=objective, hidden_weight=1.0)
+        yield (
+            f"pretrain {objective}",
+            LanguageModelStep(student, teacher, config, compiling=False),
+            student,
+            teacher,
+        )
+
+
+def test_a_replayable_step_reads_nothing_back() -> None:
+    names = []
+    for name, step, student, teacher in replayable_steps():
+        assert step.replayable, name
+        batch = batches().micro_batches(0)[0].with_filled_index(64)
+        totals = Totals(*(torch.tensor(float(n)) for n in (4, batch.tokens, 8)))
+        student.zero_grad()
+        with causal_only(student, teacher), _NothingReadBack():
+            output = step(batch, totals)
+            output.loss.backward()
+        assert float(output.loss.detach()) > 0
+        names.append(name)
+    assert len(names) == 12
+
+
+def test_counts_are_the_same_as_numbers_and_as_tensors() -> None:
+    for counts in ((4, 30, 8), (4, 8, 8)):
+        tensors = Totals(*(torch.tensor(float(n)) for n in counts))
+        assert float(tensors.unanswered) == Totals(*counts).unanswered == max(1, counts[1] - counts[2])
+
+
+def test_a_failed_capture_says_what_failed_first_and_where() -> None:
+    def capture() -> None:
+        try:
+            DistillStep.before_step(None, 1)  # type: ignore[arg-type]
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError) as caught:
+        capture()
+    said = first_cause(caught.value)
+    assert "has no attribute 'config' (distill.py, line " in said
 
 
 def gradients_with(step, student, batch, totals: Totals) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]

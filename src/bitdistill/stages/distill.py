@@ -181,8 +181,7 @@ class DistillStep:
         """Weighted KL over the real tokens that predict no answer, a mean over the step's, and its value."""
         index_N = batch.real_index_N
         counted_N = unanswered(batch.answer_index_N, index_N, batch.input_ids_BT.numel())
-        count = max(1, totals.tokens - totals.answers)
-        weight = self.config.prompt_weight
+        count, weight = totals.unanswered, self.config.prompt_weight
         if self.capped:  # chunks know no cap
             with torch.no_grad():
                 teacher_NV = logits_at(self.teacher, rows_at(teacher_hidden, index_N))

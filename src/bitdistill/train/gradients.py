@@ -14,8 +14,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -220,9 +223,7 @@ class ReplayedGradients(EagerGradients):
                 results = self._run(static, scalars)
         except RuntimeError as error:
             self.enabled = False
-            log.warning(
-                "CUDA graphs: capture failed, training goes on without: %s", str(error).splitlines()[0]
-            )
+            log.warning("CUDA graphs: capture failed, training goes on without: %s", first_cause(error))
             torch.cuda.synchronize(self.device)
             return None
         return _Graph(graph, static, scalars, results)
@@ -246,6 +247,17 @@ def differing(want: list[float], got: list[float]) -> list[int]:
             abs(a - b) <= SAME_NORM * a + NEGLIGIBLE * whole or not (math.isfinite(a) or math.isfinite(b))
         )
     ]
+
+
+def first_cause(error: BaseException) -> str:
+    """What went wrong first, and where in this package: the end of a capture fails as well and hides it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    ours = [
+        f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}bitdistill{os.sep}" in f.filename
+    ]
+    place = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+    return (str(error).strip() or type(error).__name__).splitlines()[0] + place
 
 
 def _copy_tensors(source: Any, target: Any) -> None:

@@ -24,6 +24,12 @@ class Totals:
     tokens: int | Tensor
     answers: int | Tensor
 
+    @property
+    def unanswered(self) -> int | Tensor:
+        """Tokens that predict no answer, at least 1; without reading a tensor back, which no capture allows."""
+        count = self.tokens - self.answers
+        return count.clamp_min(1) if isinstance(count, Tensor) else max(1, count)
+
 
 @dataclass
 class StepOutput:
