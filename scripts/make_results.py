@@ -109,7 +109,8 @@ def provenance(seeds: dict[int, list[ResultRow]]) -> list[str]:
 BASES = """## Ternary bases
 
 What stage 2 leaves, before any task, on text that it has not read, beside the full-precision model that it was made
-from. KL in nats a token over the whole vocabulary; 95 % intervals over windows. Minutes are of all devices together.
+from. KL in nats a token over the whole vocabulary; 95 % intervals over windows. Minutes are of all devices together. Relative
+rates go by the size of each matrix (`optim.matrix_rate`).
 """
 
 
@@ -131,7 +132,7 @@ def base_section(results: dict[Path, TextResult]) -> list[str]:
         cells = [
             Path(found.reference).name,
             human_count(made.tokens),
-            f"{optim['learning_rate']:g}, {optim['schedule']}",
+            f"{optim['learning_rate']:g}{' relative' * (optim.get('matrix_rate') == 'relative')}, {optim['schedule']}",
             f"{made.device_s / 60:.1f}",
             words(found.kl, ".3f"),
             words(found.perplexity, ".1f"),
