@@ -109,8 +109,8 @@ def provenance(seeds: dict[int, list[ResultRow]]) -> list[str]:
 BASES = """## Ternary bases
 
 What stage 2 leaves, before any task, on text that it has not read, beside the full-precision model that it was made
-from. KL in nats a token over the whole vocabulary; 95 % intervals over windows. Minutes are of all devices together. Relative
-rates go by the size of each matrix (`optim.matrix_rate`).
+from. KL in nats a token over the whole vocabulary; 95 % intervals over windows. Minutes are of all devices together.
+Relative rates go by the size of each matrix (`optim.matrix_rate`).
 """
 
 
@@ -129,10 +129,11 @@ def base_section(results: dict[Path, TextResult]) -> list[str]:
         if made is None or made.stage != "pretrain" or found.kl is None or found.reference is None:
             raise SystemExit(f"{path}: no ternary base beside its full-precision model; measure one")
         optim = made.settings["optim"]
+        kind = "" if optim.get("matrix_rate", "equal") == "equal" else f" {optim['matrix_rate']}"
         cells = [
             Path(found.reference).name,
             human_count(made.tokens),
-            f"{optim['learning_rate']:g}{' relative' * (optim.get('matrix_rate') == 'relative')}, {optim['schedule']}",
+            f"{optim['learning_rate']:g}{kind}, {optim['schedule']}",
             f"{made.device_s / 60:.1f}",
             words(found.kl, ".3f"),
             words(found.perplexity, ".1f"),

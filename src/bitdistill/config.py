@@ -170,9 +170,10 @@ class Optim(Strict):
     embedding_rate: NonNegative = 1.0
     """Learning rate of embedding and output head as a multiple of `learning_rate`; 0 freezes them. They are not
     ternary, and what they know of rare words may be lost at the high rates that ternary latents want."""
-    matrix_rate: Literal["equal", "relative"] = "equal"
+    matrix_rate: Literal["equal", "relative", "share"] = "equal"
     """relative: the rate of each matrix of the blocks is multiplied by its mean magnitude over the geometric mean of
-    all, as the stage finds them, so that every matrix moves by the same share of itself."""
+    all, as the stage finds them, so that every matrix moves by the same share of itself. share: the same, and
+    `learning_rate` is that share: 0.015 moves a matrix by 1.5 % of its mean magnitude a step, whatever the model."""
     momentum: Fraction = 0.95
     """Of muon's matrices."""
     beta1: Fraction = 0.9

@@ -21,7 +21,7 @@ from torch import nn
 
 from bitdistill.config import Loop, Optim
 from bitdistill.data.batches import Batch, index_of
-from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, StorageError
+from bitdistill.errors import ArtifactError, DivergenceError, Interrupted, RecipeError, StorageError
 from bitdistill.train import checkpoint
 from bitdistill.train import loop as loop_module
 from bitdistill.train.loop import FitResult, fit
@@ -488,7 +488,43 @@ def test_what_a_step_moves_is_said_in_shares_of_the_weights() -> None:
     assert equal == "learning rate 0.001, 10 % of mean |W| (2.5 to 10 %)"
     relative = describe_rate(model, Optim(learning_rate=1e-3, matrix_rate="relative"))
     assert relative == "learning rate 0.001, 5 % of mean |W| (5 to 5 %)"
+    share = describe_rate(model, Optim(learning_rate=0.05, matrix_rate="share"))
+    assert share == "learning rate 0.001, 5 % of mean |W| (5 to 5 %)"
     assert describe_rate(torch.nn.LayerNorm(4), Optim(learning_rate=1e-3)) == "learning rate 0.001"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_share_is_the_relative_rate_that_fits_the_weights(name: str) -> None:
+    def matrices() -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        small, large = (torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+        torch.nn.init.normal_(small.weight, std=0.01)
+        torch.nn.init.normal_(large.weight, std=0.04)
+        return torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, 8), small, large, torch.nn.LayerNorm(8))
+
+    sizes = [float(m.weight.detach().abs().mean()) for m in matrices()[1:3]]
+    usual = math.sqrt(sizes[0] * sizes[1])
+    ends = []
+    for optim in (
+        Optim(learning_rate=0.02, matrix_rate="share", name=name, embedding_rate=0.5),  # type: ignore[arg-type]
+        Optim(learning_rate=0.02 * usual, matrix_rate="relative", name=name, embedding_rate=0.5),  # type: ignore[arg-type]
+    ):
+        model = matrices()
+        optimizer = build_optimizer(model, optim)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.set_learning_rate(learning_rate_at(step, 3, optim))
+            optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(ends[0], weights(matrices()))
+
+
+def test_a_share_of_nothing_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="matrix_rate: share: no matrix of the blocks is trained"):
+        build_optimizer(torch.nn.LayerNorm(4), Optim(learning_rate=0.01, matrix_rate="share"))
 
 
 def test_the_embedding_learns_at_its_own_rate() -> None:

@@ -152,6 +152,7 @@ sft:
 #   pretrain:
 #     corpus: corpus/                # text, jsonl, parquet; a folder; token shards; or hub:owner/name
 #     budget_tokens: 50_000_000      # more is better
+#     optim: {{learning_rate: 0.015, matrix_rate: share, schedule: linear}}   # 1.5 % of each matrix's mean |W| a step
 pretrain: null
 
 # Stage 3: the student learns the task from the teacher.

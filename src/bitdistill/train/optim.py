@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill.config import Optim
+from bitdistill.errors import RecipeError
 from bitdistill.train.muon import Muon
 
 
@@ -61,7 +62,7 @@ def magnitudes(matrices: list[nn.Parameter]) -> list[float]:
 
 
 def matrix_rates(sizes: list[float], optim: Optim) -> list[float]:
-    """Multiple of the stage's rate for matrices of these mean magnitudes: 1, or with `matrix_rate: relative` the
+    """Multiple of `base_rate` for matrices of these mean magnitudes: 1, or with `matrix_rate: relative` or `share` the
     magnitude over the geometric mean of all, rounded to an eighth of an octave so that matrices of about one size share
     a group.
 
@@ -70,24 +71,43 @@ def matrix_rates(sizes: list[float], optim: Optim) -> list[float]:
     """
     if optim.matrix_rate == "equal":
         return [1.0] * len(sizes)
-    logs = [math.log2(size) for size in sizes]
-    middle = math.fsum(logs) / max(1, len(logs))
-    return [2.0 ** (round(8 * (log - middle)) / 8) for log in logs]
+    middle = math.log2(usual_size(sizes))
+    return [2.0 ** (round(8 * (math.log2(size) - middle)) / 8) for size in sizes]
+
+
+def usual_size(sizes: list[float]) -> float:
+    """Geometric mean of the matrices' mean magnitudes; 1 without any."""
+    return 2.0 ** (math.fsum(math.log2(size) for size in sizes) / max(1, len(sizes)))
+
+
+def base_rate(sizes: list[float], optim: Optim) -> float:
+    """What one unit of `learning_rate` is for a matrix of usual size, and for norms and embeddings: 1, or with
+    `matrix_rate: share` that size.
+
+    Raises:
+        RecipeError: shares of matrices, where none is trained.
+    """
+    if optim.matrix_rate != "share":
+        return 1.0
+    if not sizes:
+        raise RecipeError(
+            "optim.matrix_rate: share: no matrix of the blocks is trained, of which it could be one; use equal"
+        )
+    return usual_size(sizes)
 
 
 def describe_rate(model: nn.Module, optim: Optim) -> str:
     """How far a step at the peak moves the blocks' matrices, in shares of their mean magnitudes: the median one, least
     and most."""
     sizes = magnitudes(split_parameters(model)[0])
+    usual = optim.learning_rate * base_rate(sizes, optim)
     if not sizes:
-        return f"learning rate {optim.learning_rate:g}"
-    rates = matrix_rates(sizes, optim)
-    shares = sorted(100 * optim.learning_rate * rate / size for rate, size in zip(rates, sizes, strict=True))
-    middle = shares[len(shares) // 2]
-    return (
-        f"learning rate {optim.learning_rate:g}, {middle:.2g} % of mean |W| "
-        f"({shares[0]:.2g} to {shares[-1]:.2g} %)"
+        return f"learning rate {usual:g}"
+    shares = sorted(
+        100 * usual * rate / size for rate, size in zip(matrix_rates(sizes, optim), sizes, strict=True)
     )
+    middle = shares[len(shares) // 2]
+    return f"learning rate {usual:.3g}, {middle:.2g} % of mean |W| ({shares[0]:.2g} to {shares[-1]:.2g} %)"
 
 
 class OptimizerSet:
@@ -103,7 +123,8 @@ class OptimizerSet:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def set_learning_rate(self, rate: float) -> None:
-        """The rate of the next update; groups may have a multiple of it (`embedding_rate`, `matrix_rate`)."""
+        """The rate of the next update, in the unit of `learning_rate`; groups have a multiple of it (`embedding_rate`,
+        `matrix_rate`)."""
         for group in self.param_groups:
             group["lr"] = rate * group["rate"]
 
@@ -127,9 +148,15 @@ class OptimizerSet:
 
 def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
     """The optimizers of a stage over all trainable parameters, as the stage finds them; weight decay acts on matrices
-    only."""
+    only.
+
+    Raises:
+        RecipeError: `matrix_rate: share` where no matrix of the blocks is trained.
+    """
     matrices, tables, rest = split_parameters(model)
-    rates = matrix_rates(magnitudes(matrices), optim)
+    sizes = magnitudes(matrices)
+    base = base_rate(sizes, optim)
+    rates = [base * rate for rate in matrix_rates(sizes, optim)]
     matrix_groups: list[dict[str, Any]] = [
         {
             "params": [p for p, own in zip(matrices, rates, strict=True) if own == rate],
@@ -139,8 +166,8 @@ def build_optimizer(model: nn.Module, optim: Optim) -> OptimizerSet:
         for rate in sorted(set(rates))
     ]
     adamw_groups: list[dict[str, Any]] = [
-        {"params": rest, "weight_decay": 0.0, "rate": 1.0},
-        {"params": tables, "weight_decay": 0.0, "rate": optim.embedding_rate},
+        {"params": rest, "weight_decay": 0.0, "rate": base},
+        {"params": tables, "weight_decay": 0.0, "rate": base * optim.embedding_rate},
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if optim.name == "muon":
