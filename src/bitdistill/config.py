@@ -182,6 +182,15 @@ class Optim(Strict):
     grad_clip: NonNegative = 1.0
     """Global L2 norm; 0 turns clipping off."""
 
+    @model_validator(mode="after")
+    def _share(self) -> Optim:
+        if self.matrix_rate == "share" and self.learning_rate >= 1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate:g} with matrix_rate share moves each matrix by its whole size a "
+                "step; 0.015 is 1.5 %"
+            )
+        return self
+
 
 class Loop(Strict):
     """What every training stage shares besides its optimizer."""

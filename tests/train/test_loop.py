@@ -525,6 +525,9 @@ def test_a_share_is_the_relative_rate_that_fits_the_weights(name: str) -> None:
 def test_a_share_of_nothing_is_an_error() -> None:
     with pytest.raises(RecipeError, match="matrix_rate: share: no matrix of the blocks is trained"):
         build_optimizer(torch.nn.LayerNorm(4), Optim(learning_rate=0.01, matrix_rate="share"))
+    with pytest.raises(ValueError, match=r"0\.015 is 1\.5 %"):
+        Optim(learning_rate=1.5, matrix_rate="share")
+    assert Optim(learning_rate=1.5).learning_rate == 1.5
 
 
 def test_the_embedding_learns_at_its_own_rate() -> None:
