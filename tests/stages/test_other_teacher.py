@@ -38,6 +38,7 @@ from bitdistill.sweep.spec import expand, load_sweep
 from bitdistill.train import loop
 from bitdistill.train.step import Totals
 from tests.models.conftest import make_tokenizer, tiny_model
+from tests.readback import NothingReadBack
 from tests.stages.conftest import recipe, write_rows
 
 LABELS_ALONE = ("distill.gamma=0", "distill.hidden_weight=0")
@@ -206,6 +207,17 @@ def test_the_step_distils_the_distribution_that_prediction_uses(words: str, layo
     torch.testing.assert_close(output.loss.detach(), plain.detach(), rtol=1e-4, atol=1e-5)
     for name, p in student.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("words", LABEL_IDS)
+def test_a_step_that_may_be_replayed_reads_nothing_back(words: str) -> None:
+    student, _, batch, _ = lesson(LABEL_IDS[words], False)
+    config = DistillConfig.model_validate({"gamma": 0, "hidden_weight": 0})
+    step = LabelDistillStep(student, LABEL_IDS[words], config)
+    assert step.replayable
+    totals = Totals(*(torch.tensor(float(n)) for n in (5, batch.tokens, 5)))
+    with causal_only(student), NothingReadBack():
+        step(batch.with_filled_index(16), totals).loss.backward()
 
 
 def test_lambda_0_is_cross_entropy_alone() -> None:

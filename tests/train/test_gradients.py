@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdistill.config import DistillConfig, Loop, Optim, PretrainConfig, RefineConfig
 from bitdistill.data.batches import TaskBatches
@@ -26,6 +25,7 @@ from bitdistill.train.gradients import (
 from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import Totals
 from tests.models.conftest import tiny_model
+from tests.readback import NothingReadBack
 
 
 class _FakeGraphs(ReplayedGradients):
@@ -149,23 +149,8 @@ def test_filling_the_index_changes_nothing(tokens: str, prompt_weight: float) ->
             torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
-class _NothingReadBack(TorchDispatchMode):
-    """Fails where a step asks a tensor for its value or lets a shape hang on one: no CUDA graph can hold that."""
-
-    aten = torch.ops.aten
-    reads = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        assert func.overloadpacket not in self.reads, f"{func} reads a tensor back"
-        boolean = func is self.aten.index.Tensor and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        assert not boolean, "the shape of an index by bool hangs on its values"
-        return func(*args, **(kwargs or {}))
-
-
 def replayable_steps():  # type: ignore[no-untyped-def]
-    """Every step that says it may be replayed, with its model."""
+    """Steps that say they may be replayed, with their models; another teacher's is in tests/stages."""
     student, teacher = students()
     teacher.requires_grad_(False)
     yield "sft", CrossEntropyStep(student), student, teacher
@@ -197,7 +182,7 @@ def test_a_replayable_step_reads_nothing_back() -> None:
         batch = batches().micro_batches(0)[0].with_filled_index(64)
         totals = Totals(*(torch.tensor(float(n)) for n in (4, batch.tokens, 8)))
         student.zero_grad()
-        with causal_only(student, teacher), _NothingReadBack():
+        with causal_only(student, teacher), NothingReadBack():
             output = step(batch, totals)
             output.loss.backward()
         assert float(output.loss.detach()) > 0
@@ -222,6 +207,13 @@ def test_a_failed_capture_says_what_failed_first_and_where() -> None:
         capture()
     said = first_cause(caught.value)
     assert "has no attribute 'config' (distill.py, line " in said
+
+    def nothing_of_ours() -> None:
+        raise ValueError("of a library")
+
+    with pytest.raises(ValueError, match="of a library") as elsewhere:
+        nothing_of_ours()
+    assert first_cause(elsewhere.value) == "of a library"
 
 
 def gradients_with(step, student, batch, totals: Totals) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -30,6 +29,7 @@ from bitdistill.train.optim import OptimizerSet
 from bitdistill.train.step import StepFunction, StepOutput, Totals, autocast
 
 log = logging.getLogger("bitdistill")
+PACKAGE = Path(__file__).parents[1]
 MAX_GRAPHS = 32
 """Shapes that get a graph of their own; further ones run eagerly."""
 LAUNCH_BOUND = 2e12
@@ -253,9 +253,7 @@ def first_cause(error: BaseException) -> str:
     """What went wrong first, and where in this package: the end of a capture fails as well and hides it."""
     while error.__context__ is not None:
         error = error.__context__
-    ours = [
-        f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}bitdistill{os.sep}" in f.filename
-    ]
+    ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(PACKAGE)]
     place = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
     return (str(error).strip() or type(error).__name__).splitlines()[0] + place
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,15 +70,10 @@ def matrix_rates(sizes: list[float], optim: Optim) -> list[float]:
     A ternary code changes when its latent has moved by about the matrix's mean magnitude, and AdamW moves every value
     by about the rate, whatever its size: at one rate for all, matrices of small values change their codes more often.
     """
-    if optim.matrix_rate == "equal":
+    if optim.matrix_rate == "equal" or not sizes:
         return [1.0] * len(sizes)
-    middle = math.log2(usual_size(sizes))
-    return [2.0 ** (round(8 * (math.log2(size) - middle)) / 8) for size in sizes]
-
-
-def usual_size(sizes: list[float]) -> float:
-    """Geometric mean of the matrices' mean magnitudes; 1 without any."""
-    return 2.0 ** (math.fsum(math.log2(size) for size in sizes) / max(1, len(sizes)))
+    usual = statistics.geometric_mean(sizes)
+    return [2.0 ** (round(8 * math.log2(size / usual)) / 8) for size in sizes]
 
 
 def base_rate(sizes: list[float], optim: Optim) -> float:
@@ -93,7 +89,7 @@ def base_rate(sizes: list[float], optim: Optim) -> float:
         raise RecipeError(
             "optim.matrix_rate: share: no matrix of the blocks is trained, of which it could be one; use equal"
         )
-    return usual_size(sizes)
+    return statistics.geometric_mean(sizes)
 
 
 def describe_rate(model: nn.Module, optim: Optim) -> str:
