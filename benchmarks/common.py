@@ -51,6 +51,16 @@ SHAPES = {
             num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
         ),
     ),
+    "270m": Shape(
+        "gemma3_text",
+        32,
+        1024,
+        dict(  # noqa: C408
+            vocab_size=262144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, head_dim=256,
+            num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True, sliding_window=512,
+            query_pre_attn_scalar=256,
+        ),
+    ),
     "0.6b": Shape(
         "qwen3",
         16,

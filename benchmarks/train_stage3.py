@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,14 +25,27 @@ from bitdistill.train.gradients import EagerGradients, ReplayedGradients
 from bitdistill.train.step import StepOutput
 
 ROWS, LENGTH, TAU, GAMMA = 128, 48, 5.0, 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    kernels: bool = True
+    compiled: bool = True
+    replayed: bool = True
+    packed: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of DistillConfig."""
+
+
 CASES = {
-    # name: (kernels, compiled, replayed, packed)
-    "unfused": (False, False, False, False),
-    "fused": (True, True, True, False),
-    "fused_packed": (True, True, True, True),
-    "fused_not_compiled": (True, False, True, False),
-    "reference": (False, True, True, False),
-    "reference_eager": (False, False, False, False),
+    "unfused": Case(kernels=False, compiled=False, replayed=False),
+    "fused": Case(),
+    "fused_packed": Case(packed=True),
+    "fused_not_compiled": Case(compiled=False),
+    "fused_prompt": Case(settings={"prompt_weight": 30.0}),
+    "fused_no_blocks": Case(settings={"hidden_weight": 0.0}),
+    "reference": Case(kernels=False),
+    "reference_eager": Case(kernels=False, compiled=False, replayed=False),
 }
 
 
@@ -62,7 +76,7 @@ def unfused_step(student: Any, teacher: Any, layer: int) -> Any:
 @contextlib.contextmanager
 def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None]]]:
     """Student, what makes its gradients, and what runs before each step."""
-    kernels, compiling, replay, packed = CASES[case]
+    kind = CASES[case]
     torch._dynamo.reset()
     torch.manual_seed(0)
 
@@ -80,17 +94,16 @@ def built(case: str, shape: Shape) -> Iterator[tuple[Any, Any, Callable[[], None
             step: Any = unfused_step(student, teacher, layer)
         else:
             # gamma fixed: nothing is measured, so every step may be replayed
-            step = DistillStep(
-                student, teacher, DistillConfig(gamma=GAMMA), [layer], fused=kernels, compiling=compiling
-            )
-            stack.enter_context(causal_only(student, teacher, packed=packed))
-        if compiling:
+            config = DistillConfig(gamma=GAMMA, **kind.settings)
+            step = DistillStep(student, teacher, config, [layer], fused=kind.kernels, compiling=kind.compiled)
+            stack.enter_context(causal_only(student, teacher, packed=kind.packed))
+        if kind.compiled:
             compile_blocks(student, skip=[layer])
             compile_blocks(teacher, skip=[layer])
-        if kernels:
+        if kind.kernels:
             refresh = stack.enter_context(fused_layers(student)).refresh
         gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
-        if replay:
+        if kind.replayed:
             parameters = {n: p for n, p in student.named_parameters() if p.requires_grad}
             gradients = ReplayedGradients(step, parameters, DEVICE, "bfloat16")
         yield student, gradients, refresh
@@ -107,7 +120,7 @@ def section_stage3(report: Report, shape: Shape, name: str, cases: list[str], li
 def stage3_case(report: Report, shape: Shape, name: str, case: str, limit_s: float) -> None:
     """One case. In a function of its own, so that nothing of it is alive when the next one's memory is taken."""
     with built(case, shape) as (student, gradients, refresh):
-        batches = [[task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case][3])]]
+        batches = [[task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case].packed)]]
         found = timed_steps(student, gradients, batches, refresh, limit_s)
         report.line(
             "stage3", shape=name, case=case, rows=ROWS, length=LENGTH,
@@ -125,6 +138,6 @@ def section_stage3_profile(report: Report, shape: Shape, name: str, cases: list[
             report.caught("stage3_profile", shape=name, case=case),
             built(case, shape) as (student, gradients, refresh),
         ):
-            batch = [task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case][3])]
+            batch = [task_batch(shape.config(), ROWS, LENGTH, 0, packing=CASES[case].packed)]
             eager = EagerGradients(gradients.step_function, DEVICE, "bfloat16")
             profiled(report, "stage3_profile", name, case, student, eager, batch, refresh)
