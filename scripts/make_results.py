@@ -110,7 +110,8 @@ BASES = """## Ternary bases
 
 What stage 2 leaves, before any task, on text that it has not read, beside the full-precision model that it was made
 from. KL in nats a token over the whole vocabulary; 95 % intervals over windows. Minutes are of all devices together.
-Relative rates go by the size of each matrix (`optim.matrix_rate`).
+Relative rates go by the size of each matrix (`optim.matrix_rate`). A base that was trained in several sittings
+(`pretrain.start`) has the rate of the last one.
 """
 
 
@@ -130,10 +131,12 @@ def base_section(results: dict[Path, TextResult]) -> list[str]:
             raise SystemExit(f"{path}: no ternary base beside its full-precision model; measure one")
         optim = made.settings["optim"]
         kind = "" if optim.get("matrix_rate", "equal") == "equal" else f" {optim['matrix_rate']}"
+        last = int(made.settings["budget_tokens"])
+        sitting = f" (last {human_count(last)})" if made.tokens > 1.01 * last else ""
         cells = [
             Path(found.reference).name,
             human_count(made.tokens),
-            f"{optim['learning_rate']:g}{kind}, {optim['schedule']}",
+            f"{optim['learning_rate']:g}{kind}, {optim['schedule']}{sitting}",
             f"{made.device_s / 60:.1f}",
             words(found.kl, ".3f"),
             words(found.perplexity, ".1f"),

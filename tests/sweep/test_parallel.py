@@ -59,6 +59,19 @@ def test_shared_stages_are_jobs_of_their_own(work: Path) -> None:  # noqa: F811
     assert len({job.name for job in jobs}) == len(jobs)
 
 
+def test_written_rows_start_before_teachers(work: Path) -> None:  # noqa: F811
+    text = """
+name: s
+recipes: [recipe.yaml]
+seeds: [0, 1]
+set: {pretrain: null, bitnet_sft: null, augment.rows: 8, augment.seed: 0}
+cells: [{name: a}]
+"""
+    _, units = units_of(work, text)
+    shared = [job.until for job in plan_jobs(units, on_gpu=True) if job.until is not None]
+    assert shared == ["augment", "sft", "sft"]  # every run waits for the one, each teacher holds up one
+
+
 @pytest.mark.parametrize(("subln", "jobs"), [("none", 1), ("paper", 2)])
 def test_baselines_are_apart_where_their_calibration_is(work: Path, subln: str, jobs: int) -> None:  # noqa: F811
     text = f"""

@@ -65,6 +65,7 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
     if not bare:
         return []
     length = run.recipe.data.max_length
+    log.info("distill: the teacher answers %d unlabelled rows", len(bare))
     examples = tasks.encode(task, bare, tokenizer, length, require_answers=False)
     answers = _answers(run, teacher, tokenizer, examples)
     kept = [n for n, (text, _) in enumerate(answers) if text.strip()]

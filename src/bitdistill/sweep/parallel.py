@@ -32,8 +32,8 @@ from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, only_rows, re
 from bitdistill.train.loop import Signals
 
 log = logging.getLogger("bitdistill")
-SHARED = ("pretrain", "sft", "augment", "bitnet_sft")
-"""Stages that are jobs of their own, in the order in which they start."""
+SHARED = ("pretrain", "augment", "sft", "bitnet_sft")
+"""Stages that are jobs of their own, in the order in which they start: what most runs wait for, and longest, first."""
 POLL_S = 0.2
 STOP_S = 120.0
 """How long jobs may take to save their checkpoints when they are told to stop."""
