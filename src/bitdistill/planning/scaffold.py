@@ -162,6 +162,8 @@ distill:
   loop: {{batch_rows: 32, micro_batch_tokens: 16_384}}
   # lambda weighs the logits, gamma the attention relations (auto: balanced by gradient norms).
   {distill[1:-1].replace(", ", chr(10) + "  ")}
+  # The teacher's words for the prompt too: closer to the teacher, but every token goes through the output head.
+  # prompt_weight: 3.0
 
 # The baseline row of the table: ternary at once, then fine-tuned. null leaves it out.
 bitnet_sft:
