@@ -53,7 +53,19 @@ def slow_score(model: Any, prompt: tuple[int, ...], word: tuple[int, ...]) -> fl
 @pytest.mark.parametrize("batch_rows", [1, 3, 64])
 def test_scores_equal_the_slow_twin(model: Any, tokenizer: Any, batch_rows: int) -> None:
     examples = encode(task_of(SINGLE), tokenizer)
-    scores = label_scores(model, MIXED_IDS, examples, batch_rows=batch_rows, device="cpu", pad_id=1)
+    told: list[tuple[int, int]] = []
+    scores = label_scores(
+        model,
+        MIXED_IDS,
+        examples,
+        batch_rows=batch_rows,
+        device="cpu",
+        pad_id=1,
+        progress=lambda *rows: told.append(rows),
+    )
+    assert told == sorted(told)
+    assert told[-1] == (len(examples), len(examples))
+    assert {total for _, total in told} == {len(examples)}
     expected = [[slow_score(model, e.prompt_ids, word) for word in MIXED_IDS] for e in examples]
     torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 

@@ -39,7 +39,12 @@ def slow_greedy(model: Any, prompt: tuple[int, ...], stops: set[int], count: int
 @pytest.mark.parametrize("batch_rows", [1, 3])
 def test_generation_equals_the_slow_twin(model: Any, tokenizer: Any, batch_rows: int) -> None:
     examples = encode(tokenizer)
-    predictions = generate(model, tokenizer, TASK, examples, batch_rows=batch_rows, device="cpu", pad_id=1)
+    told: list[tuple[int, int]] = []
+    predictions = generate(
+        model, tokenizer, TASK, examples, batch_rows=batch_rows, device="cpu", pad_id=1,
+        progress=lambda *rows: told.append(rows),
+    )  # fmt: skip
+    assert told == [(min(n, 5), 5) for n in range(batch_rows, 5 + batch_rows, batch_rows)]
     stops = stop_ids(model, tokenizer)
     for n, (prediction, example) in enumerate(zip(predictions, examples, strict=True)):
         expected = slow_greedy(model, example.prompt_ids, stops, 9)
@@ -51,9 +56,14 @@ def test_sampling_draws_from_the_models_own_distribution(model: Any, tokenizer: 
     """Near a temperature of 0 the draws are the slow twin's best tokens: cache and attention of sampling are right."""
     examples = encode(tokenizer)
     own = model.config._attn_implementation
+    told: list[tuple[int, int]] = []
     drawn = module.sample(
-        model, tokenizer, TASK, examples, temperature=1e-6, seed=0, batch_rows=3, device="cpu", pad_id=1
-    )
+        model, tokenizer, TASK, examples, temperature=1e-6, seed=0, batch_rows=3, device="cpu", pad_id=1,
+        rounds=[4], progress=lambda *rows: told.append(rows),
+    )  # fmt: skip
+    assert told == sorted(told)
+    assert told[-1] == (5, 5)
+    assert told[1][0] < 5, "after the first round, four tokens, not all are finished"
     stops = stop_ids(model, tokenizer)
     for prediction, example in zip(drawn, examples, strict=True):
         expected = slow_greedy(model, example.prompt_ids, stops, 9)

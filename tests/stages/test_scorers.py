@@ -122,7 +122,12 @@ def test_demo_student_by_either_engine_is_the_same(demo_student: Path) -> None:
         assert tasks.encode(task, rows, engine.tokenizer, 128, require_answers=False) == examples
         score = classify if task.kind == "classification" else generate
         expected = score(model, tokenizer, task, examples, **options)
-        got = engine.predict(task, examples, batch_rows=16)
+        told: list[tuple[int, int]] = []
+        got = engine.predict(
+            task, examples, batch_rows=16, progress=lambda *rows, told=told: told.append(rows)
+        )
+        assert told == sorted(told)
+        assert told[-1] == (60, 60)
         assert [p.index for p in got] == [p.index for p in expected]
         pairs = list(zip(got, expected, strict=True))
         parted = [(a, b) for a, b in pairs if (a.label, a.text) != (b.label, b.text)]

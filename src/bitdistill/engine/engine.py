@@ -17,7 +17,7 @@ from bitdistill.engine import _native
 from bitdistill.engine.generation import Generation, NewText
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
-from bitdistill.eval.prediction import Prediction
+from bitdistill.eval.prediction import Prediction, RowsDone
 from bitdistill.interop.foreign import packed_folder
 
 if TYPE_CHECKING:
@@ -300,7 +300,14 @@ class Engine:
             predictions = classifier.predictions(self.model, examples)
         return classifier.answers(examples, predictions)
 
-    def predict(self, task: Task, examples: Sequence[Example], *, batch_rows: int = 32) -> list[Prediction]:
+    def predict(
+        self,
+        task: Task,
+        examples: Sequence[Example],
+        *,
+        batch_rows: int = 32,
+        progress: RowsDone | None = None,
+    ) -> list[Prediction]:
         """Answers to encoded rows: the twin of `eval.classify.classify` and `eval.generate.generate`.
 
         Args:
@@ -308,13 +315,14 @@ class Engine:
                 model's context also ends an answer).
             examples: from `data.tasks.encode` with this engine's tokenizer.
             batch_rows: prompts decoded together (generation).
+            progress: called now and then with (examples done, examples to do).
 
         Raises:
             ModelError: a prompt longer than the context; DataError: label words that cannot be told apart.
         """
         if task.kind == "classification":
             with self._lock:
-                return self.classifier(task).predictions(self.model, examples)
+                return self.classifier(task).predictions(self.model, examples, progress)
         # Rows of a batch end together when they are as long as each other.
         order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
         found: dict[int, Prediction] = {}
@@ -326,6 +334,8 @@ class Engine:
             ):
                 ended = result.finish_reason == "stop"
                 found[n] = Prediction(n, None, (), result.text.strip(), ended=ended)
+            if progress is not None:
+                progress(len(found), len(examples))
         return [found[n] for n in range(len(examples))]
 
     def classifier(self, task: Task | None = None, max_length: int | None = None) -> Classifier:

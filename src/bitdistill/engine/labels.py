@@ -19,7 +19,10 @@ from bitdistill.data import tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example, label_token_ids
 from bitdistill.errors import ArtifactError, DataError
-from bitdistill.eval.prediction import Prediction
+from bitdistill.eval.prediction import Prediction, RowsDone
+
+ROWS_AT_ONCE = 64
+"""Rows of one call of the engine, which takes them one by one; between calls it is told how far the work has come."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,24 @@ class Classifier:
             )
         return Row({fields[0]: value}, where)
 
-    def predictions(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
-        """The most likely label of each example, the first of equals."""
+    def predictions(
+        self, model: Any, examples: Sequence[Example], progress: RowsDone | None = None
+    ) -> list[Prediction]:
+        """The most likely label of each example, the first of equals; `progress` is told (examples done, to do)."""
         tree = self.tree
-        prompts = [list(example.prompt_ids) for example in examples]
-        log_probs: NDArray[np.float32] = model.score_tree(prompts, tree.tokens, tree.parents, tree.queries)
-        scores = np.zeros((len(prompts), len(tree.words)), dtype=np.float32)
-        for label, used in enumerate(tree.words):
-            for query in used:
-                scores[:, label] += log_probs[:, query]
+        scores = np.zeros((len(examples), len(tree.words)), dtype=np.float32)
+        for start in range(0, len(examples), ROWS_AT_ONCE):
+            prompts = [list(example.prompt_ids) for example in examples[start : start + ROWS_AT_ONCE]]
+            log_probs: NDArray[np.float32] = model.score_tree(
+                prompts, tree.tokens, tree.parents, tree.queries
+            )
+            for label, used in enumerate(tree.words):
+                for query in used:
+                    scores[start : start + len(prompts), label] += log_probs[:, query]
+            if progress is not None:
+                progress(start + len(prompts), len(examples))
         names = [word.strip() for word in self.task.labels.values()]
-        best = scores.argmax(axis=1).tolist() if len(prompts) else []
+        best = scores.argmax(axis=1).tolist() if len(examples) else []
         return [
             Prediction(index, label, tuple(row), names[label])
             for index, (label, row) in enumerate(zip(best, scores.tolist(), strict=True))

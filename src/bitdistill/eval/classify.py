@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitdistill.config import Task
 from bitdistill.data.tasks import Example, label_token_ids
-from bitdistill.eval.prediction import Prediction
+from bitdistill.eval.prediction import Prediction, RowsDone
 from bitdistill.models.forward import final_hidden, logits_at
 
 __all__ = ["LabelPath", "Prediction", "classify", "label_paths", "label_scores"]
@@ -31,6 +31,7 @@ def classify(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
+    progress: RowsDone | None = None,
 ) -> list[Prediction]:
     """Label every example by exact summed log-likelihood of each label word's tokens after the prompt.
 
@@ -45,6 +46,7 @@ def classify(
         batch_rows: rows of one forward pass.
         device: where the model is.
         pad_id: token id of the padding (its value changes nothing).
+        progress: see `label_scores`.
 
     Returns:
         Predictions in the order of `examples`.
@@ -54,7 +56,13 @@ def classify(
     """
     words = [word.strip() for word in task.labels.values()]
     scores = label_scores(
-        model, label_token_ids(task, tokenizer), examples, batch_rows=batch_rows, device=device, pad_id=pad_id
+        model,
+        label_token_ids(task, tokenizer),
+        examples,
+        batch_rows=batch_rows,
+        device=device,
+        pad_id=pad_id,
+        progress=progress,
     )
     best = scores.argmax(dim=1).tolist()
     return [
@@ -72,8 +80,13 @@ def label_scores(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
+    progress: RowsDone | None = None,
 ) -> Tensor:
-    """Log-likelihood in nats of each label's tokens after each prompt: float32 [examples, labels], on CPU."""
+    """Log-likelihood in nats of each label's tokens after each prompt: float32 [examples, labels], on CPU.
+
+    Args:
+        progress: called after each batch with (examples done, examples to do).
+    """
     paths = label_paths(label_ids)
     rows = [(n, path) for n in range(len(examples)) for path in paths]
     # Equal lengths meet in a batch; the longest first, so that memory runs out early or never.
@@ -91,6 +104,8 @@ def label_scores(
         ]
         at_row, at_label, values = zip(*added, strict=True)
         np.add.at(scores, (at_row, at_label), np.asarray(values, dtype=np.float32))
+        if progress is not None:
+            progress((start + len(batch)) // len(paths), len(examples))
     return torch.from_numpy(scores)
 
 

@@ -14,7 +14,7 @@ import torch
 from bitdistill.config import Task
 from bitdistill.data.tasks import Example
 from bitdistill.data.tokenizer import eos_id
-from bitdistill.eval.prediction import Prediction
+from bitdistill.eval.prediction import Prediction, RowsDone
 from bitdistill.models.attention import decoding
 
 CACHE_SHARE = 0.4
@@ -31,6 +31,7 @@ def generate(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
+    progress: RowsDone | None = None,
 ) -> list[Prediction]:
     """Continue every prompt greedily until an end-of-text token or `task.max_new_tokens`.
 
@@ -39,11 +40,13 @@ def generate(
 
     Args:
         batch_rows: at most; on a GPU less where caches of so many rows would not fit its memory.
+        progress: called after each batch with (examples that are finished, examples to do).
 
     Returns:
         Predictions in the order of `examples`; text without special tokens, stripped, and whether it `ended`.
     """
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, {"do_sample": False}, ())
+    choice = {"do_sample": False}
+    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, (), progress)
 
 
 @torch.inference_mode()
@@ -59,6 +62,7 @@ def sample(
     device: torch.device | str,
     pad_id: int,
     rounds: Sequence[int] = (),
+    progress: RowsDone | None = None,
 ) -> list[Prediction]:
     """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine.
 
@@ -66,13 +70,16 @@ def sample(
         rounds: numbers of new tokens, rising, after which the rows that are not finished meet in new batches. A batch
             runs until its longest answer ends; with rounds at usual lengths few rows wait for that. The
             distribution is the same.
+        progress: as for `generate`.
     """
     torch.manual_seed(seed)
     choice: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     # A growing cache is copied for every token, which with thousands of rows takes longer than the model
     choice |= {"cache_implementation": "static", "disable_compile": True}
     with decoding(model):
-        return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds)
+        return _generate(
+            model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds, progress
+        )
 
 
 def _generate(
@@ -85,6 +92,7 @@ def _generate(
     pad_id: int,
     choice: dict[str, Any],
     rounds: Sequence[int],
+    progress: RowsDone | None,
 ) -> list[Prediction]:
     stops = sorted(stop_ids(model, tokenizer))
     answers: list[list[int]] = [[] for _ in examples]
@@ -92,16 +100,29 @@ def _generate(
     done = 0
     for end in [*(r for r in rounds if r < task.max_new_tokens), task.max_new_tokens]:
         prompts = [(*examples[n].prompt_ids, *answers[n]) for n in unfinished]
-        new = _continue(model, prompts, end - done, batch_rows, torch.device(device), pad_id, stops, choice)
+        over = len(examples) - len(unfinished)
+        new: list[list[int]] = [[] for _ in prompts]
+        for batch, ids_of in _continue(
+            model, prompts, end - done, batch_rows, torch.device(device), pad_id, stops, choice
+        ):
+            for row, ids in zip(batch, ids_of, strict=True):
+                new[row] = ids
+                over += end == task.max_new_tokens or _ends(ids, stops, pad_id)
+            if progress is not None:
+                progress(over, len(examples))
         for n, ids in zip(unfinished, new, strict=True):
             answers[n] += ids
-        # Where a batch ends early, its rows are padded
-        unfinished = [n for n, ids in zip(unfinished, new, strict=True) if not set(ids) & {*stops, pad_id}]
+        unfinished = [n for n, ids in zip(unfinished, new, strict=True) if not _ends(ids, stops, pad_id)]
         done = end
     return [
         Prediction(n, None, (), decode_answer(tokenizer, ids, stops), ended=not set(stops).isdisjoint(ids))
         for n, ids in enumerate(answers)
     ]
+
+
+def _ends(ids: Sequence[int], stops: Sequence[int], pad_id: int) -> bool:
+    """Whether an answer ends within these tokens. Where a batch ends early, its rows are padded."""
+    return not {*stops, pad_id}.isdisjoint(ids)
 
 
 def _continue(
@@ -113,15 +134,14 @@ def _continue(
     pad_id: int,
     stops: list[int],
     choice: dict[str, Any],
-) -> list[list[int]]:
-    """At most `count` new tokens of each prompt; after a stop token comes padding."""
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Batch by batch, indices of prompts and at most `count` new tokens of each; after a stop token comes padding."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         num_beams=1, max_new_tokens=count, eos_token_id=stops, pad_token_id=pad_id, use_cache=True, **choice
     )
     left = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
-    found: list[list[int]] = [[] for _ in prompts]
     memory = memory_bytes(device)
     while left:
         width = len(prompts[left[0]])
@@ -134,9 +154,7 @@ def _continue(
             mask[row, width - len(prompts[n]) :] = 1
         with only_config(model, config):
             output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-        for n, new in zip(batch, output[:, width:].tolist(), strict=True):
-            found[n] = new
-    return found
+        yield batch, output[:, width:].tolist()
 
 
 def memory_bytes(device: torch.device) -> int | None:

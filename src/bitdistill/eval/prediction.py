@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+RowsDone = Callable[[int, int], None]
+"""Told now and then how far work on rows has come: (rows done, rows to do)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.stages.common import Run, log, pad_token_id
 from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
+from bitdistill.train.tracking import RowProgress
 
 LABEL_FIELD = "_label"
 WHOLE_FIELD = "_row"
@@ -328,12 +329,13 @@ def _sampled(
     )
     # Encoded as the writer's training rows were: the longest answer, set below, would leave prompts another room.
     examples = tasks.encode(form.task, rows, tokenizer, length, require_answers=False)
-    predictions = sample(
-        model, tokenizer, form.task.model_copy(update={"max_new_tokens": longest}), examples,
-        temperature=config.temperature, seed=_seed(run, config),
-        batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device, pad_id=pad_token_id(tokenizer),
-        rounds=sorted(set(rounds)),
-    )  # fmt: skip
+    with RowProgress("augment", quiet=run.quiet) as progress:
+        predictions = sample(
+            model, tokenizer, form.task.model_copy(update={"max_new_tokens": longest}), examples,
+            temperature=config.temperature, seed=_seed(run, config),
+            batch_rows=4096 if run.device.type == "cuda" else 64, device=run.device,
+            pad_id=pad_token_id(tokenizer), rounds=sorted(set(rounds)), progress=progress,
+        )  # fmt: skip
     return [None if form.between and not p.ended else p.text for p in predictions]
 
 

@@ -34,6 +34,7 @@ from bitdistill.stages import pseudo_labels
 from bitdistill.stages.common import Run, log, pad_token_id
 from bitdistill.stages.sft import CrossEntropyStep
 from bitdistill.train.step import StepOutput, Totals
+from bitdistill.train.tracking import RowProgress
 
 SCORES = "scores.safetensors"
 """File of the artifact: float32 [rows, labels] of the training rows, then of the others, under their names."""
@@ -85,14 +86,16 @@ def label_scores(run: Run, teacher_folder: Path, written: Path | None) -> tuple[
 def _scores(run: Run, teacher: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
     task = run.recipe.task
     examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
-    return classify.label_scores(
-        teacher,
-        tasks.label_token_ids(task, tokenizer),
-        examples,
-        batch_rows=pseudo_labels.BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows,
-        device=run.device,
-        pad_id=pad_token_id(tokenizer),
-    )
+    with RowProgress("scores", quiet=run.quiet) as progress:
+        return classify.label_scores(
+            teacher,
+            tasks.label_token_ids(task, tokenizer),
+            examples,
+            batch_rows=pseudo_labels.BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows,
+            device=run.device,
+            pad_id=pad_token_id(tokenizer),
+            progress=progress,
+        )
 
 
 def answered_examples(run: Run, tokenizer: Any, written: Path | None, scores_NC: Tensor) -> list[Example]:

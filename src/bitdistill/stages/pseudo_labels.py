@@ -21,6 +21,7 @@ from bitdistill.eval.generate import generate
 from bitdistill.models.attention import causal_only
 from bitdistill.stages.augment import WRITTEN_ROWS
 from bitdistill.stages.common import Run, log, pad_token_id
+from bitdistill.train.tracking import RowProgress
 
 BATCH_ROWS = 512
 """Rows of one forward pass of the teacher: short rows keep a GPU busy only in large batches."""
@@ -91,9 +92,10 @@ def _answers(run: Run, teacher: Any, tokenizer: Any, examples: list[Example]) ->
     task = run.recipe.task
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
     options["batch_rows"] = BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows
-    if task.kind == "generation":
-        return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]
-    labels = list(task.labels)
-    with causal_only(teacher):
-        predictions = classify(teacher, tokenizer, task, examples, **options)
+    with RowProgress("answers", quiet=run.quiet) as options["progress"]:
+        if task.kind == "generation":
+            return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]
+        labels = list(task.labels)
+        with causal_only(teacher):
+            predictions = classify(teacher, tokenizer, task, examples, **options)
     return [(labels[int(p.label)], True) for p in predictions if p.label is not None]

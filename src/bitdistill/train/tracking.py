@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bitdistill.config import TrackConfig
 from bitdistill.errors import MissingDependencyError
 
+LINE_EVERY_S = 15.0
+"""Seconds between two lines of progress where there is no terminal."""
+
 
 class Sink(Protocol):
     """An extra receiver of metrics (tensorboard, trackio)."""
@@ -161,7 +164,7 @@ class Tracker:
     def _print_line(self, step: int, summary: str, numbers: Mapping[str, float]) -> None:
         """Without a terminal: a line every 15 s and at the end, not a bar."""
         now = time.monotonic()
-        if step < self.total_steps and now - self._printed_at < 15.0:
+        if step < self.total_steps and now - self._printed_at < LINE_EVERY_S:
             return
         self._printed_at = now
         elapsed = numbers.get("elapsed_s", 0.0)
@@ -171,6 +174,55 @@ class Tracker:
             highlight=False,
             soft_wrap=True,
         )
+        sys.stderr.flush()
+
+
+class RowProgress:
+    """Shows how far work on rows has come that is no training, such as scoring; use as a context manager.
+
+    A bar in a terminal, gone when the work is done; elsewhere a line every 15 s.
+
+    Args:
+        what: a word for the work.
+        quiet: nothing on stderr.
+    """
+
+    def __init__(self, what: str, *, quiet: bool = False) -> None:
+        self.what = what
+        self.console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn(f"[bold]{what:<11}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("rows  {task.fields[rate]}  ETA"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+            transient=True,
+            refresh_per_second=4,
+            speed_estimate_period=60.0,
+        )
+        self._task = self._bar.add_task(what, total=None, rate="")
+
+    def __enter__(self) -> RowProgress:
+        self._begun = self._printed_at = time.monotonic()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many rows are done of so many."""
+        now = time.monotonic()
+        per_s = done / max(now - self._begun, 1e-9)
+        rate = f"{per_s:.3g}/s" if done else ""
+        self._bar.update(self._task, completed=done, total=total, rate=rate)
+        if self.console.is_terminal or done >= total or now - self._printed_at < LINE_EVERY_S:
+            return
+        self._printed_at = now
+        speed = f"  {rate}  ETA {(total - done) / per_s:.0f}s" if done else ""
+        self.console.print(f"{self.what:<11} {done}/{total} rows{speed}", highlight=False, soft_wrap=True)
         sys.stderr.flush()
 
 
