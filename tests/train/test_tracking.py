@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -33,7 +34,7 @@ def test_lines_now_and_then_without_a_terminal(monkeypatch: pytest.MonkeyPatch) 
     lines = work(monkeypatch, terminal=False, every_s=0.0).splitlines()
     assert lines[0] == "answers     0/1500 rows"  # nothing can be said of the rate yet
     assert [line.split(" rows")[0].split()[-1] for line in lines] == ["0/1500", "512/1500", "1024/1500"]
-    assert all("/s  ETA " in line for line in lines[1:])
+    assert all(re.search(r" rows  [0-9.]+[kM]?/s  ETA [0-9]+s$", line) for line in lines[1:])
     assert work(monkeypatch, terminal=False, every_s=15.0) == ""  # short work says nothing
 
 

@@ -216,7 +216,7 @@ class RowProgress:
         """So many rows are done of so many."""
         now = time.monotonic()
         per_s = done / max(now - self._begun, 1e-9)
-        rate = f"{per_s:.3g}/s" if done else ""
+        rate = f"{_rate(per_s) if per_s >= 10 else f'{per_s:.1f}'}/s" if done else ""
         self._bar.update(self._task, completed=done, total=total, rate=rate)
         if self.console.is_terminal or done >= total or now - self._printed_at < LINE_EVERY_S:
             return
