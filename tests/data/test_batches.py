@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bitdistill.data.batches import Batch, PackedBatches, TaskBatches
+from bitdistill.data.batches import Batch, PackedBatches, TaskBatches, padded_lengths
 from bitdistill.data.tasks import Example
 from bitdistill.errors import DataError
 
@@ -158,6 +161,46 @@ def test_buckets() -> None:
     assert len(widths) > 1
     with pytest.raises(DataError, match=r"t\.jsonl:\d+: \d+ tokens, the largest bucket has 16; lower"):
         TaskBatches(rows, batch_rows=8, seed=0, pad_id=0, buckets=[16])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_padded_lengths_leave_the_least_padding(count: int, seed: int) -> None:
+    """Against a slow twin that tries every choice of lengths."""
+    rng = np.random.default_rng(seed)
+    longest = np.concatenate([rng.integers(1, 25, 30), rng.integers(1, 60, 4)]).tolist()
+    sizes = sorted({-(-n // 8) * 8 for n in longest})
+
+    rows = rng.integers(1, 9, len(longest)).tolist()
+
+    def tokens(lengths: Sequence[int]) -> int:
+        return sum(k * min(m for m in lengths if m >= n) for n, k in zip(longest, rows, strict=True))
+
+    choices = (c for k in range(1, count + 1) for c in combinations(sizes, k) if c[-1] == sizes[-1])
+    chosen = padded_lengths(longest, rows, count, 8)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) <= count
+    assert tokens(chosen) == min(map(tokens, choices))
+
+
+def test_few_lengths_with_little_padding() -> None:
+    short, long = examples(1200, longest=24), examples(80, seed=1, longest=200)
+    rows = [*short, *long]
+
+    def share(**options: Any) -> tuple[float, set[int]]:
+        batches = TaskBatches(rows, batch_rows=16, micro_batch_tokens=1024, seed=0, pad_id=0, **options)
+        found = [b for s in range(2 * batches.steps_per_epoch) for b in batches.micro_batches(s)]
+        padded = sum(b.input_ids_BT.numel() for b in found)
+        return sum(b.tokens for b in found) / padded, {b.input_ids_BT.shape[1] for b in found}
+
+    few, widths = share(few_lengths=4)
+    all_lengths, every = share()
+    assert len(widths) <= 4 < len(every)
+    assert all(width % 8 == 0 for width in widths)
+    by_quantiles, _ = share(buckets=[16, 32, 48, 208])  # half, 80 %, 95 % and all of the rows, in steps of 16
+    assert by_quantiles < few < all_lengths
+    (one,) = share(few_lengths=1)[1]
+    assert one == max(every)
 
 
 def test_unusable_examples() -> None:

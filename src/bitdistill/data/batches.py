@@ -127,6 +127,37 @@ def _generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF, epoch])
 
 
+def padded_lengths(longest: Sequence[int], rows: Sequence[int], count: int, multiple: int) -> list[int]:
+    """The lengths to which batches are padded with the fewest tokens in all.
+
+    Args:
+        longest: the longest row of each batch, in tokens.
+        rows: of each batch.
+        count: of different lengths, at most.
+        multiple: lengths are multiples of this.
+
+    Returns:
+        Rising lengths; the last takes the longest batch.
+    """
+    sizes, of_size = np.unique(-(-np.asarray(longest) // multiple) * multiple, return_inverse=True)
+    before = np.concatenate([[0.0], np.cumsum(np.bincount(of_size, weights=np.asarray(rows)))])
+    # fewest[j]: tokens of all batches of the j smallest sizes, padded to as many lengths as there were rounds
+    fewest = np.full(len(sizes) + 1, np.inf)
+    fewest[0] = 0.0
+    froms: list[NDArray[np.int64]] = []
+    for _ in range(min(count, len(sizes))):
+        # [i, j]: batches of sizes i to j - 1 are padded to the last of these sizes
+        total = fewest[:, None] + (before[None, :] - before[:, None]) * np.concatenate([[0], sizes])[None, :]
+        total[np.tri(len(sizes) + 1, dtype=bool)] = np.inf
+        froms.append(total.argmin(axis=0))
+        fewest = total.min(axis=0)
+    chosen, end = [], len(sizes)
+    for start in reversed(froms):
+        chosen.append(int(sizes[end - 1]))
+        end = int(start[end])
+    return chosen[::-1]
+
+
 class TaskBatches:
     """Rows of a task in padded batches.
 
@@ -143,7 +174,9 @@ class TaskBatches:
         seed: of the order.
         pad_id: token id of the padding; its value reaches no loss.
         bucket_multiple: micro-batches are padded to a multiple of this.
-        buckets: lengths to pad to instead, for compiled runs with few shapes.
+        buckets: lengths to pad to instead.
+        few_lengths: pad to at most so many lengths instead, for compiled runs with few shapes: those that leave the
+            least padding in the first epoch.
         packing: lay the rows of a micro-batch one after the other, without padding between them. Batches are then
             not sorted by length, which keeps their sizes alike.
         label_scores_NC: float32, a teacher's score of each label for each example; batches bring those of their rows.
@@ -164,6 +197,7 @@ class TaskBatches:
         pad_id: int,
         bucket_multiple: int = 8,
         buckets: Sequence[int] | None = None,
+        few_lengths: int | None = None,
         packing: bool = False,
         label_scores_NC: Tensor | None = None,
     ) -> None:
@@ -196,6 +230,10 @@ class TaskBatches:
                 f"{examples[longest].where}: {self._lengths[longest]} tokens, the largest bucket has "
                 f"{self.buckets[-1]}; lower data.max_length"
             )
+        if few_lengths is not None:
+            parts = [self._lengths[part] for step in self._order(0) for part in self._parts(step)]
+            longest_of, rows_of = [int(part.max()) for part in parts], [len(part) for part in parts]
+            self.buckets = padded_lengths(longest_of, rows_of, few_lengths, bucket_multiple)
         if not self._answers.all():
             empty = int(np.flatnonzero(self._answers == 0)[0])
             raise DataError(f"{examples[empty].where}: no answer to train on; give the row a label or target")
@@ -219,11 +257,15 @@ class TaskBatches:
         """The micro-batches of an optimizer step; their weights sum to 1."""
         rows = self.rows(step)
         total = int(self._answers[rows].sum())
+        return [self._assemble(part, total) for part in self._parts(rows)]
+
+    def _parts(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """A step's rows by micro-batch."""
         if self.packing:
             size = self._packed_rows_at_a_time(rows)
         else:
             size = self._loop.rows_at_a_time(self._padded_length(int(self._lengths[rows].max())))
-        return [self._assemble(rows[start : start + size], total) for start in range(0, len(rows), size)]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _packed_rows_at_a_time(self, rows: NDArray[np.int64]) -> int:
         """As many as fit `micro_batch_tokens` without padding, or what halving them gives: equal numbers of rows, so

@@ -35,6 +35,8 @@ from bitdistill.train.loop import FitResult
 from bitdistill.train.tracking import Sink, Tracker, open_sinks
 
 log = logging.getLogger("bitdistill")
+COMPILED_LENGTHS = 4
+"""Lengths of rows that blocks are compiled for: each takes seconds, and a CUDA graph of its own."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -281,13 +283,6 @@ class Run:
         label_scores_NC: torch.Tensor | None = None,
     ) -> TaskBatches:
         """Batches of encoded rows; compiled runs pad to few lengths so that few graphs are built."""
-        lengths = sorted(len(e.prompt_ids) + len(e.answer_ids) for e in examples)
-        buckets = None
-        if compiling and not loop.packing:
-            marks = (0.5, 0.8, 0.95, 1.0)
-            buckets = sorted(
-                {-(-lengths[min(len(lengths) - 1, int(m * len(lengths)))] // 16) * 16 for m in marks}
-            )
         return TaskBatches(
             examples,
             batch_rows=loop.batch_rows,
@@ -295,7 +290,7 @@ class Run:
             micro_batch_tokens=loop.micro_batch_tokens,
             seed=self.recipe.seed,
             pad_id=pad_id,
-            buckets=buckets,
+            few_lengths=COMPILED_LENGTHS if compiling and not loop.packing else None,
             packing=loop.packing,
             label_scores_NC=label_scores_NC,
         )
