@@ -202,7 +202,7 @@ class RowProgress:
             refresh_per_second=4,
             speed_estimate_period=60.0,
         )
-        self._task = self._bar.add_task(what, total=None, rate="")
+        self._task = self._bar.add_task(what, total=None, rate="", visible=False)
 
     def __enter__(self) -> RowProgress:
         self._begun = self._printed_at = time.monotonic()
@@ -217,7 +217,7 @@ class RowProgress:
         now = time.monotonic()
         per_s = done / max(now - self._begun, 1e-9)
         rate = f"{_rate(per_s) if per_s >= 10 else f'{per_s:.1f}'}/s" if done else ""
-        self._bar.update(self._task, completed=done, total=total, rate=rate)
+        self._bar.update(self._task, completed=done, total=total, rate=rate, visible=True)
         if self.console.is_terminal or done >= total or now - self._printed_at < LINE_EVERY_S:
             return
         self._printed_at = now
