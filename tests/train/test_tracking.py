@@ -1,4 +1,4 @@
-"""Progress on rows, where there is a terminal and where there is none."""
+"""Progress of work that is no training, where there is a terminal and where there is none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from bitdistill.train import tracking
-from bitdistill.train.tracking import RowProgress
+from bitdistill.train.tracking import WorkProgress
 
 
 def work(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, every_s: float, quiet: bool = False) -> str:
@@ -22,7 +22,7 @@ def work(monkeypatch: pytest.MonkeyPatch, *, terminal: bool, every_s: float, qui
 
     monkeypatch.setattr(tracking, "Console", console)
     monkeypatch.setattr(tracking, "LINE_EVERY_S", every_s)
-    with RowProgress("answers", quiet=quiet) as progress:
+    with WorkProgress("answers", quiet=quiet) as progress:
         for done in (0, 512, 1024, 1500):
             progress(done, 1500)
             if terminal:
@@ -47,3 +47,13 @@ def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     for terminal in (True, False):
         assert work(monkeypatch, terminal=terminal, every_s=0.0, quiet=True) == ""
+
+
+def test_the_clock_starts_when_all_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 60.0, 80.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(now))
+    with WorkProgress("perplexity", "tok") as progress:
+        stream = progress.console.file = io.StringIO()
+        progress(0, 4000)  # the models were loading for a minute
+        progress(1000, 4000)
+    assert stream.getvalue().splitlines()[-1] == "perplexity  1000/4000 tok  50/s  ETA 60s"

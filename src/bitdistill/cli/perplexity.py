@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +13,6 @@ from bitdistill.cli.options import (
     command_line,
     print_json,
     set_up_logging,
-    stderr,
     stdout,
 )
 from bitdistill.cli.predict import DeviceName
@@ -67,33 +65,10 @@ def perplexity(
     """
     set_up_logging(quiet or json_)
     check_sources(sources)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from bitdistill.eval.results import human_count
     from bitdistill.stages.perplexity import perplexity as measure
+    from bitdistill.train.tracking import WorkProgress
 
-    console = stderr()
-    columns = (
-        TextColumn("[bold]perplexity"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(compact=True),
-    )
-    hidden = quiet or json_ or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=None, start=False)
-        begun: list[float] = []
-
-        def progress(done: int, total: int) -> None:
-            if not begun:
-                bar.start_task(task)
-                begun.append(time.monotonic())
-            seconds = time.monotonic() - begun[0]
-            rate = f"{human_count(done / seconds)} tok/s" if done and seconds > 0 else ""
-            bar.update(task, completed=done, total=total, description=rate)
-
+    with WorkProgress("perplexity", "tok", quiet=quiet or json_) as progress:
         scores = measure(
             model,
             sources,

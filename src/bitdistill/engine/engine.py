@@ -17,7 +17,7 @@ from bitdistill.engine import _native
 from bitdistill.engine.generation import Generation, NewText
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
-from bitdistill.eval.prediction import Prediction, RowsDone
+from bitdistill.eval.prediction import OnProgress, Prediction
 from bitdistill.interop.foreign import packed_folder
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ class Engine:
         examples: Sequence[Example],
         *,
         batch_rows: int = 32,
-        progress: RowsDone | None = None,
+        progress: OnProgress | None = None,
     ) -> list[Prediction]:
         """Answers to encoded rows: the twin of `eval.classify.classify` and `eval.generate.generate`.
 

@@ -19,7 +19,7 @@ from bitdistill.data import tasks
 from bitdistill.data.readers import Row
 from bitdistill.data.tasks import Example, label_token_ids
 from bitdistill.errors import ArtifactError, DataError
-from bitdistill.eval.prediction import Prediction, RowsDone
+from bitdistill.eval.prediction import OnProgress, Prediction
 
 ROWS_AT_ONCE = 64
 """Rows of one call of the engine, which takes them one by one; between calls it is told how far the work has come."""
@@ -109,7 +109,7 @@ class Classifier:
         return Row({fields[0]: value}, where)
 
     def predictions(
-        self, model: Any, examples: Sequence[Example], progress: RowsDone | None = None
+        self, model: Any, examples: Sequence[Example], progress: OnProgress | None = None
     ) -> list[Prediction]:
         """The most likely label of each example, the first of equals; `progress` is told (examples done, to do)."""
         tree = self.tree

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitdistill.config import Task
 from bitdistill.data.tasks import Example, label_token_ids
-from bitdistill.eval.prediction import Prediction, RowsDone
+from bitdistill.eval.prediction import OnProgress, Prediction
 from bitdistill.models.forward import final_hidden, logits_at
 
 __all__ = ["LabelPath", "Prediction", "classify", "label_paths", "label_scores"]
@@ -31,7 +31,7 @@ def classify(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
-    progress: RowsDone | None = None,
+    progress: OnProgress | None = None,
 ) -> list[Prediction]:
     """Label every example by exact summed log-likelihood of each label word's tokens after the prompt.
 
@@ -80,7 +80,7 @@ def label_scores(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
-    progress: RowsDone | None = None,
+    progress: OnProgress | None = None,
 ) -> Tensor:
     """Log-likelihood in nats of each label's tokens after each prompt: float32 [examples, labels], on CPU.
 

@@ -14,7 +14,7 @@ import torch
 from bitdistill.config import Task
 from bitdistill.data.tasks import Example
 from bitdistill.data.tokenizer import eos_id
-from bitdistill.eval.prediction import Prediction, RowsDone
+from bitdistill.eval.prediction import OnProgress, Prediction
 from bitdistill.models.attention import decoding
 
 CACHE_SHARE = 0.4
@@ -31,7 +31,7 @@ def generate(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
-    progress: RowsDone | None = None,
+    progress: OnProgress | None = None,
 ) -> list[Prediction]:
     """Continue every prompt greedily until an end-of-text token or `task.max_new_tokens`.
 
@@ -62,7 +62,7 @@ def sample(
     device: torch.device | str,
     pad_id: int,
     rounds: Sequence[int] = (),
-    progress: RowsDone | None = None,
+    progress: OnProgress | None = None,
 ) -> list[Prediction]:
     """`generate` with tokens drawn from the whole distribution at a temperature, repeatable by seed on one machine.
 
@@ -92,7 +92,7 @@ def _generate(
     pad_id: int,
     choice: dict[str, Any],
     rounds: Sequence[int],
-    progress: RowsDone | None,
+    progress: OnProgress | None,
 ) -> list[Prediction]:
     stops = sorted(stop_ids(model, tokenizer))
     answers: list[list[int]] = [[] for _ in examples]

@@ -13,7 +13,6 @@ Shape legend: B windows, T tokens, N predicted tokens of a batch, H hidden featu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from bitdistill.data.batches import TokenStream
 from bitdistill.errors import DataError, ModelError
 from bitdistill.eval.metrics import Score, perplexity_score, ratio_score
+from bitdistill.eval.prediction import OnProgress
 from bitdistill.models.forward import final_hidden, logits_at
 
 HEAD_ELEMENTS = 2**26
@@ -58,7 +58,7 @@ def score_text(
     batch_rows: int,
     device: torch.device | str,
     limit_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> TextScores:
     """Score a model over successive windows of a token stream; each window's first token is context only.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-RowsDone = Callable[[int, int], None]
-"""Told now and then how far work on rows has come: (rows done, rows to do)."""
+OnProgress = Callable[[int, int], None]
+"""Told now and then how far scoring has come: (done, to do), in rows or tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.stages.common import Run, log, pad_token_id
 from bitdistill.stages.sft import train_on_task
 from bitdistill.train.compile import compile_blocks
-from bitdistill.train.tracking import RowProgress
+from bitdistill.train.tracking import WorkProgress
 
 LABEL_FIELD = "_label"
 WHOLE_FIELD = "_row"
@@ -329,7 +329,7 @@ def _sampled(
     )
     # Encoded as the writer's training rows were: the longest answer, set below, would leave prompts another room.
     examples = tasks.encode(form.task, rows, tokenizer, length, require_answers=False)
-    with RowProgress("augment", quiet=run.quiet) as progress:
+    with WorkProgress("augment", quiet=run.quiet) as progress:
         predictions = sample(
             model, tokenizer, form.task.model_copy(update={"max_new_tokens": longest}), examples,
             temperature=config.temperature, seed=_seed(run, config),

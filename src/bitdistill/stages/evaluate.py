@@ -36,7 +36,7 @@ from bitdistill.report import text
 from bitdistill.stages.common import Run, git_commit, log
 from bitdistill.stages.reuse import read_predictions
 from bitdistill.stages.scorers import Scorer, open_scorer
-from bitdistill.train.tracking import RowProgress
+from bitdistill.train.tracking import WorkProgress
 
 LABELS = {
     "teacher": "Teacher (full precision)",
@@ -65,7 +65,7 @@ def predict_rows(run: Run, scorer: Scorer, examples: Sequence[Example]) -> tuple
     """Predictions on encoded rows and the tokens a second of scoring them."""
     # One untimed batch: the first call pays for unpacking codes and for warming caches.
     scorer.predict(examples[: run.recipe.eval.batch_rows])
-    with RowProgress("eval", quiet=run.quiet) as progress:
+    with WorkProgress("eval", quiet=run.quiet) as progress:
         started = time.perf_counter()
         predictions = scorer.predict(examples, progress)
         elapsed_s = time.perf_counter() - started

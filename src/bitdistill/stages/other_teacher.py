@@ -34,7 +34,7 @@ from bitdistill.stages import pseudo_labels
 from bitdistill.stages.common import Run, log, pad_token_id
 from bitdistill.stages.sft import CrossEntropyStep
 from bitdistill.train.step import StepOutput, Totals
-from bitdistill.train.tracking import RowProgress
+from bitdistill.train.tracking import WorkProgress
 
 SCORES = "scores.safetensors"
 """File of the artifact: float32 [rows, labels] of the training rows, then of the others, under their names."""
@@ -86,7 +86,7 @@ def label_scores(run: Run, teacher_folder: Path, written: Path | None) -> tuple[
 def _scores(run: Run, teacher: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
     task = run.recipe.task
     examples = tasks.encode(task, rows, tokenizer, run.recipe.data.max_length, require_answers=False)
-    with RowProgress("scores", quiet=run.quiet) as progress:
+    with WorkProgress("scores", quiet=run.quiet) as progress:
         return classify.label_scores(
             teacher,
             tasks.label_token_ids(task, tokenizer),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from bitdistill.config import ModelSource
 from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_fingerprint
 from bitdistill.errors import ModelError, UsageError
 from bitdistill.eval.perplexity import score_text
+from bitdistill.eval.prediction import OnProgress
 from bitdistill.eval.results import hardware, versions
 from bitdistill.eval.text_results import TextResult, Trained
 from bitdistill.models.load import load_source
@@ -37,7 +38,7 @@ def perplexity(
     batch_rows: int = 4,
     device: str = "auto",
     command: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> TextResult:
     """Load models and text, and score the first `limit_tokens` of it. Weights are float32 but where a full-precision
     model is saved otherwise in a bitdistill folder.

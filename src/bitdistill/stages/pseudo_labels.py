@@ -21,7 +21,7 @@ from bitdistill.eval.generate import generate
 from bitdistill.models.attention import causal_only
 from bitdistill.stages.augment import WRITTEN_ROWS
 from bitdistill.stages.common import Run, log, pad_token_id
-from bitdistill.train.tracking import RowProgress
+from bitdistill.train.tracking import WorkProgress
 
 BATCH_ROWS = 512
 """Rows of one forward pass of the teacher: short rows keep a GPU busy only in large batches."""
@@ -92,7 +92,7 @@ def _answers(run: Run, teacher: Any, tokenizer: Any, examples: list[Example]) ->
     task = run.recipe.task
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
     options["batch_rows"] = BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows
-    with RowProgress("answers", quiet=run.quiet) as options["progress"]:
+    with WorkProgress("answers", quiet=run.quiet) as options["progress"]:
         if task.kind == "generation":
             return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]
         labels = list(task.labels)

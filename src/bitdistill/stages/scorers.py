@@ -15,7 +15,7 @@ from bitdistill import artifact
 from bitdistill.data.tasks import Example
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
-from bitdistill.eval.prediction import Prediction, RowsDone
+from bitdistill.eval.prediction import OnProgress, Prediction
 from bitdistill.eval.results import hardware
 from bitdistill.models.load import load_source
 from bitdistill.models.student import load_student
@@ -31,7 +31,7 @@ class Scorer(Protocol):
     tokenizer: Any
     hardware: dict[str, Any]
 
-    def predict(self, examples: Sequence[Example], progress: RowsDone | None = None) -> list[Prediction]:
+    def predict(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Prediction]:
         """Answers in the order of the examples; `progress` is told (examples done, examples to do)."""
 
 
@@ -50,7 +50,7 @@ class PyTorchScorer:
         self.task, self.device, self.batch_rows = run.recipe.task, run.device, run.recipe.eval.batch_rows
         self.hardware = hardware(run.device)
 
-    def predict(self, examples: Sequence[Example], progress: RowsDone | None = None) -> list[Prediction]:
+    def predict(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Prediction]:
         score = classify if self.task.kind == "classification" else generate
         predictions = score(
             self.model,
@@ -84,7 +84,7 @@ class NativeScorer:
             "threads": self.engine.facts["threads"],
         }
 
-    def predict(self, examples: Sequence[Example], progress: RowsDone | None = None) -> list[Prediction]:
+    def predict(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Prediction]:
         return self.engine.predict(self.task, examples, batch_rows=self.batch_rows, progress=progress)
 
 

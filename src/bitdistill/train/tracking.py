@@ -177,24 +177,25 @@ class Tracker:
         sys.stderr.flush()
 
 
-class RowProgress:
-    """Shows how far work on rows has come that is no training, such as scoring; use as a context manager.
+class WorkProgress:
+    """Shows how far work has come that is no training, such as scoring; use as a context manager.
 
     A bar in a terminal, gone when the work is done; elsewhere a line every 15 s.
 
     Args:
         what: a word for the work.
+        unit: what is counted.
         quiet: nothing on stderr.
     """
 
-    def __init__(self, what: str, *, quiet: bool = False) -> None:
-        self.what = what
+    def __init__(self, what: str, unit: str = "rows", *, quiet: bool = False) -> None:
+        self.what, self.unit = what, unit
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn(f"[bold]{what:<11}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("rows  {task.fields[rate]}  ETA"),
+            TextColumn(f"{unit}  {{task.fields[rate]}}  ETA"),
             TimeRemainingColumn(compact=True),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
@@ -204,7 +205,7 @@ class RowProgress:
         )
         self._task = self._bar.add_task(what, total=None, rate="", visible=False)
 
-    def __enter__(self) -> RowProgress:
+    def __enter__(self) -> WorkProgress:
         self._begun = self._printed_at = time.monotonic()
         self._bar.start()
         return self
@@ -213,8 +214,10 @@ class RowProgress:
         self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """So many rows are done of so many."""
+        """So many are done of so many. The clock starts anew where none is: what came before was getting ready."""
         now = time.monotonic()
+        if not done:
+            self._begun = now
         per_s = done / max(now - self._begun, 1e-9)
         rate = f"{_rate(per_s) if per_s >= 10 else f'{per_s:.1f}'}/s" if done else ""
         self._bar.update(self._task, completed=done, total=total, rate=rate, visible=True)
@@ -222,7 +225,9 @@ class RowProgress:
             return
         self._printed_at = now
         speed = f"  {rate}  ETA {(total - done) / per_s:.0f}s" if done else ""
-        self.console.print(f"{self.what:<11} {done}/{total} rows{speed}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"{self.what:<11} {done}/{total} {self.unit}{speed}", highlight=False, soft_wrap=True
+        )
         sys.stderr.flush()
 
 
