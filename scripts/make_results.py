@@ -229,14 +229,20 @@ def headline_table(folder: Path) -> str:
     sweeps = [sweep_results.read(path) for path in sorted((folder / "sweeps").glob("headline-*.json"))]
     # Sweeps of many recipes first
     for sweep in sorted(sweeps, key=lambda found: -len({run.recipe for run in found.runs})):
-        lines = [line for line in sweep_tables.lines(sweep) if line.cell == "bitdistill"]
+        every = sweep_tables.lines(sweep)
+        lines = [line for line in every if line.cell == "bitdistill"]
+        # No base enters direct fine-tuning: where a newer base has rows of its own, the older cell's are still it
+        direct = {line.recipe: line for line in reversed(every) if line.row == "bitnet_sft"}
         for recipe in dict.fromkeys(line.recipe for line in lines):
             found = {line.row: line for line in lines if line.recipe == recipe}
             student = found.get("bitdistill")
             if student is None or "teacher" not in found:
                 continue
             cells = [f"{recipe}, {student.metric}", mean_words(found["teacher"]), mean_words(student)]
-            cells += [sweep_tables.gap_words(student.gap), mean_words(found.get("bitnet_sft"))]
+            cells += [
+                sweep_tables.gap_words(student.gap),
+                mean_words(found.get("bitnet_sft") or direct.get(recipe)),
+            ]
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

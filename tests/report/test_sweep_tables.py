@@ -190,3 +190,11 @@ def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> No
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert subprocess.run([*call, "--check"], check=False).returncode == 0
+    # Direct fine-tuning has no base: a cell of an older base may be the only one that measured it
+    teacher_row, direct = row("teacher", 0.9, 0, "teacher"), row("bitnet_sft", 0.4, 0, "older")
+    older = run("older", 0, 0.7, rows=[teacher_row, direct])
+    sweep_results.write(folder / "sweeps/headline-x.json", results(*two.runs, older))
+    subprocess.run(call, check=True)
+    line = next(line for line in readme.read_text("utf-8").splitlines() if line.startswith("| r, "))
+    assert f"| {student:.2f} (2 seeds) | " in line
+    assert line.endswith(f"| {direct.value:.2f} (1 seed) |")
