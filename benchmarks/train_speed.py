@@ -55,7 +55,7 @@ from bitdistill.train.gradients import (
     LAUNCH_BOUND,
     EagerGradients,
     ReplayedGradients,
-    wants_graphs,
+    replayed_below,
 )
 from bitdistill.train.step import StepOutput
 
@@ -88,7 +88,7 @@ def fused_loss_step(model: Any) -> Any:
         )  # fmt: skip
         return StepOutput(loss / totals.answers)
 
-    step.replayable, step.launch_bound = True, FUSED_LAUNCH_BOUND  # type: ignore[attr-defined]
+    step.replayable = True  # type: ignore[attr-defined]
     return step
 
 
@@ -206,13 +206,13 @@ def train_case(report: Report, shape: Shape, name: str, case: str, limit_s: floa
         ]
         gradients: Any = EagerGradients(step, DEVICE, "bfloat16")
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        replay = replay and wants_graphs(
+        below = replayed_below(
             Loop(batch_rows=micro),
             DEVICE,
             sum(p.numel() for p in trained.values()),
-            micro * shape.length,
-            getattr(step, "launch_bound", LAUNCH_BOUND),
+            LAUNCH_BOUND if CASES[case][0] == "ternary" else FUSED_LAUNCH_BOUND,
         )
+        replay = replay and micro * shape.length < below
         if replay:
             gradients = ReplayedGradients(step, trained, DEVICE, "bfloat16")
         found = timed_steps(model, gradients, batches, refresh, limit_s)

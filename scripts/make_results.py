@@ -178,9 +178,12 @@ def sweep_section(results: SweepResults, path: Path) -> tuple[list[str], dict[st
         parts += [f"![{figure.title}](figures/{name}.svg)", "", f"{figure.title}. {figure.note}", ""]
     commits = ", ".join(sorted({row.commit for run in done for row in run.rows if row.commit}))
     versions = sorted({row.versions.get("torch", "") for run in done for row in run.rows} - {""})
+    count = "1 run" if len(done) == 1 else f"{len(done)} runs"
+    # What a stage does besides training is in here: loading, compilation, answers, scores, export
+    clock = f" ({done[0].wall_s / 60:.1f} from start to end)" if len(done) == 1 and done[0].wall_s else ""
     parts.append(
-        f"- `{sweep_tables.command_of(results, path)}`; {len(done)} runs, {results.train_s / 60:.1f} minutes of "
-        f"training in all on {', '.join(sweep_tables.hardware_of(results))}; commit {commits or 'unknown'}; "
+        f"- `{sweep_tables.command_of(results, path)}`; {count}, {results.train_s / 60:.1f} minutes of "
+        f"training in all{clock} on {', '.join(sweep_tables.hardware_of(results))}; commit {commits or 'unknown'}; "
         f"torch {', '.join(versions) or 'unknown'}; [results](../results/sweeps/{path.name})"
     )
     parts += [

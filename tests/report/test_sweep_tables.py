@@ -148,6 +148,10 @@ def test_the_page(tmp_path: Path) -> None:
     assert subprocess.run([*call, "--check"], check=False).returncode == 0
     sweep_results.write(folder / "sweeps/s.json", results(run("a", 0, 0.8)))
     assert subprocess.run([*call, "--check"], check=False, capture_output=True).returncode == 1
+    sweep_results.write(folder / "sweeps/s.json", results(run("a", 0, 0.8, wall_s=510.0)))
+    subprocess.run(call, check=True)
+    text = (docs / "results.md").read_text("utf-8")
+    assert "; 1 run, 7.0 minutes of training in all (8.5 from start to end) on H200" in text
 
 
 def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> None:

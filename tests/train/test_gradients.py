@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,13 +19,14 @@ from bitdistill.models.attention import causal_only
 from bitdistill.stages.distill import DistillStep
 from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.stages.sft import CrossEntropyStep
+from bitdistill.train import loop as loop_module
 from bitdistill.train.gradients import (
     FUSED_LAUNCH_BOUND,
     EagerGradients,
     ReplayedGradients,
     differing,
     first_cause,
-    wants_graphs,
+    replayed_below,
 )
 from bitdistill.train.optim import build_optimizer
 from bitdistill.train.step import Totals
@@ -234,17 +240,70 @@ def test_the_index_names_the_answer_tokens() -> None:
 
 
 def test_graphs_are_for_small_steps_on_a_gpu() -> None:
-    small, cuda = (2**20, 2**10), torch.device("cuda")
-    assert not wants_graphs(Loop(batch_rows=1), torch.device("cpu"), *small)
-    assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"), *small)
-    assert wants_graphs(Loop(batch_rows=1), cuda, *small)
-    assert not wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024)
-    assert wants_graphs(Loop(batch_rows=1), cuda, 135_000_000, 32 * 1024, FUSED_LAUNCH_BOUND)
-    assert wants_graphs(Loop(batch_rows=1), cuda, 600_000_000, 16 * 1024, FUSED_LAUNCH_BOUND)
-    assert not wants_graphs(Loop(batch_rows=1), cuda, 1_600_000_000, 8 * 1024, FUSED_LAUNCH_BOUND)
-    assert wants_graphs(Loop(batch_rows=1, cuda_graphs=True), cuda, 600_000_000, 16 * 1024)
-    assert not wants_graphs(Loop(batch_rows=1, gradient_checkpointing=True), cuda, *small)
-    assert not wants_graphs(Loop(batch_rows=1, cuda_graphs=False), cuda, *small)
+    cuda, plain = torch.device("cuda"), Loop(batch_rows=1)
+    assert replayed_below(plain, torch.device("cpu"), 2**20) == 0
+    assert replayed_below(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"), 2**20) == 0
+    assert replayed_below(plain, cuda, 2**20) > 2**10
+    assert replayed_below(plain, cuda, 135_000_000) < 32 * 1024
+    assert replayed_below(plain, cuda, 135_000_000, FUSED_LAUNCH_BOUND) > 32 * 1024
+    assert replayed_below(plain, cuda, 600_000_000, FUSED_LAUNCH_BOUND) > 16 * 1024
+    assert replayed_below(plain, cuda, 1_600_000_000, FUSED_LAUNCH_BOUND) < 8 * 1024
+    # Gemma 3 270M on MNLI: 128 x 88 was above the other bound, and a seed whose first batch was that long had no graph
+    assert replayed_below(plain, cuda, 268_000_000, FUSED_LAUNCH_BOUND) > 16_384
+    assert replayed_below(Loop(batch_rows=1, cuda_graphs=True), cuda, 600_000_000) == math.inf
+    assert replayed_below(Loop(batch_rows=1, gradient_checkpointing=True), cuda, 2**20) == 0
+    assert replayed_below(Loop(batch_rows=1, cuda_graphs=False), cuda, 2**20) == 0
+
+
+def test_each_micro_batch_is_judged_by_its_own_tokens(no_gpu: None) -> None:
+    student, _ = students()
+    step = CrossEntropyStep(student)
+    found = sorted(
+        (m for n in range(40) for m in batches().micro_batches(n)), key=lambda m: m.input_ids_BT.numel()
+    )
+    small, large = found[0], found[-1]
+    assert small.input_ids_BT.numel() < large.input_ids_BT.numel()
+    below = large.input_ids_BT.numel()
+    way = _FakeGraphs(step, dict(student.named_parameters()), torch.device("cpu"), "float32", below=below)
+    for _ in range(3):
+        way.add(large, totals_of(large))
+    assert way.captured == 0
+    for _ in range(3):
+        way.add(small, totals_of(small))
+    assert way.captured == 1
+
+
+@pytest.mark.parametrize(("bound", "replayed"), [(64, False), (65, True)])
+def test_a_training_looks_at_several_steps_for_small_micro_batches(
+    bound: int, replayed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first micro-batch is larger than the bound, the smallest decides whether graphs are prepared."""
+    made = []
+
+    class Made(Exception):
+        pass
+
+    def prepare(*arguments, **options):  # type: ignore[no-untyped-def]
+        made.append(options["below"])
+        raise Made
+
+    sizes = [128, 128, 64, 128]
+
+    class Sizes:
+        def micro_batches(self, step: int) -> list[Any]:
+            return [SimpleNamespace(input_ids_BT=torch.zeros(1, sizes[step]))]
+
+    monkeypatch.setattr(loop_module, "ReplayedGradients", prepare)
+    monkeypatch.setattr(loop_module, "replayed_below", lambda *a: bound)
+    monkeypatch.setattr(loop_module, "EagerGradients", lambda *a: "eager")
+    monkeypatch.setattr(loop_module, "Signals", lambda: (_ for _ in ()).throw(Made))
+    with pytest.raises(Made):
+        loop_module.fit(
+            torch.nn.Linear(2, 2), Sizes(), lambda *a: None, optim=Optim(learning_rate=1e-3), loop=Loop(batch_rows=1),
+            total_steps=4, device=torch.device("cpu"), tracker=SimpleNamespace(stage="distill", path=tmp_path / "log"),
+            checkpoint_root=tmp_path, key="k",
+        )  # fmt: skip
+    assert bool(made) == replayed
 
 
 @pytest.mark.gpu

@@ -59,7 +59,6 @@ class LanguageModelStep:
         self.chunk = kernels.fused_chunk() if fused else compiled(language_model_chunk, compiling)
         # The warm-up's blend is a number of the host, which a replayed CUDA graph would not see
         self.replayable = config.ternary_warmup_fraction == 0
-        self.launch_bound = FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND
 
     def __call__(self, batch: Batch, totals: Totals) -> StepOutput:
         every = self.hidden_weight > 0
@@ -306,6 +305,7 @@ def _fit(
             key=run.keys["pretrain"],
             before_step=before_step,
             replicas=group,
+            launch_bound=FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND,
         )
 
 

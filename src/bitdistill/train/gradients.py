@@ -33,12 +33,12 @@ PACKAGE = Path(__file__).parents[1]
 MAX_GRAPHS = 32
 """Shapes that get a graph of their own; further ones run eagerly."""
 LAUNCH_BOUND = 2e12
-"""Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward. A step function
-may have a bound of its own (`launch_bound`)."""
+"""Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward."""
 FUSED_LAUNCH_BOUND = 1.2e13
 """The same for fused layers, whose operators take the host longer to launch: at stage 2 of a 135M model (32 x 1,024
-tokens) about as long for a forward pass as the GPU to run it. At 0.6B (16 x 1,024) a graph is 2 % faster and takes
-10 % more memory (docs/log.md, run 14)."""
+tokens) about as long for a forward pass as the GPU to run it. A step of stage 3 at 270M (MNLI) takes 100 to 140 ms
+without graphs, 70 to 80 with them (docs/log.md, run 26). At 0.6B (16 x 1,024) a graph is 2 % faster and takes 10 % more
+memory (run 14)."""
 SAME_NORM, NEGLIGIBLE = 0.05, 1e-3
 """Of a graph's gradients: relative error of a parameter's norm, and of norms this small beside the whole gradient's
 there is no telling. Wide by choice, for sums in another order; what these make on a GPU was not measured yet."""
@@ -59,22 +59,20 @@ class Gradients(Protocol):
         """Start the next step from zero gradients."""
 
 
-def wants_graphs(
-    loop: Loop, device: torch.device, weights: int, tokens: int, bound: float = LAUNCH_BOUND
-) -> bool:
-    """Resolve a recipe's `loop.cuda_graphs`.
+def replayed_below(loop: Loop, device: torch.device, weights: int, bound: float = LAUNCH_BOUND) -> float:
+    """Resolve a recipe's `loop.cuda_graphs`: micro-batches of fewer tokens, padding included, are replayed.
 
     Args:
-        weights: parameters that are trained.
-        tokens: tokens of a micro-batch, padding included. Their product tells whether launches bind the step: large
+        weights: parameters that are trained. Their product with the tokens tells whether launches bind the step: large
             steps gain nothing from a graph, which holds memory of its own.
         bound: what the product must be below.
+
+    Returns:
+        0 where none is replayed, infinity where all are.
     """
-    if device.type != "cuda" or loop.gradient_checkpointing:
-        return False
-    if loop.cuda_graphs == "auto":
-        return weights * tokens < bound
-    return bool(loop.cuda_graphs)
+    if device.type != "cuda" or loop.gradient_checkpointing or not loop.cuda_graphs:
+        return 0.0
+    return bound / weights if loop.cuda_graphs == "auto" else math.inf
 
 
 def _named(output: StepOutput) -> dict[str, Tensor | float]:
@@ -125,6 +123,8 @@ class ReplayedGradients(EagerGradients):
 
     Args:
         parameters: by name, all that get gradients.
+        below: micro-batches of so many tokens and more, padding included, run eagerly too. Each is judged by itself:
+            a training's batches may lie on both sides.
     """
 
     def __init__(
@@ -134,11 +134,13 @@ class ReplayedGradients(EagerGradients):
         device: torch.device,
         precision: str,
         among_others: bool = False,
+        below: float = math.inf,
     ) -> None:
         super().__init__(step_function, device, precision)
         # What watches over exchanges with other processes asks the device from a thread of its own meanwhile
         self.errors = "thread_local" if among_others else "global"
         self.names, self.parameters = list(parameters), list(parameters.values())
+        self.below = below
         self.graphs: dict[tuple[int, ...], _Graph] = {}
         self.seen: set[tuple[int, ...]] = set()
         self.enabled = True
@@ -158,7 +160,8 @@ class ReplayedGradients(EagerGradients):
         self.graphs.clear()
 
     def add(self, batch: Batch, totals: Totals) -> dict[str, Tensor | float]:
-        if not (self.enabled and getattr(self.step_function, "replayable", False)):
+        small = batch.input_ids_BT.numel() < self.below
+        if not (small and self.enabled and getattr(self.step_function, "replayable", False)):
             return self._eager(batch, totals)
         batch = batch.with_filled_index(INDEX_MULTIPLE)
         key = (*batch.input_ids_BT.shape, batch.rows, len(batch.answer_index_N), len(batch.real_index_N))

@@ -29,7 +29,7 @@ from bitdistill.train.gradients import (
     EagerGradients,
     Gradients,
     ReplayedGradients,
-    wants_graphs,
+    replayed_below,
 )
 from bitdistill.train.optim import OptimizerSet, build_optimizer, describe_rate, learning_rate_at
 from bitdistill.train.replicas import ALONE, CHECK_EVERY_STEPS, Replicas
@@ -38,6 +38,9 @@ from bitdistill.train.tracking import Tracker, truncate_log
 
 log = logging.getLogger("bitdistill")
 MAX_SKIPPED_IN_A_ROW = 10
+LOOKED_AT = 16
+"""Steps whose micro-batches tell whether any is small enough for a CUDA graph: gradients that graphs write to stay
+allocated between steps."""
 
 
 class Batches(Protocol):
@@ -106,6 +109,7 @@ def fit(
     state: Stateful | None = None,
     before_step: Callable[[int], None] | None = None,
     replicas: Replicas = ALONE,
+    launch_bound: float = LAUNCH_BOUND,
 ) -> FitResult:
     """Train `model` in place for `total_steps` optimizer steps, resuming from `checkpoint_root` if it can.
 
@@ -116,6 +120,7 @@ def fit(
         before_step: called with the step number before each step (for schedules such as the ternary warm-up).
         replicas: this process among several that train copies of the model, each called with the same arguments.
             Only the one that leads writes logs and checkpoints.
+        launch_bound: parameters times tokens of a micro-batch below which `cuda_graphs: auto` replays it.
 
     Raises:
         DivergenceError: non-finite loss or gradient and `loop.on_nonfinite` is "stop", or 10 in a row.
@@ -139,14 +144,15 @@ def fit(
     replicas.check_equal(parameters, progress.step)
     gradients: Gradients = EagerGradients(step_function, device, loop.precision)
     weights = sum(p.numel() for p in parameters)
-    tokens = batches.micro_batches(0)[0].input_ids_BT.numel()
-    if wants_graphs(loop, device, weights, tokens, getattr(step_function, "launch_bound", LAUNCH_BOUND)):
+    below = replayed_below(loop, device, weights, launch_bound)
+    if below and _fewest_tokens(batches, total_steps) < below:
         gradients = ReplayedGradients(
             step_function,
             dict(zip(names, parameters, strict=True)),
             device,
             loop.precision,
             among_others=replicas.size > 1,
+            below=below,
         )
     saved_at = time.monotonic()
 
@@ -200,6 +206,12 @@ def fit(
         progress.last_loss,
         progress.device_s,
     )
+
+
+def _fewest_tokens(batches: Batches, total_steps: int) -> int:
+    """Of a micro-batch among those of the first steps, padding included."""
+    steps = range(min(LOOKED_AT, total_steps))
+    return min(batch.input_ids_BT.numel() for step in steps for batch in batches.micro_batches(step))
 
 
 @dataclass
