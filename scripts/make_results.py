@@ -179,8 +179,10 @@ def sweep_section(results: SweepResults, path: Path) -> tuple[list[str], dict[st
     commits = ", ".join(sorted({row.commit for run in done for row in run.rows if row.commit}))
     versions = sorted({row.versions.get("torch", "") for run in done for row in run.rows} - {""})
     count = "1 run" if len(done) == 1 else f"{len(done)} runs"
-    # What a stage does besides training is in here: loading, compilation, answers, scores, export
-    clock = f" ({done[0].wall_s / 60:.1f} from start to end)" if len(done) == 1 and done[0].wall_s else ""
+    # What a stage does besides training is in here: loading, compilation, answers, scores, export. Less than the training
+    # it is where stages are another run's.
+    alone = len(done) == 1 and done[0].wall_s >= results.train_s
+    clock = f" ({done[0].wall_s / 60:.1f} from start to end)" if alone else ""
     parts.append(
         f"- `{sweep_tables.command_of(results, path)}`; {count}, {results.train_s / 60:.1f} minutes of "
         f"training in all{clock} on {', '.join(sweep_tables.hardware_of(results))}; commit {commits or 'unknown'}; "
