@@ -13,7 +13,7 @@ from torch import Tensor
 
 import bitdistill as bd
 from bitdistill.errors import ModelError
-from bitdistill.models.capture import capture_states
+from bitdistill.models.capture import _SINK, FUNCTIONS, capture_states
 
 from .conftest import tiny_model
 
@@ -63,6 +63,26 @@ def test_states_equal_a_reconstruction(model: Any, ids: Tensor) -> None:
         assert k.shape == v.shape == (2, kv_heads, 13, size)
         for found, wanted in zip((q, k, v), states_by_hand(model, layer, ids), strict=True):
             torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_states_are_those_that_attention_takes(model: Any, ids: Tensor) -> None:
+    """Under autocast the rotary embedding leaves queries and keys in float32, and attention rounds them."""
+    taken: list[tuple[Tensor, ...]] = []
+
+    def attention(module: Any, *states: Tensor, **kwargs: Any) -> Any:
+        taken.append(states[:3])
+        return FUNCTIONS["sdpa"](module, *states, **kwargs)
+
+    with capture_states(model, [1]) as plain:
+        model(ids)
+    assert {x.dtype for x in plain[1]} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16), capture_states(model, [1]) as states:
+        setattr(model.model.layers[1].self_attn, _SINK, (states, 1, attention))
+        model(ids)
+    for state, own, exact in zip(states[1], taken[0], plain[1], strict=True):
+        assert state.dtype == torch.bfloat16
+        assert torch.equal(state, own)
+        torch.testing.assert_close(state.float(), exact, rtol=0.1, atol=0.1)
 
 
 def test_outputs_and_gradients_do_not_change(model: Any, ids: Tensor) -> None:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import ModelError
 from bitdistill.models.attention import CAUSAL_NAME, causal_attention
+from bitdistill.quant.linear import out_dtype_of
 
 FUNCTIONS = {"sdpa": sdpa_attention_forward, CAUSAL_NAME: causal_attention}
 ATTENTION_NAME = "bitdistill_capture"
@@ -35,6 +36,9 @@ def _capturing_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention (sdpa, or `attention.causal_attention`), which also records its inputs."""
     states, layer, attention_function = getattr(module, _SINK)
+    # As the attention itself takes them. Under autocast the rotary embedding leaves queries and keys in float32, whose
+    # products in a relation run apart from the tensor cores: a quarter of a step of Gemma (docs/log.md, run 27)
+    query, key, value = (x.to(out_dtype_of(x)) for x in (query, key, value))
     states[layer] = (query, key, value)
     result: tuple[Tensor, Tensor | None] = attention_function(
         module, query, key, value, attention_mask, **kwargs
@@ -57,8 +61,8 @@ def capture_states(model: Any, layers: Sequence[int]) -> Iterator[States]:
 
     Yields:
         A dict that each forward fills: `states[layer] = (q_BHTD, k_BGTD, v_BGTD)`, keyed by the indices as
-        given, in the model's compute dtype, with gradient if the forward has one. A second forward overwrites
-        it. The model is restored on exit; the dict stays valid.
+        given, in the model's compute dtype (bfloat16 under autocast), with gradient if the forward has one. A second
+        forward overwrites it. The model is restored on exit; the dict stays valid.
 
     Raises:
         ModelError: a layer that the model does not have, or another attention implementation than sdpa.
