@@ -43,6 +43,7 @@ CASES = {
     "fused_packed": Case(packed=True),
     "fused_not_compiled": Case(compiled=False),
     "fused_prompt": Case(settings={"prompt_weight": 30.0}),
+    "fused_prompt_packed": Case(packed=True, settings={"prompt_weight": 30.0}),
     "fused_no_blocks": Case(settings={"hidden_weight": 0.0}),
     "reference": Case(kernels=False),
     "reference_eager": Case(kernels=False, compiled=False, replayed=False),
