@@ -179,8 +179,8 @@ def sweep_section(results: SweepResults, path: Path) -> tuple[list[str], dict[st
     commits = ", ".join(sorted({row.commit for run in done for row in run.rows if row.commit}))
     versions = sorted({row.versions.get("torch", "") for run in done for row in run.rows} - {""})
     count = "1 run" if len(done) == 1 else f"{len(done)} runs"
-    # What a stage does besides training is in here: loading, compilation, answers, scores, export. Less than the training
-    # it is where stages are another run's.
+    # What a stage does besides training is in here: loading, compilation, answers, scores, export. It is less than the
+    # training where stages are another run's.
     alone = len(done) == 1 and done[0].wall_s >= results.train_s
     clock = f" ({done[0].wall_s / 60:.1f} from start to end)" if alone else ""
     parts.append(
