@@ -181,8 +181,8 @@ def sweep_section(results: SweepResults, path: Path) -> tuple[list[str], dict[st
     count = "1 run" if len(done) == 1 else f"{len(done)} runs"
     # What a stage does besides training is in here: loading, compilation, answers, scores, export. It is less than the
     # training where stages are another run's.
-    alone = len(done) == 1 and done[0].wall_s >= results.train_s
-    clock = f" ({done[0].wall_s / 60:.1f} from start to end)" if alone else ""
+    whole = len(done) == 1 and done[0].wall_s >= results.train_s
+    clock = f" ({done[0].wall_s / 60:.1f} from start to end)" if whole else ""
     parts.append(
         f"- `{sweep_tables.command_of(results, path)}`; {count}, {results.train_s / 60:.1f} minutes of "
         f"training in all{clock} on {', '.join(sweep_tables.hardware_of(results))}; commit {commits or 'unknown'}; "

@@ -21,7 +21,6 @@ from bitdistill.stages.pretrain import LanguageModelStep
 from bitdistill.stages.sft import CrossEntropyStep
 from bitdistill.train import loop as loop_module
 from bitdistill.train.gradients import (
-    FUSED_LAUNCH_BOUND,
     EagerGradients,
     ReplayedGradients,
     differing,
@@ -245,11 +244,11 @@ def test_graphs_are_for_small_steps_on_a_gpu() -> None:
     assert replayed_below(Loop(batch_rows=1, cuda_graphs=True), torch.device("cpu"), 2**20) == 0
     assert replayed_below(plain, cuda, 2**20) > 2**10
     assert replayed_below(plain, cuda, 135_000_000) < 32 * 1024
-    assert replayed_below(plain, cuda, 135_000_000, FUSED_LAUNCH_BOUND) > 32 * 1024
-    assert replayed_below(plain, cuda, 600_000_000, FUSED_LAUNCH_BOUND) > 16 * 1024
-    assert replayed_below(plain, cuda, 1_600_000_000, FUSED_LAUNCH_BOUND) < 8 * 1024
+    assert replayed_below(plain, cuda, 135_000_000, fused=True) > 32 * 1024
+    assert replayed_below(plain, cuda, 600_000_000, fused=True) > 16 * 1024
+    assert replayed_below(plain, cuda, 1_600_000_000, fused=True) < 8 * 1024
     # Gemma 3 270M on MNLI: 128 x 88 was above the other bound, and a seed whose first batch was that long had no graph
-    assert replayed_below(plain, cuda, 268_000_000, FUSED_LAUNCH_BOUND) > 16_384
+    assert replayed_below(plain, cuda, 268_000_000, fused=True) > 16_384
     assert replayed_below(Loop(batch_rows=1, cuda_graphs=True), cuda, 600_000_000) == math.inf
     assert replayed_below(Loop(batch_rows=1, gradient_checkpointing=True), cuda, 2**20) == 0
     assert replayed_below(Loop(batch_rows=1, cuda_graphs=False), cuda, 2**20) == 0

@@ -41,6 +41,11 @@ TIMED_TOKENS = 32_768
 """Backends are timed on so many tokens: a batch whose kernels end before the next ones are launched tells nothing."""
 
 
+def in_compute_dtype(*states: Tensor) -> tuple[Tensor, ...]:
+    """States as sdpa takes them: under autocast the rotary embedding leaves queries and keys in float32."""
+    return tuple(x.to(out_dtype_of(x)) for x in states)
+
+
 def causal_attention(
     module: nn.Module,
     query: Tensor,
@@ -57,8 +62,7 @@ def causal_attention(
     With `row_starts` (`Batch.starts_R`) the one row holds packed rows of at most `longest_row` tokens, which do not
     see one another.
     """
-    # As sdpa does under autocast, where the rotary embedding leaves queries and keys in float32
-    query, key, value = (x.to(out_dtype_of(x)) for x in (query, key, value))
+    query, key, value = in_compute_dtype(query, key, value)
     if row_starts is not None:
         scaling = kwargs.get("scaling")
         return packed_attention(query, key, value, row_starts, longest_row, scaling, sliding_window), None

@@ -21,8 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bitdistill.errors import ModelError
-from bitdistill.models.attention import CAUSAL_NAME, causal_attention
-from bitdistill.quant.linear import out_dtype_of
+from bitdistill.models.attention import CAUSAL_NAME, causal_attention, in_compute_dtype
 
 FUNCTIONS = {"sdpa": sdpa_attention_forward, CAUSAL_NAME: causal_attention}
 ATTENTION_NAME = "bitdistill_capture"
@@ -36,9 +35,9 @@ def _capturing_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention (sdpa, or `attention.causal_attention`), which also records its inputs."""
     states, layer, attention_function = getattr(module, _SINK)
-    # As the attention itself takes them. Under autocast the rotary embedding leaves queries and keys in float32, whose
-    # products in a relation run apart from the tensor cores: a quarter of a step of Gemma (docs/log.md, run 27)
-    query, key, value = (x.to(out_dtype_of(x)) for x in (query, key, value))
+    # Relations of float32 states are products apart from the tensor cores: a quarter of a step of Gemma (docs/log.md,
+    # run 27)
+    query, key, value = in_compute_dtype(query, key, value)
     states[layer] = (query, key, value)
     result: tuple[Tensor, Tensor | None] = attention_function(
         module, query, key, value, attention_mask, **kwargs

@@ -32,7 +32,6 @@ from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
 from bitdistill.train import replicas
 from bitdistill.train.compile import compile_blocks, compiled
-from bitdistill.train.gradients import FUSED_LAUNCH_BOUND, LAUNCH_BOUND
 from bitdistill.train.loop import FitResult, fit
 from bitdistill.train.replicas import Replicas
 from bitdistill.train.step import StepOutput, Totals
@@ -305,7 +304,7 @@ def _fit(
             key=run.keys["pretrain"],
             before_step=before_step,
             replicas=group,
-            launch_bound=FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND,
+            fused=fused,
         )
 
 

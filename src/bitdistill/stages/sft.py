@@ -22,7 +22,6 @@ from bitdistill.stages import kernels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
-from bitdistill.train.gradients import FUSED_LAUNCH_BOUND, LAUNCH_BOUND
 from bitdistill.train.loop import FitResult, fit
 from bitdistill.train.step import StepFunction, StepOutput, Totals
 
@@ -108,7 +107,7 @@ def train_on_task(
             checkpoint_root=run.checkpoints(stage),
             key=run.keys[stage],
             before_step=before_step,
-            launch_bound=FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND,
+            fused=fused,
             **fit_options,
         )
 

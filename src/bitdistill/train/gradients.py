@@ -36,9 +36,9 @@ LAUNCH_BOUND = 2e12
 """Parameters times tokens below which a step is short for a GPU: some 10 TFLOP, forward and backward."""
 FUSED_LAUNCH_BOUND = 1.2e13
 """The same for fused layers, whose operators take the host longer to launch: at stage 2 of a 135M model (32 x 1,024
-tokens) about as long for a forward pass as the GPU to run it. A step of stage 3 at 270M (MNLI) takes 100 to 140 ms
-without graphs, 70 to 80 with them (docs/log.md, run 26). At 0.6B (16 x 1,024) a graph is 2 % faster and takes 10 % more
-memory (run 14)."""
+tokens) about as long for a forward pass as the GPU to run it. A step of stage 3 at 270M (128 x 88) takes 108 ms with a
+graph, 144 without (docs/log.md, run 27). At 0.6B (16 x 1,024) a graph is 2 % faster and takes 10 % more memory (run
+14)."""
 SAME_NORM, NEGLIGIBLE = 0.05, 1e-3
 """Of a graph's gradients: relative error of a parameter's norm, and of norms this small beside the whole gradient's
 there is no telling. Wide by choice, for sums in another order; what these make on a GPU was not measured yet."""
@@ -59,20 +59,22 @@ class Gradients(Protocol):
         """Start the next step from zero gradients."""
 
 
-def replayed_below(loop: Loop, device: torch.device, weights: int, bound: float = LAUNCH_BOUND) -> float:
+def replayed_below(loop: Loop, device: torch.device, weights: int, fused: bool = False) -> float:
     """Resolve a recipe's `loop.cuda_graphs`: micro-batches of fewer tokens, padding included, are replayed.
 
     Args:
         weights: parameters that are trained. Their product with the tokens tells whether launches bind the step: large
             steps gain nothing from a graph, which holds memory of its own.
-        bound: what the product must be below.
+        fused: layers are fused, which has a bound of its own.
 
     Returns:
         0 where none is replayed, infinity where all are.
     """
     if device.type != "cuda" or loop.gradient_checkpointing or not loop.cuda_graphs:
         return 0.0
-    return bound / weights if loop.cuda_graphs == "auto" else math.inf
+    if loop.cuda_graphs == "auto":
+        return (FUSED_LAUNCH_BOUND if fused else LAUNCH_BOUND) / weights
+    return math.inf
 
 
 def _named(output: StepOutput) -> dict[str, Tensor | float]:

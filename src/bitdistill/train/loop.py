@@ -25,7 +25,6 @@ from bitdistill.data.batches import Batch
 from bitdistill.errors import DivergenceError, Interrupted
 from bitdistill.train import checkpoint
 from bitdistill.train.gradients import (
-    LAUNCH_BOUND,
     EagerGradients,
     Gradients,
     ReplayedGradients,
@@ -109,7 +108,7 @@ def fit(
     state: Stateful | None = None,
     before_step: Callable[[int], None] | None = None,
     replicas: Replicas = ALONE,
-    launch_bound: float = LAUNCH_BOUND,
+    fused: bool = False,
 ) -> FitResult:
     """Train `model` in place for `total_steps` optimizer steps, resuming from `checkpoint_root` if it can.
 
@@ -120,7 +119,7 @@ def fit(
         before_step: called with the step number before each step (for schedules such as the ternary warm-up).
         replicas: this process among several that train copies of the model, each called with the same arguments.
             Only the one that leads writes logs and checkpoints.
-        launch_bound: parameters times tokens of a micro-batch below which `cuda_graphs: auto` replays it.
+        fused: the model's layers are fused, so that `cuda_graphs: auto` replays larger steps too.
 
     Raises:
         DivergenceError: non-finite loss or gradient and `loop.on_nonfinite` is "stop", or 10 in a row.
@@ -144,7 +143,7 @@ def fit(
     replicas.check_equal(parameters, progress.step)
     gradients: Gradients = EagerGradients(step_function, device, loop.precision)
     weights = sum(p.numel() for p in parameters)
-    below = replayed_below(loop, device, weights, launch_bound)
+    below = replayed_below(loop, device, weights, fused)
     if below and _fewest_tokens(batches, total_steps) < below:
         gradients = ReplayedGradients(
             step_function,
