@@ -34,6 +34,7 @@ class Strict(BaseModel):
         return {k: v for k, v in tree.items() if k not in self.LATER or v != self.LATER[k]}
 
 
+MOST_TEACHERS = 16
 MOST_COUNT = 10**15
 """More of anything is a slip of the pen, and would overflow where counts meet floats and C integers."""
 
@@ -332,7 +333,7 @@ class RelationConfig(Strict):
 class DistillConfig(Strict):
     """Stage 3 (paper, sec. 3.3): L = L_CE + lambda * L_LD + gamma * L_AD."""
 
-    LATER: ClassVar[Mapping[str, Any]] = {"hidden_error": "relative", "prompt_weight": 0.0}
+    LATER: ClassVar[Mapping[str, Any]] = {"hidden_error": "relative", "prompt_weight": 0.0, "teachers": 1}
 
     optim: Optim = Optim(learning_rate=2e-4)
     loop: Loop = Loop(batch_rows=32)
@@ -352,6 +353,10 @@ class DistillConfig(Strict):
     prompt_weight: NonNegative = 0.0
     """Weight of KL to the teacher over all real tokens that predict no answer, at temperature 1: stage 2's loss on the
     task's own text. What it was worth: docs/method.md."""
+    teachers: Annotated[int, Field(ge=1, le=MOST_TEACHERS)] = 1
+    """L_LD learns from the mean distribution of so many models: the run's teacher, and others fine-tuned as it is with
+    the seeds after its own. The mean is better than one of them, and so is its student. Prompts, block outputs,
+    relations and the answers of unlabelled rows are the run's teacher's alone."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0
@@ -361,6 +366,15 @@ class DistillConfig(Strict):
     relation: RelationConfig = RelationConfig()
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _teachers_have_a_loss(self) -> DistillConfig:
+        if self.teachers > 1 and (not self.lambda_ or self.distilled_tokens != "answer"):
+            raise ValueError(
+                f"teachers: {self.teachers}: only L_LD at the answer's tokens learns from them; set lambda above 0 and "
+                "distilled_tokens: answer, or teachers: 1"
+            )
+        return self
 
 
 class BitNetSftConfig(Strict):
@@ -477,6 +491,7 @@ class Recipe(Strict):
             ("distill.hidden_weight", self.distill.hidden_weight, 0, "block outputs need the student's own model"),
             ("distill.distilled_tokens", self.distill.distilled_tokens, "answer", "only labels are distilled"),
             ("distill.prompt_weight", self.distill.prompt_weight, 0, "only labels are distilled"),
+            ("distill.teachers", self.distill.teachers, 1, "one teacher's labels are distilled"),
         )  # fmt: skip
         for key, value, needed, why in refused:
             if value != needed:

@@ -73,6 +73,28 @@ def test_losses_and_gradients_are_those_of_the_plain_step(options: dict[str, Any
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
 
 
+def test_several_teachers_take_the_plain_head_beside_fused_layers() -> None:
+    torch.manual_seed(0)
+    teachers = [tiny_model("llama_tied").to(DEVICE).requires_grad_(False).eval() for _ in range(2)]
+    for parameter in teachers[1].parameters():
+        parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    student = refine(tiny_model("llama_tied").to(DEVICE), gains="ones").to(DEVICE).train()
+    config, batch = (
+        DistillConfig.model_validate({"gamma": 30.0, "teachers": 2, "prompt_weight": 1.0}),
+        batch_of(),
+    )
+    plain, fused = (
+        DistillStep(student, teachers[0], config, [1], fused=f, further=teachers[1:]) for f in (False, True)
+    )
+    want = gradients_of(plain, student, batch)
+    with fused_layers(student):
+        got = gradients_of(fused, student, batch)
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-8, msg=name)
+
+
 def test_a_measuring_step_takes_the_plain_head_and_balances_gamma() -> None:
     teacher = tiny_model("llama").to(DEVICE).requires_grad_(False).eval()
     student = refine(tiny_model("llama").to(DEVICE), gains="ones").to(DEVICE).train()

@@ -139,6 +139,23 @@ def test_the_prompts_words_cost_a_head_a_token():
     assert more["sft"] == made["sft"]
 
 
+def test_further_teachers_are_trained_and_looked_at_in_every_step():
+    work = Work(rows=1000, tokens_per_row=10.0, max_length=16)
+    made, more = (
+        {
+            s.name: s
+            for s in estimate.stages(recipe(pretrain=None, threads=1, distill=d), layout(), work, None, "cpu")
+        }
+        for d in ({}, {"teachers": 3})
+    )
+    forward = 2 * layout().ternary_parameters + 2 * 2 * 10 * 64
+    took = more["distill"].seconds - made["distill"].seconds
+    passes = 2 * 20_000 * forward / estimate.DEVICES["cpu"].flops
+    assert took == pytest.approx(2 * made["sft"].seconds + passes)
+    assert more["distill"].memory["teacher"] == 3 * made["distill"].memory["teacher"]
+    assert more["sft"] == made["sft"]
+
+
 def test_short_rows_on_a_gpu_are_bound_by_launches():
     work = Work(rows=3200, tokens_per_row=10.0, max_length=16)
     made = {s.name: s for s in estimate.stages(recipe(pretrain=None), layout(), work, None, "h200")}

@@ -307,16 +307,19 @@ def test_a_training_looks_at_several_steps_for_small_micro_batches(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("precision", "prompt_weight"), [("float32", 0.0), ("bfloat16", 0.0), ("bfloat16", 30.0)]
+    ("precision", "prompt_weight", "teachers"),
+    [("float32", 0.0, 1), ("bfloat16", 0.0, 1), ("bfloat16", 30.0, 1), ("bfloat16", 30.0, 3)],
 )
-def test_replayed_steps_equal_eager_ones(precision: str, prompt_weight: float) -> None:
+def test_replayed_steps_equal_eager_ones(precision: str, prompt_weight: float, teachers: int) -> None:
     device = torch.device("cuda")
     curves = []
     for replayed in (False, True):
         student, teacher = students("cuda")
         teacher.requires_grad_(False)
-        config = DistillConfig(gamma="auto", gamma_every_steps=4, prompt_weight=prompt_weight)
-        step = DistillStep(student, teacher, config, [1])
+        config = DistillConfig(
+            gamma="auto", gamma_every_steps=4, prompt_weight=prompt_weight, teachers=teachers
+        )
+        step = DistillStep(student, teacher, config, [1], further=[teacher] * (teachers - 1))
         parameters = dict(student.named_parameters())
         way = (
             ReplayedGradients(step, parameters, device, precision)

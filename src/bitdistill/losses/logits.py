@@ -9,6 +9,7 @@ All arithmetic on logits is float32. Shape legend: N tokens that count, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,20 @@ def logits_distillation_sum(
         kl_N = torch.where(counted_N, kl_N, 0.0)
     kl = kl_N.sum()
     return kl * (temperature**2) if tau_squared else kl
+
+
+def mean_distribution(logits: Sequence[Tensor], temperature: float) -> Tensor:
+    """Logits of the mean of several teachers' distributions at a temperature: softmax(result / tau) is that mean.
+
+    Args:
+        logits: each [N, V], any float dtype.
+        temperature: tau > 0.
+
+    Returns:
+        float32 [N, V].
+    """
+    log_probs = [torch.log_softmax(z.float() / temperature, dim=-1) for z in logits]
+    return temperature * torch.stack(log_probs).logsumexp(0)
 
 
 def language_model_chunk(

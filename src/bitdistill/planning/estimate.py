@@ -91,6 +91,13 @@ class Stage:
     def peak_bytes(self) -> int:
         return sum(self.memory.values())
 
+    def after(self, other: Stage, times: int) -> Stage:
+        """This stage with `times` others' work before it, whose memory is free again when it begins."""
+        larger = max(self.memory, other.memory, key=lambda parts: sum(parts.values()))
+        return Stage(
+            self.name, self.tokens + times * other.tokens, self.seconds + times * other.seconds, larger
+        )
+
 
 def detect_device() -> str:
     """Key into DEVICES for this machine, from the NVIDIA driver's files: no CUDA library is loaded."""
@@ -153,6 +160,8 @@ def stages(
         found.append(context.augment(train, recipe.augment.rows))
     if train is not None:
         stage = context.task("distill", recipe.distill.loop, recipe.distill.epochs, distilled or train)
+        if further := recipe.distill.teachers - 1:
+            stage = stage.after(found[0], further)
         found.append(stage if other is None else other.labelled(stage, distilled or train))
         if recipe.bitnet_sft is not None:
             found.append(context.task("bitnet_sft", recipe.bitnet_sft.loop, recipe.bitnet_sft.epochs, train))
@@ -178,21 +187,24 @@ class _Context:
         if loop.micro_batch_tokens is not None:  # shorter rows fill it
             largest = min(largest, max(loop.micro_batch_tokens, work.max_length))
         flops = self.flops_per_token(work.tokens_per_row, train=True) * self.slowdown(ternary)
-        flops += self.flops_per_token(work.tokens_per_row, train=False) if teacher else 0.0
+        teachers = self.recipe.distill.teachers if teacher else 0
+        flops += self.flops_per_token(work.tokens_per_row, train=False) * teachers
         answers = rows * (8 if self.recipe.task.kind == "classification" else self.recipe.task.max_new_tokens)
-        logits = answers * self.layout.vocab * 4 * (5 if teacher else 3)
+        logits = answers * self.layout.vocab * 4 * (3 + 2 * teachers)
         subln = {"sft": "none", "augment": "none", "distill": self.recipe.refine.subln}.get(name, "none")
         if name == "bitnet_sft" and self.recipe.bitnet_sft is not None:
             subln = self.recipe.bitnet_sft.subln
         memory = self.memory(loop, largest, ternary=ternary, teacher=teacher, subln=subln)
         if teacher and self.recipe.distill.hidden_weight:
             memory["block outputs"] = self.teacher_outputs(largest)
+        if teachers > 1:
+            memory["teacher"] *= teachers
         if teacher and self.recipe.distill.prompt_weight:
             head = self.layout.hidden * self.layout.vocab
             flops += 6 * head * self.slowdown(True) + 2 * head
             logits += min(largest, HEAD_CHUNK_TOKENS) * self.layout.vocab * 4 * 6 + head * 4
         micro_steps = work.rows * epochs / rows
-        seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teacher))
+        seconds = max(tokens * flops / self.rate, micro_steps * self.step_seconds(ternary, teachers))
         return Stage(name, tokens, seconds, {**memory, "logits": logits})
 
     def labelled(self, distill: Stage, work: Work) -> Stage:
@@ -213,12 +225,12 @@ class _Context:
             "augment", writer.tokens + tokens, writer.seconds + tokens * flops / self.rate, writer.memory
         )
 
-    def step_seconds(self, ternary: bool, teacher: bool) -> float:
+    def step_seconds(self, ternary: bool, teachers: int) -> float:
         """Launch-bound floor of one micro-batch; none on a CPU."""
         if self.kind == "cpu":
             return 0.0
         block = STEP_S_PER_BLOCK["ternary" if ternary else "plain"]
-        return self.layout.layers * (block + (STEP_S_PER_BLOCK["teacher"] if teacher else 0.0))
+        return self.layout.layers * (block + STEP_S_PER_BLOCK["teacher"] * teachers)
 
     def pretrain(self) -> Stage:
         """Stage 2: logits of every token, a chunk at a time, with the head's gradient in float32."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdistill import artifact
+from bitdistill.config import MOST_TEACHERS
 from bitdistill.errors import ArtifactError
 from bitdistill.report.inspect import LayerStats, read_stats
 
@@ -38,6 +39,7 @@ ARTIFACT_OF = {
 TRAINED = tuple(ARTIFACT_OF)
 ARTIFACTS = (
     "teacher",
+    *(f"teacher_{n}" for n in range(1, MOST_TEACHERS)),
     "refined",
     "base",
     "writer",

@@ -26,6 +26,7 @@ from bitdistill.losses.logits import (
     cross_entropy_sum,
     language_model_chunk,
     logits_distillation_sum,
+    mean_distribution,
 )
 from bitdistill.losses.relation import attention_distillation_sum, fused_attention_distillation_sum
 from bitdistill.models.capture import capture_states
@@ -45,7 +46,7 @@ from bitdistill.stages import kernels, layer_probe, pseudo_labels
 from bitdistill.stages.common import Run, pad_token_id
 from bitdistill.stages.layer_probe import relation_options
 from bitdistill.stages.other_teacher import LabelDistillStep, answered_examples, label_scores
-from bitdistill.stages.sft import train_on_task
+from bitdistill.stages.sft import further_teachers, train_on_task
 from bitdistill.train.compile import compile_blocks, compiled
 from bitdistill.train.step import StepOutput, Totals, autocast
 
@@ -55,7 +56,8 @@ class DistillStep:
 
     Args:
         fused: take head losses and relation losses from their Triton kernels. Steps that measure gradient norms
-            need the losses one by one and take the plain head.
+            need the losses one by one and take the plain head, as do those of several teachers.
+        further: other models whose distributions over the answer's tokens count as the teacher's does.
     """
 
     def __init__(
@@ -66,10 +68,12 @@ class DistillStep:
         layers: Sequence[int],
         fused: bool = False,
         compiling: bool = False,
+        further: Sequence[Any] = (),
     ) -> None:
         self.gains = gains_after_blocks(teacher) if config.hidden_error == "normed" else None
         self.hidden_error = compiled(ERRORS[config.hidden_error], compiling)
         self.student, self.teacher, self.config = student, teacher, config
+        self.further = list(further)
         self.relations = fused_attention_distillation_sum if fused else attention_distillation_sum
         self.capped = getattr(student.config, "final_logit_softcapping", None) is not None
         self.chunk = kernels.fused_chunk() if fused and not self.capped else None
@@ -103,7 +107,7 @@ class DistillStep:
             )
         hidden, states, outputs = _forward(self.student, batch, self.layers, every)
 
-        if self.chunk is None or self.measure:
+        if self.chunk is None or self.measure or self.further:
             loss, ce, metrics = self._head_losses(batch, totals, hidden, teacher_hidden)
         else:
             loss, metrics = self._fused_head_losses(batch, totals, hidden, teacher_hidden)
@@ -241,6 +245,11 @@ class DistillStep:
             index_N = batch.answer_index_N
             with torch.no_grad():
                 teacher_NV = logits_at(self.teacher, predicting(teacher_hidden, index_N))
+                if self.further:
+                    hidden_of = [_forward(model, batch, [], False)[0] for model in self.further]
+                    others = zip(self.further, hidden_of, strict=True)
+                    of_each = [teacher_NV, *(logits_at(m, predicting(h, index_N)) for m, h in others)]
+                    teacher_NV = mean_distribution(of_each, config.temperature)
             kl = logits_distillation_sum(logits_NV, teacher_NV, counted_N=index_N >= 0, **options)
             return kl / totals.answers
         index_N = batch.real_index_N
@@ -342,7 +351,8 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written
         return folder
     student, tokenizer, manifest = load_student(start, device=run.device)
     prepare = _same_model if run.recipe.teacher is None else _other_model
-    lesson = prepare(run, student, tokenizer, teacher_folder, written)
+    others = further_teachers(run)
+    lesson = prepare(run, student, tokenizer, [teacher_folder, *others], written)
     result = train_on_task(
         run,
         "distill",
@@ -364,7 +374,7 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written
         kind="student",
         plan=manifest["plan"],
         extra={
-            **run.meta("distill", inputs, result),
+            **_with_teachers(run.meta("distill", inputs, result), others),
             "distilled_layers": lesson.layers,
             "teacher_answered_rows": len(lesson.answered),
             "layer_metrics": lesson.layer_metrics,
@@ -388,30 +398,44 @@ class _Lesson:
     layer_metrics: layer_probe.Metrics = field(default_factory=dict)
 
 
+def _with_teachers(meta: dict[str, Any], others: Sequence[Path]) -> dict[str, Any]:
+    """Manifest entries of stage 3 with the training of further teachers in its time."""
+    training = dict(meta["training"])
+    for folder in others:
+        paid = artifact.read_manifest(folder)["training"]
+        training |= {
+            name: training[name] + paid.get(name, paid["elapsed_s"]) for name in ("elapsed_s", "device_s")
+        }
+    return {**meta, "training": training}
+
+
 def _same_model(
-    run: Run, student: Any, tokenizer: Any, teacher_folder: Path, written: Path | None
+    run: Run, student: Any, tokenizer: Any, teachers: Sequence[Path], written: Path | None
 ) -> _Lesson:
     """The teacher is the student's own model: all losses, with the teacher beside the student in every step."""
     config = run.recipe.distill
-    teacher, teacher_tokenizer = load_teacher(run, teacher_folder)
+    teacher, teacher_tokenizer = load_teacher(run, teachers[0])
+    further = [load_teacher(run, folder)[0] for folder in teachers[1:]]
     _check_pair(student, teacher, tokenizer, teacher_tokenizer)
     layers, layer_metrics = _layers(run, student, teacher, tokenizer)
     answered = pseudo_labels.answered_examples(run, teacher, tokenizer, written)
     if run.compiling(config.loop):
         compile_blocks(student, skip=layers)
         compile_blocks(teacher, skip=layers)
+        for model in further:
+            compile_blocks(model)
     fused = kernels.usable(config.loop, run.device, student)
-    step = DistillStep(student, teacher, config, layers, fused, run.compiling(config.loop))
-    options = {"frozen": [teacher], "state": step, "before_step": step.before_step}
+    step = DistillStep(student, teacher, config, layers, fused, run.compiling(config.loop), further)
+    options = {"frozen": [teacher, *further], "state": step, "before_step": step.before_step}
     return _Lesson(step, fused, answered, options, layers, layer_metrics)
 
 
 def _other_model(
-    run: Run, student: Any, tokenizer: Any, teacher_folder: Path, written: Path | None
+    run: Run, student: Any, tokenizer: Any, teachers: Sequence[Path], written: Path | None
 ) -> _Lesson:
     """The teacher is another model: its distributions over the labels, computed before the first step."""
     config = run.recipe.distill
-    train_NC, others_NC = label_scores(run, teacher_folder, written)
+    train_NC, others_NC = label_scores(run, teachers[0], written)
     answered = answered_examples(run, tokenizer, written, others_NC)
     if run.compiling(config.loop):
         compile_blocks(student)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bitdistill.models.forward import final_hidden, head_weight, logits_at, pred
 from bitdistill.models.load import load_source, load_tokenizer, source_fingerprint
 from bitdistill.stages import kernels
 from bitdistill.stages.common import Run, pad_token_id
+from bitdistill.stages.redo import FURTHER_TEACHER
 from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.loop import FitResult, fit
@@ -119,15 +121,32 @@ def sft(run: Run) -> Path:
     Raises:
         DataError, ModelError: rows, tokenizer or model are not usable.
     """
+    return _fine_tuned(run, "sft", run.run_dir / "teacher")
+
+
+def further_teachers(run: Run) -> list[Path]:
+    """The other models of `distill.teachers`: `teacher_1/` and so on, each with the seed after the one before.
+
+    A sibling run of that seed has the same teacher, which is taken.
+    """
+    folders = []
+    for n in range(1, run.recipe.distill.teachers):
+        seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": run.recipe.seed + n}))
+        name = FURTHER_TEACHER.format(n)
+        folders.append(_fine_tuned(seeded, name, run.run_dir / name))
+    return folders
+
+
+def _fine_tuned(run: Run, stage: str, folder: Path) -> Path:
     config: SftConfig = run.recipe.sft
-    source, folder = run.recipe.teacher_source, run.run_dir / "teacher"
+    source = run.recipe.teacher_source
     inputs = {
         "model": source_fingerprint(source),
         **run.train_inputs(),
         "sft": run.section("sft"),
         "seed": run.recipe.seed,
     }
-    if run.finished("sft", folder, inputs):
+    if run.finished(stage, folder, inputs):
         return folder
     if run.recipe.teacher is not None:
         # The student's label words would be refused after two stages of training
@@ -136,16 +155,16 @@ def sft(run: Run) -> Path:
     if run.compiling(config.loop):
         compile_blocks(model)
     result = train_on_task(
-        run, "sft", model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
+        run, stage, model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
     )
     run.save_artifact(
-        "sft",
+        stage,
         model.to(torch.bfloat16),
         tokenizer,
         folder,
         kind="teacher",
         plan=None,
-        extra=run.meta("sft", inputs, result),
+        extra=run.meta(stage, inputs, result),
     )
     return folder
 
