@@ -72,6 +72,29 @@ cells: [{name: a}]
     assert shared == ["augment", "sft", "sft"]  # every run waits for the one, each teacher holds up one
 
 
+def test_further_teachers_of_sibling_runs_are_waited_for(work: Path) -> None:  # noqa: F811
+    text = """
+name: s
+recipes: [recipe.yaml]
+seeds: [0, 1, 2]
+set: {pretrain: null, bitnet_sft: null}
+cells: [{name: one}, {name: three, set: {distill.teachers: 3}}, {name: t, rows: [teacher], set: {distill.teachers: 3}}]
+"""
+    _, units = units_of(work, text)
+    jobs = plan_jobs(units, on_gpu=False)
+    own = [job.name for job in jobs if job.until == "sft"]
+    assert len(own) == 3
+    needs = {
+        job.unit.id.partition("/")[2]: sorted(own.index(n) for n in job.needs)
+        for job in jobs
+        if not job.until
+    }
+    assert [needs[f"one/{n}"] for n in range(3)] == [[0], [1], [2]]
+    # Teachers of seeds 3 and 4 are no run's own
+    assert [needs[f"three/{n}"] for n in range(3)] == [[0, 1, 2], [1, 2], [2]]
+    assert needs["t/0"] == []
+
+
 @pytest.mark.parametrize(("subln", "jobs"), [("none", 1), ("paper", 2)])
 def test_baselines_are_apart_where_their_calibration_is(work: Path, subln: str, jobs: int) -> None:  # noqa: F811
     text = f"""

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -99,8 +99,19 @@ def plan_jobs(units: Sequence[Unit], *, on_gpu: bool) -> list[Job]:
             shared.setdefault(name, job)
             needs.add(name)
         last.append(Job(f"run-{unit.recipe.name}-seed{unit.seed}", unit, None, frozenset(needs)))
+    for job in last:  # further teachers that are other runs' own are waited for, not trained twice
+        job.needs |= shared.keys() & set(_further_teachers(job.unit))
     first = sorted(shared.values(), key=lambda job: SHARED.index(str(job.until)))
     return [*last, *first]
+
+
+def _further_teachers(unit: Unit) -> Iterator[str]:
+    """Names that the jobs of a run's further teachers have where they are other runs' own."""
+    if "bitdistill" not in unit.rows:
+        return
+    for n in range(1, unit.recipe.distill.teachers):
+        seeded = unit.recipe.model_copy(update={"seed": unit.recipe.seed + n})
+        yield f"{unit.recipe_name}--sft-{_signature(seeded, 'sft')}"
 
 
 def _has(recipe: Recipe, stage: str) -> bool:
