@@ -355,8 +355,8 @@ class DistillConfig(Strict):
     task's own text. What it was worth: docs/method.md."""
     teachers: Annotated[int, Field(ge=1, le=MOST_TEACHERS)] = 1
     """L_LD learns from the mean distribution of so many models: the run's teacher, and others fine-tuned as it is with
-    the seeds after its own. The mean is better than one of them, and so is its student. Prompts, block outputs,
-    relations and the answers of unlabelled rows are the run's teacher's alone."""
+    the seeds after its own. What it was worth: docs/method.md. Prompts, block outputs, relations and the answers of
+    unlabelled rows are the run's teacher's alone."""
     gamma: NonNegative | Literal["auto"] = "auto"
     """auto: hold the ratio of gradient norms gamma*L_AD : L_CE on the Q/K/V projections at `gamma_ratio`."""
     gamma_ratio: Positive = 1.0
