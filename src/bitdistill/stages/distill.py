@@ -349,9 +349,9 @@ def distill(run: Run, start: Path, start_key: str, teacher_folder: Path, written
         inputs["distilled"] = "labels"
     if run.finished("distill", folder, inputs):
         return folder
+    others = further_teachers(run)
     student, tokenizer, manifest = load_student(start, device=run.device)
     prepare = _same_model if run.recipe.teacher is None else _other_model
-    others = further_teachers(run)
     lesson = prepare(run, student, tokenizer, [teacher_folder, *others], written)
     result = train_on_task(
         run,
