@@ -120,15 +120,14 @@ def test_time_by_hand():
     assert made["distill"].seconds == pytest.approx(plain * estimate.TERNARY_SLOWDOWN["cpu"] + teacher)
 
 
+def distilling(work: Work, distill: dict) -> dict[str, estimate.Stage]:
+    stages = estimate.stages(recipe(pretrain=None, threads=1, distill=distill), layout(), work, None, "cpu")
+    return {s.name: s for s in stages}
+
+
 def test_the_prompts_words_cost_a_head_a_token():
     work = Work(rows=1000, tokens_per_row=10.0, max_length=16)
-    made, more = (
-        {
-            s.name: s
-            for s in estimate.stages(recipe(pretrain=None, threads=1, distill=d), layout(), work, None, "cpu")
-        }
-        for d in ({}, {"prompt_weight": 1.0})
-    )
+    made, more = (distilling(work, d) for d in ({}, {"prompt_weight": 1.0}))
     head = 320 * 48
     flops = 6 * head * estimate.TERNARY_SLOWDOWN["cpu"] + 2 * head
     took = more["distill"].seconds - made["distill"].seconds
@@ -141,13 +140,7 @@ def test_the_prompts_words_cost_a_head_a_token():
 
 def test_further_teachers_are_trained_and_looked_at_in_every_step():
     work = Work(rows=1000, tokens_per_row=10.0, max_length=16)
-    made, more = (
-        {
-            s.name: s
-            for s in estimate.stages(recipe(pretrain=None, threads=1, distill=d), layout(), work, None, "cpu")
-        }
-        for d in ({}, {"teachers": 3})
-    )
+    made, more = (distilling(work, d) for d in ({}, {"teachers": 3}))
     forward = 2 * layout().ternary_parameters + 2 * 2 * 10 * 64
     took = more["distill"].seconds - made["distill"].seconds
     passes = 2 * 20_000 * forward / estimate.DEVICES["cpu"].flops

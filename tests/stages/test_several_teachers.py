@@ -103,6 +103,27 @@ def test_further_teachers_have_the_next_seeds_and_are_shared(work: Path) -> None
     assert (later.run_dir / "teacher").resolve() == (result.run_dir / "teacher_2").resolve()
 
 
+def test_further_teachers_see_no_labels_but_the_runs_own(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rows_per_label` draws by seed: what is drawn for another seed is not the run's to learn from."""
+    from bitdistill.stages import sft
+
+    seen: dict[str, set[str]] = {}
+    train_on_task = sft.train_on_task
+
+    def watched(run, stage, *args, examples, **options):  # type: ignore[no-untyped-def]
+        seen[stage] = {e.where for e in examples}
+        return train_on_task(run, stage, *args, examples=examples, **options)
+
+    monkeypatch.setattr(sft, "train_on_task", watched)
+    settings = ("bitnet_sft=null", "distill.teachers=3", "data.rows_per_label=4", "name=few")
+    result = pipeline.run(recipe(work, *settings), until="distill", command="test", quiet=True)
+    assert len(seen["sft"]) == 8
+    assert seen["teacher_1"] == seen["teacher_2"] == seen["sft"]
+    inputs = [artifact.read_manifest(result.run_dir / name)["inputs"] for name in ("teacher", "teacher_1")]
+    assert [i["rows_per_label"] for i in inputs] == [[4, 0], [4, 0]]
+    assert [i["seed"] for i in inputs] == [0, 1]
+
+
 def test_an_interrupted_further_teacher_goes_on(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between two teachers: the first of them is kept, and the student comes out as without the stop."""
     from bitdistill.stages import sft
@@ -110,11 +131,11 @@ def test_an_interrupted_further_teacher_goes_on(work: Path, monkeypatch: pytest.
     chosen = recipe(work, "bitnet_sft=null", "distill.teachers=3", "name=stopped")
     fine_tuned, trained = sft._fine_tuned, []
 
-    def stop(run, stage, folder):  # type: ignore[no-untyped-def]
+    def stop(run, stage, folder, seed):  # type: ignore[no-untyped-def]
         if stage == "teacher_2" and not trained:
             trained.append(stage)
             raise KeyboardInterrupt
-        return fine_tuned(run, stage, folder)
+        return fine_tuned(run, stage, folder, seed)
 
     monkeypatch.setattr(sft, "_fine_tuned", stop)
     with pytest.raises(KeyboardInterrupt):

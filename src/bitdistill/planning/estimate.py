@@ -211,9 +211,7 @@ class _Context:
         """Stage 3 with this teacher's pass over all its rows before it, whose memory is free again when it begins."""
         tokens = int(work.rows * work.tokens_per_row)
         seconds = tokens * self.flops_per_token(work.tokens_per_row, train=False) / self.rate
-        memory = self.scoring_memory(work, 4)
-        larger = memory if sum(memory.values()) > distill.peak_bytes else distill.memory
-        return Stage(distill.name, distill.tokens + tokens, distill.seconds + seconds, larger)
+        return distill.after(Stage("scores", tokens, seconds, self.scoring_memory(work, 4)), 1)
 
     def augment(self, train: Work, rows: int) -> Stage:
         """The writer's fine-tuning, and one pass over the tokens of the rows that it writes."""

@@ -37,9 +37,11 @@ ARTIFACT_OF = {
     "bitnet_sft": "bitnet_sft",
 }
 TRAINED = tuple(ARTIFACT_OF)
+FURTHER_TEACHERS = tuple(f"teacher_{n}" for n in range(1, MOST_TEACHERS))
+"""Artifacts, and work with keys of its own, of those that `distill.teachers` adds."""
 ARTIFACTS = (
     "teacher",
-    *(f"teacher_{n}" for n in range(1, MOST_TEACHERS)),
+    *FURTHER_TEACHERS,
     "refined",
     "base",
     "writer",

@@ -14,19 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitdistill import artifact
-from bitdistill.config import MOST_TEACHERS
 from bitdistill.errors import ArtifactError
 from bitdistill.report import text
+from bitdistill.report.run_folder import FURTHER_TEACHERS
 
 log = logging.getLogger("bitdistill")
 REDO = "redo.json"
-FURTHER_TEACHER = "teacher_{}"
-"""Artifact and stage of one that `distill.teachers` adds, counted from 1."""
-PART_OF = {
-    "writer": "augment",
-    "label_scores": "distill",
-    **{FURTHER_TEACHER.format(n): "distill" for n in range(1, MOST_TEACHERS)},
-}
+PART_OF = {"writer": "augment", "label_scores": "distill", **dict.fromkeys(FURTHER_TEACHERS, "distill")}
 """Work with an artifact of its own that is no stage: where its settings changed, it is made again with the stage."""
 
 

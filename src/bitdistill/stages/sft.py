@@ -19,9 +19,9 @@ from bitdistill.models import surgery
 from bitdistill.models.attention import causal_only
 from bitdistill.models.forward import final_hidden, head_weight, logits_at, predicting, tokens_at
 from bitdistill.models.load import load_source, load_tokenizer, source_fingerprint
+from bitdistill.report.run_folder import FURTHER_TEACHERS
 from bitdistill.stages import kernels
 from bitdistill.stages.common import Run, pad_token_id
-from bitdistill.stages.redo import FURTHER_TEACHER
 from bitdistill.stages.refine import calibration_from_task
 from bitdistill.train.compile import compile_blocks
 from bitdistill.train.loop import FitResult, fit
@@ -86,7 +86,7 @@ def train_on_task(
         DataError, ModelError: rows, label words or tokenizer are not usable.
     """
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-    if examples is None and run.recipe.task.kind == "classification":
+    if run.recipe.task.kind == "classification":
         label_token_ids(run.recipe.task, tokenizer)  # or scoring would refuse them, after all training
     rows = run.train_examples(tokenizer) if examples is None else list(examples)
     batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop), label_scores_NC)
@@ -121,30 +121,30 @@ def sft(run: Run) -> Path:
     Raises:
         DataError, ModelError: rows, tokenizer or model are not usable.
     """
-    return _fine_tuned(run, "sft", run.run_dir / "teacher")
+    return _fine_tuned(run, "sft", run.run_dir / "teacher", run.recipe.seed)
 
 
 def further_teachers(run: Run) -> list[Path]:
     """The other models of `distill.teachers`: `teacher_1/` and so on, each with the seed after the one before.
 
-    A sibling run of that seed has the same teacher, which is taken.
+    They are fitted to the run's own training rows: where `data.rows_per_label` draws these by seed, those of another
+    seed would bring labels that the run does not have. Elsewhere a sibling run of that seed has the same teacher, which
+    is taken.
     """
     folders = []
-    for n in range(1, run.recipe.distill.teachers):
-        seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": run.recipe.seed + n}))
-        name = FURTHER_TEACHER.format(n)
-        folders.append(_fine_tuned(seeded, name, run.run_dir / name))
+    for n, name in enumerate(FURTHER_TEACHERS[: run.recipe.distill.teachers - 1], start=1):
+        folders.append(_fine_tuned(run, name, run.run_dir / name, run.recipe.seed + n))
     return folders
 
 
-def _fine_tuned(run: Run, stage: str, folder: Path) -> Path:
+def _fine_tuned(run: Run, stage: str, folder: Path, seed: int) -> Path:
     config: SftConfig = run.recipe.sft
     source = run.recipe.teacher_source
     inputs = {
         "model": source_fingerprint(source),
         **run.train_inputs(),
         "sft": run.section("sft"),
-        "seed": run.recipe.seed,
+        "seed": seed,
     }
     if run.finished(stage, folder, inputs):
         return folder
@@ -154,9 +154,11 @@ def _fine_tuned(run: Run, stage: str, folder: Path) -> Path:
     model, tokenizer = load_source(source, dtype="float32", device=run.device)
     if run.compiling(config.loop):
         compile_blocks(model)
+    seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
     result = train_on_task(
-        run, stage, model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs
-    )
+        seeded, stage, model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs,
+        examples=run.train_examples(tokenizer),
+    )  # fmt: skip
     run.save_artifact(
         stage,
         model.to(torch.bfloat16),

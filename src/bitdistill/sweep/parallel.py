@@ -90,7 +90,7 @@ def plan_jobs(units: Sequence[Unit], *, on_gpu: bool) -> list[Job]:
         for stage in () if unit.rows == ("teacher",) else SHARED:  # a teacher alone is all of its run
             if stage not in wanted or not _has(unit.recipe, stage):
                 continue
-            name = f"{unit.recipe_name}--{stage}-{_signature(unit.recipe, stage)}"
+            name = _job_name(unit, stage, unit.recipe)
             if stage == "pretrain":  # the same for every task of a model
                 name = f"base-{_signature(unit.recipe, stage)}"
             job = Job(name, unit, stage)
@@ -107,11 +107,16 @@ def plan_jobs(units: Sequence[Unit], *, on_gpu: bool) -> list[Job]:
 
 def _further_teachers(unit: Unit) -> Iterator[str]:
     """Names that the jobs of a run's further teachers have where they are other runs' own."""
-    if "bitdistill" not in unit.rows:
+    if (
+        "bitdistill" not in unit.rows or unit.recipe.data.rows_per_label is not None
+    ):  # each seed has rows of its own
         return
     for n in range(1, unit.recipe.distill.teachers):
-        seeded = unit.recipe.model_copy(update={"seed": unit.recipe.seed + n})
-        yield f"{unit.recipe_name}--sft-{_signature(seeded, 'sft')}"
+        yield _job_name(unit, "sft", unit.recipe.model_copy(update={"seed": unit.recipe.seed + n}))
+
+
+def _job_name(unit: Unit, stage: str, recipe: Recipe) -> str:
+    return f"{unit.recipe_name}--{stage}-{_signature(recipe, stage)}"
 
 
 def _has(recipe: Recipe, stage: str) -> bool:
