@@ -110,8 +110,8 @@ def test_further_teachers_see_no_labels_but_the_runs_own(work: Path, monkeypatch
     seen: dict[str, set[str]] = {}
     train_on_task = sft.train_on_task
 
-    def watched(run, stage, *args, examples, **options):  # type: ignore[no-untyped-def]
-        seen[stage] = {e.where for e in examples}
+    def watched(run, stage, *args, examples=None, **options):  # type: ignore[no-untyped-def]
+        seen[stage] = {e.where for e in (run.train_examples(args[1]) if examples is None else examples)}
         return train_on_task(run, stage, *args, examples=examples, **options)
 
     monkeypatch.setattr(sft, "train_on_task", watched)

@@ -86,7 +86,7 @@ def train_on_task(
         DataError, ModelError: rows, label words or tokenizer are not usable.
     """
     check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-    if run.recipe.task.kind == "classification":
+    if examples is None and run.recipe.task.kind == "classification":
         label_token_ids(run.recipe.task, tokenizer)  # or scoring would refuse them, after all training
     rows = run.train_examples(tokenizer) if examples is None else list(examples)
     batches = run.task_batches(rows, loop, pad_token_id(tokenizer), run.compiling(loop), label_scores_NC)
@@ -157,7 +157,7 @@ def _fine_tuned(run: Run, stage: str, folder: Path, seed: int) -> Path:
     seeded = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"seed": seed}))
     result = train_on_task(
         seeded, stage, model, tokenizer, optim=config.optim, loop=config.loop, epochs=config.epochs,
-        examples=run.train_examples(tokenizer),
+        examples=None if seed == run.recipe.seed else run.train_examples(tokenizer),
     )  # fmt: skip
     run.save_artifact(
         stage,
