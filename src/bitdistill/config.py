@@ -517,6 +517,7 @@ METHODS: dict[str, dict[str, object]] = {
         "distill": {
             "hidden_weight": 0.0,
             "prompt_weight": 0.0,
+            "teachers": 1,
             "lambda": 10.0,
             "temperature": 5.0,
             "gamma": 1e5,

@@ -215,6 +215,22 @@ grid:
     assert len(json.loads(listed.output)["runs"]) == 6
 
 
+def test_a_cell_can_be_for_some_of_the_recipes(work: Path) -> None:  # noqa: F811
+    other = (work / "recipe.yaml").read_text("utf-8").replace("name: tiny", "name: small", 1)
+    (work / "other.yaml").write_text(other, "utf-8")
+    cells = "cells: [{name: all}, {name: few, recipes: [sma*], set: {distill.lambda: 2.0}}]"
+    units = expand(load_sweep(spec(work, f"name: a\nrecipes: [recipe.yaml, other.yaml]\n{cells}\n")), work)
+    assert [u.id for u in units] == ["tiny/all/0", "small/all/0", "small/few/0"]
+
+
+def test_the_papers_recipe_has_one_teacher(work: Path) -> None:  # noqa: F811
+    cells = "cells: [{name: ours}, {name: paper, set: {method: paper}}]"
+    text = (work / "recipe.yaml").read_text("utf-8")
+    (work / "recipe.yaml").write_text(text.replace("distill: {", "distill: {teachers: 3, "), "utf-8")
+    units = expand(load_sweep(spec(work, f"name: a\nrecipes: [recipe.yaml]\n{cells}\n")), work)
+    assert [u.recipe.distill.teachers for u in units] == [3, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -223,6 +239,10 @@ grid:
         ("name: a\nrecipes: [recipe.yaml]\ncells: [{name: x}, {name: x}]\n", "the name 'x' is used twice"),
         ("name: a\nrecipes: [recipe.yaml]\nreference: z\n", "no cell 'z'"),
         ("name: a\nrecipes: [recipe.yaml]\ncells: [{name: x, set: {distill.gama: 1}}]\n", "gamma"),
+        (
+            "name: a\nrecipes: [recipe.yaml]\ncells: [{name: x, recipes: [z]}]\n",
+            "cell x: recipes: z: .* has tiny",
+        ),
         ("name: a\nrecipes: [gone.yaml]\n", "gone.yaml: no such file"),
     ],
 )

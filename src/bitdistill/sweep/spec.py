@@ -54,6 +54,8 @@ class Cell(Strict):
     """Models that are made and scored; default: the sweep's."""
     seeds: tuple[int, ...] | None = None
     """Default: the sweep's."""
+    recipes: tuple[str, ...] | None = None
+    """Names of the recipes that it is for (`*` and `?` stand for others); default: all of the sweep's."""
 
 
 class Axis(Strict):
@@ -160,12 +162,15 @@ def expand(
         RecipeError: a recipe, key or value is not valid, or more than MAX_RUNS runs.
     """
     units: list[Unit] = []
+    names = _recipe_names(sweep, folder)
     for recipe_path in sweep.recipes:
         source = Path(absolute_source(recipe_path, folder))
+        common = [_override(key, value, folder) for key, value in sweep.settings.items()]
         for cell, point, x in _points(sweep):
+            if cell.recipes is not None and not _is_for(cell, names[recipe_path]):
+                continue
             # What a cell stands for is not to be overridden: its keys come last.
             own = {**cell.settings, **point}
-            common = [_override(key, value, folder) for key, value in sweep.settings.items()]
             texts = [*common, *overrides, *(_override(key, value, folder) for key, value in own.items())]
             name = "-".join([cell.name, *(_word(key, value) for key, value in point.items())])
             for seed in cell.seeds if cell.seeds is not None else sweep.seeds:
@@ -199,6 +204,23 @@ def expand(
                 raise UsageError(f"--only {pattern}: no run matches; runs: {known[:300]}")
         units = [unit for unit in units if any(_matches(unit, pattern) for pattern in only)]
     return units
+
+
+def _recipe_names(sweep: Sweep, folder: Path) -> dict[str, str]:
+    """Names of the recipes, where a cell asks for them: its keys need not fit other recipes than its own."""
+    if all(cell.recipes is None for cell in sweep.cells):
+        return {}
+    sources = {path: Path(absolute_source(path, folder)) for path in sweep.recipes}
+    names = {path: str(read_yaml(source)[0].get("name", "")) for path, source in sources.items()}
+    for cell in sweep.cells:
+        if cell.recipes is not None and not any(_is_for(cell, name) for name in names.values()):
+            asked, known = ", ".join(cell.recipes), ", ".join(names.values())
+            raise RecipeError(f"{sweep.name}: cell {cell.name}: recipes: {asked}: this sweep has {known}")
+    return names
+
+
+def _is_for(cell: Cell, recipe_name: str) -> bool:
+    return any(fnmatchcase(recipe_name, pattern) for pattern in cell.recipes or ())
 
 
 def read_local(path: Path) -> dict[str, str]:
