@@ -16,7 +16,7 @@ from bitdistill.eval.metrics import wilson
 from bitdistill.eval.results import ResultRow
 from bitdistill.eval.row_scores import encode
 from bitdistill.report import sweep_figures, sweep_results, sweep_tables
-from bitdistill.report.panel import as_file
+from bitdistill.report.panel import as_file, bars, interval, wrapped
 from bitdistill.report.sweep_results import RunResult, StageCost, SweepResults
 
 SCRIPT = Path(__file__).parents[2] / "scripts/make_results.py"
@@ -123,6 +123,24 @@ def test_figures_draw_only_what_has_data() -> None:
     assert "(a)" not in {word.strip() for pair in names for word in pair}
     for figure in (*drawn.values(), *gaps.values()):
         ElementTree.fromstring(as_file(figure))
+
+
+def test_names_are_wrapped_not_cut() -> None:
+    long = "bitdistill v1 with one teacher, 160,000 written rows, two epochs"
+    names = wrapped(["sst2-gemma3-270m (BitNet-SFT)", f"sst2-gemma3-270m ({long})"])
+    assert names[0] == "sst2-gemma3-270m\n(BitNet-SFT)"
+    assert names[1].replace("\n", " ") == f"sst2-gemma3-270m ({long})"
+    assert max(len(line) for name in names for line in name.split("\n")) <= 26
+    assert wrapped(["CE", "Teacher (full precision)"]) == ["CE", "Teacher\n(full precision)"]
+
+
+def test_a_figures_file_does_not_depend_on_what_was_drawn_before() -> None:
+    def draw(axes: object) -> None:
+        interval(axes, 0, 1.0, 0.5, 2.0)
+
+    files = [as_file(bars("a", "", ["one"], draw)) for _ in range(2)]
+    assert files[0] == files[1]
+    assert 'id="figure_1"' in files[0]
 
 
 def test_the_page(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ _LIGHT |= dict(zip(("s0", "s1", "s2", "s3", "s4", "s5"), _PALETTE, strict=True))
 def as_file(figure: Figure) -> str:
     """The panel as an SVG file: concrete colours on white, its size in pixels."""
     svg = re.sub(r"var\(--(\w+)\)", lambda match: _LIGHT[match.group(1)], figure.svg)
+    # Alone in a file it needs no ids of its own, and is the same whatever was drawn before it
+    svg = re.sub(r"<[^>]*>", lambda match: re.sub(r'(id="|#)f\d+-', r"\1", match.group(0)), svg)
     box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert box is not None  # _svg wrote it
     size = f'width="{1.6 * float(box.group(1)):.0f}" height="{1.6 * float(box.group(2)):.0f}"'
@@ -244,18 +247,29 @@ def zero(axes: Any) -> None:
     axes.axvline(0.0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
 
 
-def two_lines(name: str) -> str:
-    """`BitNet-SFT (direct)` on two lines; each is cut where it would take half of the panel."""
+def wrapped(names: Sequence[str]) -> list[str]:
+    """Names on as many lines as they need, `BitNet-SFT (direct)` broken before the bracket.
+
+    Lines have at most 20 characters, a third of the panel; 26 where one of the names is long.
+    """
+    parts = [_before_bracket(name) for name in names]
+    width = 20 if all(len(line) <= 20 for lines in parts for line in lines) else 26
+    fitted = [[part for line in lines for part in textwrap.wrap(line, width) or [""]] for lines in parts]
+    return ["\n".join(lines) for lines in fitted]
+
+
+def _before_bracket(name: str) -> list[str]:
     first, bracket, rest = name.partition(" (")
-    lines = [first, bracket.strip() + rest] if bracket else [first]
-    return "\n".join(line if len(line) <= 20 else line[:19] + "…" for line in lines)
+    return [first, bracket.strip() + rest] if bracket else [first]
 
 
 def bars(title: str, note: str, names: Sequence[str], draw: Any) -> Figure:
     """Horizontal panel with one named line a row of the results table, first row on top."""
-    with _axes(height=38 + 36 * len(names)) as axes:
+    labels = wrapped(names)
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    with _axes(height=38 + max(36, 15 * lines + 6) * len(names)) as axes:
         draw(axes)
-        axes.set_yticks(range(len(names)), [two_lines(name) for name in names])
+        axes.set_yticks(range(len(names)), labels)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
