@@ -164,7 +164,7 @@ distill:
   {distill[1:-1].replace(", ", chr(10) + "  ")}
   # The teacher's words for the prompt too: closer to the teacher, but every token goes through the output head.
   # prompt_weight: 3.0
-  # The mean of three teachers, each fine-tuned as the first is: better answers to learn from.
+  # The mean of three teachers, each fine-tuned as the first is; worth trying with many rows without answers.
   # teachers: 3
 
 # The baseline row of the table: ternary at once, then fine-tuned. null leaves it out.
