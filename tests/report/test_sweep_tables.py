@@ -110,7 +110,13 @@ def test_figures_draw_only_what_has_data() -> None:
         for name in "ab"
     ]
     drawn = sweep_figures.of_sweep(results(*runs, figure="curves"))
-    assert list(drawn) == ["s-r-pretrain", "s-r-weights"]
+    assert list(drawn) == ["s-r-pretrain", "s-r-a-weights", "s-r-b-weights"]
+    assert "Within" not in drawn["s-r-a-weights"].note
+    near = {"refined": 0.0912, "base": 0.284}
+    one = run("a", 0, 0.8, densities={"base": [0.1] * 61, "refined": [0.2] * 61}, near=near)
+    (slug, weights), *rest = sweep_figures.of_sweep(results(one, figure="curves")).items()
+    assert (slug, rest) == ("s-r-weights", [])
+    assert weights.note.endswith("Within 0.05 of there: refined 9.1 %, base 28.4 %.")
     assert "kl" in drawn["s-r-pretrain"].title
     gaps = sweep_figures.of_sweep(results(run("a", 0, 0.8), run("b", 0, 0.7)))
     assert list(gaps) == ["s-gaps"]

@@ -118,6 +118,14 @@ def test_generating_teachers_answer_with_text(work: Path, monkeypatch: pytest.Mo
         pseudo_labels.answered_examples(run, teacher, tokenizer)
 
 
+def test_texts_are_generated_for_more_rows_at_a_time_than_labels_are_chosen(work: Path) -> None:
+    task = {"name": "copy", "kind": "generation", "template": "{text} w9", "target_field": "label"}
+    labels, texts = opened(work), opened(work, f"task={json.dumps(task)}")
+    assert [pseudo_labels._batch_rows(run) for run in (labels, texts)] == [labels.recipe.eval.batch_rows] * 2
+    gpu = [dataclasses.replace(run, device=torch.device("cuda")) for run in (labels, texts)]
+    assert [pseudo_labels._batch_rows(run) for run in gpu] == [512, 4096]
+
+
 PAIRS = Task(
     name="nli", kind="classification", template="{premise}\nClaim: {hypothesis}\nTrue:",
     labels={"0": " yes", "1": " no"},

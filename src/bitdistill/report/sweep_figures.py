@@ -27,15 +27,29 @@ def of_sweep(results: SweepResults) -> dict[str, Figure]:
             curve = training_curves(runs, stage)
             if curve is not None:
                 found[f"{results.name}-{recipe}-{stage}"] = curve
-        for run in runs:
-            if len(run.densities) > 1 and f"{results.name}-{recipe}-weights" not in found:
-                note = f"{run.label}, seed {run.seed}. Dotted: where codes change."
-                found[f"{results.name}-{recipe}-weights"] = figures.density_histogram(
-                    f"{recipe}: weights over their scale", note, run.densities
-                )
+        found |= _weights(results.name, recipe, runs)
     gaps = gap_figure(results.title or results.name, made)
     if gaps is not None and results.figure == "table":
         found[f"{results.name}-gaps"] = gaps
+    return found
+
+
+def _weights(sweep: str, recipe: str, runs: Sequence[RunResult]) -> dict[str, Figure]:
+    """Latent weights of the first measured run of each cell (paper, Figure 2)."""
+    first: dict[str, RunResult] = {}
+    for run in runs:
+        if len(run.densities) > 1:
+            first.setdefault(run.cell, run)
+    found = {}
+    for cell, run in first.items():
+        of = "" if len(first) == 1 else f", {run.label}"
+        note = f"{run.label}, seed {run.seed}. Dotted: where codes change."
+        if run.near:
+            shares = (f"{name} {100 * share:.1f} %" for name, share in run.near.items())
+            note += f" Within 0.05 of there: {', '.join(shares)}."
+        slug = f"{sweep}-{recipe}-weights" if len(first) == 1 else f"{sweep}-{recipe}-{cell}-weights"
+        title = f"{recipe}: weights over their scale{of}"
+        found[slug] = figures.density_histogram(title, note, run.densities)
     return found
 
 

@@ -66,6 +66,8 @@ class RunResult(_Record):
     """Metrics of the layer probe at the start of stage 3, one value a layer."""
     densities: dict[str, list[float]] = {}
     """Model (refined, base, student) -> share of its latent weights in each bin of weight / scale."""
+    near: dict[str, float] = {}
+    """Model -> share (0..1) of its latent weights within 0.05 of a threshold, in units of the scale."""
     curves: dict[str, dict[str, list[float]]] = {}
     """Stage -> {"tokens": [...], metric: [...]}, thinned to CURVE_POINTS."""
 
@@ -173,6 +175,14 @@ def densities(run: RunFolder) -> dict[str, list[float]]:
 
     shares = {name: density(layers) for name, layers in run.stats.items()}
     return {name: [float(f"{v:.4g}") for v in values] for name, values in shares.items() if values}
+
+
+def near(run: RunFolder) -> dict[str, float]:
+    """Shares of weights close to a threshold in a run that was measured (`stats: true`)."""
+    from bitdistill.report.inspect import by_kind
+
+    shares = {name: by_kind(layers)[-1].near_share for name, layers in run.stats.items() if layers}
+    return {name: float(f"{share:.4g}") for name, share in shares.items() if share is not None}
 
 
 def curve(run: RunFolder, stage: str) -> dict[str, list[float]] | None:

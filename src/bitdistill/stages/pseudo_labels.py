@@ -25,6 +25,9 @@ from bitdistill.train.tracking import WorkProgress
 
 BATCH_ROWS = 512
 """Rows of one forward pass of the teacher: short rows keep a GPU busy only in large batches."""
+GENERATED_ROWS = 4096
+"""Rows that are answered with text at a time, at most: a token takes a GPU as long for 500 rows as for some thousands,
+and `generate` takes fewer where memory asks for it."""
 
 
 def fingerprints(run: Run) -> list[str]:
@@ -86,12 +89,18 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
     )
 
 
+def _batch_rows(run: Run) -> int:
+    if run.device.type != "cuda":
+        return run.recipe.eval.batch_rows
+    return GENERATED_ROWS if run.recipe.task.kind == "generation" else BATCH_ROWS
+
+
 @torch.inference_mode()
 def _answers(run: Run, teacher: Any, tokenizer: Any, examples: list[Example]) -> list[tuple[str, bool]]:
     """The teacher's answer to each row, the label as the data spell it or the generated text, and whether it ended."""
     task = run.recipe.task
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
-    options["batch_rows"] = BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows
+    options["batch_rows"] = _batch_rows(run)
     with WorkProgress("answers", quiet=run.quiet) as options["progress"]:
         if task.kind == "generation":
             return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]

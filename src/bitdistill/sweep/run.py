@@ -157,6 +157,7 @@ def _run_one(
         layers=layers,
         layer_metrics=metrics,
         densities=store.densities(folder) if sweep.stats else {},
+        near=store.near(folder) if sweep.stats else {},
         curves=curves,
     )
 
