@@ -115,6 +115,14 @@ def test_batches_fit_a_gpus_memory(llama: Any, tokenizer: Any, monkeypatch: pyte
     assert generate(llama, tokenizer, TASK, examples, batch_rows=5, device="cpu", pad_id=1) == whole
     assert sizes[0] == 2
     assert sum(sizes) == 5
+    # A limit of tokens: whatever is shorter goes in larger batches, and one row is always taken
+    monkeypatch.undo()
+    monkeypatch.setattr(llama, "generate", counted)
+    for tokens, first in ((2 * longest + 1, 2), (3 * longest, 3), (1, 1)):
+        sizes.clear()
+        options = {"batch_rows": 5, "batch_tokens": tokens, "device": "cpu", "pad_id": 1}
+        assert generate(llama, tokenizer, TASK, examples, **options) == whole
+        assert (sizes[0], sum(sizes)) == (first, 5)
 
 
 def test_sampling_in_rounds_continues_rows_where_they_were(

@@ -13,6 +13,7 @@ from bitdistill import artifact, pipeline
 from bitdistill.cli.main import app
 from bitdistill.errors import ArtifactError, Interrupted, RecipeError, UsageError
 from bitdistill.report import paired, sweep_results, sweep_tables
+from bitdistill.report.inspect import read_stats
 from bitdistill.sweep.run import run_sweep
 from bitdistill.sweep.spec import expand, load_sweep, only_rows
 from tests.stages.conftest import _one_thread, work  # noqa: F401
@@ -91,6 +92,21 @@ def test_a_sweep_shares_teachers_bases_and_scores(work: Path) -> None:  # noqa: 
     assert set(models) == {"both", "both/teacher", "ce", "ce/teacher"}
     done = CliRunner().invoke(app, ["compare", f"{out}:both", f"{out}:both/teacher", "--json"])
     assert json.loads(done.output)["comparisons"][0]["seeds"] == [0, 1]
+
+
+def test_a_sweep_can_measure_the_weights(work: Path) -> None:  # noqa: F811
+    text = "stats: true\n" + SWEEP.replace("[0, 1]", "[0]").partition("  - {name: ce")[0]
+    out = work / "out.json"
+    (run,) = go(spec(work, text), out).runs
+    assert list(run.densities) == list(run.near) == ["refined", "base", "student"]
+    for name, shares in run.densities.items():
+        assert 0.9 < sum(shares) <= 1.0 + 1e-3  # a bin outside the limits is not drawn
+        layers = read_stats(next((work / "runs").iterdir()), name)
+        assert layers is not None
+        near = sum(layer.latent.near_share * layer.weights for layer in layers if layer.latent)
+        assert run.near[name] == pytest.approx(near / sum(layer.weights for layer in layers), rel=1e-3)
+    assert run.near["base"] != run.near["refined"]
+    assert sweep_results.read(out).runs == [run]
 
 
 def test_a_sweep_goes_on_where_it_stopped(work: Path) -> None:  # noqa: F811

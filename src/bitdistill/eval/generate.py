@@ -31,6 +31,7 @@ def generate(
     batch_rows: int,
     device: torch.device | str,
     pad_id: int,
+    batch_tokens: int | None = None,
     progress: OnProgress | None = None,
 ) -> list[Prediction]:
     """Continue every prompt greedily until an end-of-text token or `task.max_new_tokens`.
@@ -40,13 +41,15 @@ def generate(
 
     Args:
         batch_rows: at most; on a GPU less where caches of so many rows would not fit its memory.
+        batch_tokens: so many tokens of a batch at most, padding and new ones included, but always one row.
         progress: called after each batch with (examples that are finished, examples to do).
 
     Returns:
         Predictions in the order of `examples`; text without special tokens, stripped, and whether it `ended`.
     """
     choice = {"do_sample": False}
-    return _generate(model, tokenizer, task, examples, batch_rows, device, pad_id, choice, (), progress)
+    most = batch_rows, batch_tokens
+    return _generate(model, tokenizer, task, examples, most, device, pad_id, choice, (), progress)
 
 
 @torch.inference_mode()
@@ -77,9 +80,8 @@ def sample(
     # A growing cache is copied for every token, which with thousands of rows takes longer than the model
     choice |= {"cache_implementation": "static", "disable_compile": True}
     with decoding(model):
-        return _generate(
-            model, tokenizer, task, examples, batch_rows, device, pad_id, choice, rounds, progress
-        )
+        most = batch_rows, None
+        return _generate(model, tokenizer, task, examples, most, device, pad_id, choice, rounds, progress)
 
 
 def _generate(
@@ -87,7 +89,7 @@ def _generate(
     tokenizer: Any,
     task: Task,
     examples: Sequence[Example],
-    batch_rows: int,
+    most: tuple[int, int | None],
     device: torch.device | str,
     pad_id: int,
     choice: dict[str, Any],
@@ -103,7 +105,7 @@ def _generate(
         over = len(examples) - len(unfinished)
         new: list[list[int]] = [[] for _ in prompts]
         for batch, ids_of in _continue(
-            model, prompts, end - done, batch_rows, torch.device(device), pad_id, stops, choice
+            model, prompts, end - done, most, torch.device(device), pad_id, stops, choice
         ):
             for row, ids in zip(batch, ids_of, strict=True):
                 new[row] = ids
@@ -129,13 +131,17 @@ def _continue(
     model: Any,
     prompts: Sequence[Sequence[int]],
     count: int,
-    batch_rows: int,
+    most: tuple[int, int | None],
     device: torch.device,
     pad_id: int,
     stops: list[int],
     choice: dict[str, Any],
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Batch by batch, indices of prompts and at most `count` new tokens of each; after a stop token comes padding."""
+    """Batch by batch, indices of prompts and at most `count` new tokens of each; after a stop token comes padding.
+
+    Args:
+        most: rows of a batch, and tokens of one (None: as many as its rows have).
+    """
     from transformers import GenerationConfig
 
     config = GenerationConfig(
@@ -145,7 +151,11 @@ def _continue(
     memory = memory_bytes(device)
     while left:
         width = len(prompts[left[0]])
-        rows = batch_rows if memory is None else rows_that_fit(model, width + count, batch_rows, memory)
+        rows, tokens = most
+        if tokens is not None:
+            rows = max(1, min(rows, tokens // (width + count)))
+        if memory is not None:
+            rows = rows_that_fit(model, width + count, rows, memory)
         batch, left = left[:rows], left[rows:]
         ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)

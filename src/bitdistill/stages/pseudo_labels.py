@@ -25,9 +25,9 @@ from bitdistill.train.tracking import WorkProgress
 
 BATCH_ROWS = 512
 """Rows of one forward pass of the teacher: short rows keep a GPU busy only in large batches."""
-GENERATED_ROWS = 4096
-"""Rows that are answered with text at a time, at most: a token takes a GPU as long for 500 rows as for some thousands,
-and `generate` takes fewer where memory asks for it."""
+GENERATED = {"batch_rows": 4096, "batch_tokens": 1 << 19}
+"""Rows and tokens that are answered with text at a time on a GPU, at most: a token takes it as long for 500 rows as for
+some thousands, and several runs may be answering beside each other, so not all that one GPU's memory would hold."""
 
 
 def fingerprints(run: Run) -> list[str]:
@@ -89,10 +89,11 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
     )
 
 
-def _batch_rows(run: Run) -> int:
+def _batches(run: Run) -> dict[str, int]:
+    """How many rows are answered at a time, as arguments of what answers them."""
     if run.device.type != "cuda":
-        return run.recipe.eval.batch_rows
-    return GENERATED_ROWS if run.recipe.task.kind == "generation" else BATCH_ROWS
+        return {"batch_rows": run.recipe.eval.batch_rows}
+    return GENERATED if run.recipe.task.kind == "generation" else {"batch_rows": BATCH_ROWS}
 
 
 @torch.inference_mode()
@@ -100,7 +101,7 @@ def _answers(run: Run, teacher: Any, tokenizer: Any, examples: list[Example]) ->
     """The teacher's answer to each row, the label as the data spell it or the generated text, and whether it ended."""
     task = run.recipe.task
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
-    options["batch_rows"] = _batch_rows(run)
+    options |= _batches(run)
     with WorkProgress("answers", quiet=run.quiet) as options["progress"]:
         if task.kind == "generation":
             return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]
