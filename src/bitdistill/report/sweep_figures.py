@@ -42,13 +42,14 @@ def _weights(sweep: str, recipe: str, runs: Sequence[RunResult]) -> dict[str, Fi
             first.setdefault(run.cell, run)
     found = {}
     for cell, run in first.items():
-        of = "" if len(first) == 1 else f", {run.label}"
-        note = f"{run.label}, seed {run.seed}. Dotted: where codes change."
+        alone = len(first) == 1
+        note = f"{run.label}, seed {run.seed}." if alone else f"Seed {run.seed}."
+        note += " Dotted: where codes change."
         if run.near:
             shares = (f"{name} {100 * share:.1f} %" for name, share in run.near.items())
             note += f" Within 0.05 of there: {', '.join(shares)}."
-        slug = f"{sweep}-{recipe}-weights" if len(first) == 1 else f"{sweep}-{recipe}-{cell}-weights"
-        title = f"{recipe}: weights over their scale{of}"
+        slug = f"{sweep}-{recipe}-weights" if alone else f"{sweep}-{recipe}-{cell}-weights"
+        title = f"{recipe}: weights over their scale" + ("" if alone else f", {run.label}")
         found[slug] = figures.density_histogram(title, note, run.densities)
     return found
 
