@@ -18,7 +18,7 @@ from bitdistill.stages.distill import distill, probe_only
 from bitdistill.stages.evaluate import Entry, evaluate
 from bitdistill.stages.export import export, export_formats
 from bitdistill.stages.pretrain import pretrain
-from bitdistill.stages.refine import refine
+from bitdistill.stages.refine import check_corpus, refine
 from bitdistill.stages.reuse import Reuse
 from bitdistill.stages.sft import bitnet_sft, sft
 
@@ -88,6 +88,8 @@ def run(
     marks = {stage: dependent_stages(frozenset({stage})) - {"report"} for stage in redo & wanted}
     this = Run.open(recipe, command=command, redo=marks, quiet=quiet, reuse=reuse)
     result = RunResult(this.run_dir)
+    if "pretrain" in wanted:
+        check_corpus(this)
 
     def measure(folder: Path, name: str) -> None:
         if stats:

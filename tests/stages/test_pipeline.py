@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 import bitdistill as bd
 from bitdistill import artifact, pipeline
+from bitdistill.data.corpus import tokenize_corpus
 from bitdistill.errors import (
     ArtifactError,
     DataError,
@@ -24,6 +26,7 @@ from bitdistill.errors import (
     StorageError,
 )
 from bitdistill.losses.logits import language_model_chunk
+from bitdistill.models.load import load_tokenizer
 from bitdistill.models.student import load_student, pack
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
 from bitdistill.report.run_folder import read_run
@@ -512,3 +515,23 @@ def test_a_run_of_the_baseline_alone_ends_with_its_report(work: Path) -> None:
     assert result.packed is None
     assert result.report is not None
     assert result.report.exists()
+
+
+def test_a_hub_corpus_that_cannot_be_read_is_said_before_any_training(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    plan = recipe(work, "pretrain.corpus=hub:owner/name")
+    with pytest.raises(MissingDependencyError, match=r"hub:owner/name: .*bitdistill\[hub\]"):
+        pipeline.run(plan, until="distill", quiet=True)
+    run = Run.open(plan, command="", quiet=True)
+    assert not artifact.exists(run.run_dir / "teacher")
+    pipeline.run(plan, until="distill", rows=["teacher"], quiet=True)  # no stage 2 in it
+    assert artifact.exists(run.run_dir / "teacher")
+    # One that was tokenized here before is read from the cache
+    tokenizer = load_tokenizer(plan.model)
+    assert plan.pretrain is not None
+    folder = refine._cached_tokens(plan.pretrain, tokenizer)
+    tokenize_corpus([str(work / "corpus.txt")], tokenizer, folder, workers=1)
+    pipeline.run(plan, until="pretrain", quiet=True)
+    assert artifact.exists(run.run_dir / "refined")

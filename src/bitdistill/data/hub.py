@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -70,6 +71,22 @@ def parse(source: str) -> HubSource:
     return HubSource(name, config, split, revision or None)
 
 
+def check_installed(source: HubSource) -> None:
+    """Before hours of work that end at this source.
+
+    Raises:
+        MissingDependencyError: the package `datasets` is not installed.
+    """
+    try:
+        found = importlib.util.find_spec("datasets")
+    except ValueError:  # a module without a spec stands in for it
+        return
+    if found is None:
+        raise MissingDependencyError(
+            f"{PREFIX}{source.name}: hub data sets need `datasets`; run: pip install 'bitdistill[hub]'"
+        )
+
+
 def stream(source: HubSource) -> Iterator[dict[str, Any]]:
     """Rows of a hub data set as they arrive; code in the data set's repository is never run.
 
@@ -77,12 +94,9 @@ def stream(source: HubSource) -> Iterator[dict[str, Any]]:
         MissingDependencyError: the package `datasets` is not installed.
         DataError: the hub cannot be reached, or has no such data set, config or split.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise MissingDependencyError(
-            f"{PREFIX}{source.name}: hub data sets need `datasets`; run: pip install 'bitdistill[hub]'"
-        ) from None
+    check_installed(source)
+    import datasets
+
     # A slice cannot be streamed; it is small by intent, so it is loaded.
     streaming = "[" not in source.split
     try:

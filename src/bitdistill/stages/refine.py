@@ -13,9 +13,9 @@ from bitdistill.config import PretrainConfig
 from bitdistill.data import hub, readers
 from bitdistill.data.corpus import TokenShards, tokenize_corpus, tokenizer_fingerprint
 from bitdistill.data.tokenizer import eos_id, special_prefix
-from bitdistill.errors import ArtifactError
+from bitdistill.errors import ArtifactError, MissingDependencyError
 from bitdistill.models import surgery
-from bitdistill.models.load import load_source, source_fingerprint
+from bitdistill.models.load import load_source, load_tokenizer, source_fingerprint
 from bitdistill.stages.common import Run, log, pad_token_id
 
 
@@ -31,9 +31,7 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
     path = Path(config.corpus).expanduser()
     if not (path.is_dir() and artifact.exists(path)):
         limit_tokens = _limit_tokens(config)
-        own = [tokenizer_fingerprint(tokenizer), [special_prefix(tokenizer), eos_id(tokenizer)]]
-        identity = [readers.source_fingerprint(config.corpus), *own, limit_tokens]
-        path = Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json(identity)[:16]
+        path = _cached_tokens(config, tokenizer)
         if not artifact.exists(path):
             workers = max(1, torch.get_num_threads())
             with artifact.locked(path):
@@ -43,6 +41,29 @@ def open_corpus(run: Run, tokenizer: Any) -> TokenShards:
                         [config.corpus], tokenizer, path, workers=workers, limit_tokens=limit_tokens
                     )
     return check_shards(TokenShards(path), tokenizer, run.recipe.model.path)
+
+
+def _cached_tokens(config: PretrainConfig, tokenizer: Any) -> Path:
+    """Where the shards of a corpus are kept that is none itself."""
+    own = [tokenizer_fingerprint(tokenizer), [special_prefix(tokenizer), eos_id(tokenizer)]]
+    identity = [readers.source_fingerprint(str(config.corpus)), *own, _limit_tokens(config)]
+    return Path(config.cache_dir).expanduser().parent / "tokens" / artifact.hash_json(identity)[:16]
+
+
+def check_corpus(run: Run) -> None:
+    """Before a teacher is trained: whether what stage 2 will read can be had at all.
+
+    Raises:
+        MissingDependencyError: a corpus of the hub that was never tokenized here, and `datasets` is not installed.
+    """
+    config = run.recipe.pretrain
+    if config is None or config.base is not None or config.corpus is None or not hub.is_hub(config.corpus):
+        return
+    try:
+        hub.check_installed(hub.parse(config.corpus))
+    except MissingDependencyError:
+        if not artifact.exists(_cached_tokens(config, load_tokenizer(run.recipe.model))):
+            raise
 
 
 def check_shards(shards: TokenShards, tokenizer: Any, model: str) -> TokenShards:
