@@ -146,6 +146,7 @@ def probe_layers(recipe: Recipe, *, command: str = "", quiet: bool = False) -> d
         )
     reuse = Reuse.of_runs(Path(recipe.output_dir).expanduser())
     this = Run.open(recipe, command=command, quiet=quiet, reuse=reuse)
+    check_corpus(this)
     teacher = sft(this)
     start = refine(this)
     if recipe.pretrain is not None:

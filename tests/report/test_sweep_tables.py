@@ -116,7 +116,7 @@ def test_figures_draw_only_what_has_data() -> None:
     one = run("a", 0, 0.8, densities={"base": [0.1] * 61, "refined": [0.2] * 61}, near=near)
     (slug, weights), *rest = sweep_figures.of_sweep(results(one, figure="curves")).items()
     assert (slug, rest) == ("s-r-weights", [])
-    assert weights.note.endswith("Within 0.05 of there: refined 9.1 %, base 28.4 %.")
+    assert weights.note.endswith("Within 0.05 of a threshold: 9.1% refined, 28.4% base.")
     assert "kl" in drawn["s-r-pretrain"].title
     gaps = sweep_figures.of_sweep(results(run("a", 0, 0.8), run("b", 0, 0.7)))
     assert list(gaps) == ["s-gaps"]

@@ -122,9 +122,9 @@ def test_texts_are_generated_for_more_rows_at_a_time_than_labels_are_chosen(work
     task = {"name": "copy", "kind": "generation", "template": "{text} w9", "target_field": "label"}
     labels, texts = opened(work), opened(work, f"task={json.dumps(task)}")
     own = {"batch_rows": labels.recipe.eval.batch_rows}
-    assert [pseudo_labels._batches(run) for run in (labels, texts)] == [own, own]
+    assert [pseudo_labels.batches(run) for run in (labels, texts)] == [own, own]
     gpu = [dataclasses.replace(run, device=torch.device("cuda")) for run in (labels, texts)]
-    assert [pseudo_labels._batches(run)["batch_rows"] for run in gpu] == [512, 4096]
+    assert [pseudo_labels.batches(run)["batch_rows"] for run in gpu] == [512, 4096]
 
 
 PAIRS = Task(

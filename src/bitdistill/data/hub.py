@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -71,20 +70,19 @@ def parse(source: str) -> HubSource:
     return HubSource(name, config, split, revision or None)
 
 
-def check_installed(source: HubSource) -> None:
-    """Before hours of work that end at this source.
+def package(source: HubSource) -> Any:
+    """The package `datasets`, without which this source cannot be read.
 
     Raises:
-        MissingDependencyError: the package `datasets` is not installed.
+        MissingDependencyError: it is not installed.
     """
     try:
-        found = importlib.util.find_spec("datasets")
-    except ValueError:  # a module without a spec stands in for it
-        return
-    if found is None:
+        import datasets
+    except ImportError:
         raise MissingDependencyError(
             f"{PREFIX}{source.name}: hub data sets need `datasets`; run: pip install 'bitdistill[hub]'"
-        )
+        ) from None
+    return datasets
 
 
 def stream(source: HubSource) -> Iterator[dict[str, Any]]:
@@ -94,9 +92,7 @@ def stream(source: HubSource) -> Iterator[dict[str, Any]]:
         MissingDependencyError: the package `datasets` is not installed.
         DataError: the hub cannot be reached, or has no such data set, config or split.
     """
-    check_installed(source)
-    import datasets
-
+    datasets = package(source)
     # A slice cannot be streamed; it is small by intent, so it is loaded.
     streaming = "[" not in source.split
     try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bitdistill.report import panel, text
-from bitdistill.report.inspect import HISTOGRAM_BINS, HISTOGRAM_LIMIT, LayerStats
+from bitdistill.report.inspect import HISTOGRAM_BINS, HISTOGRAM_LIMIT, LayerStats, by_kind
 from bitdistill.report.panel import (
     INK,
     MUTED,
@@ -107,13 +107,18 @@ def weight_histogram(title: str, models: Mapping[str, Sequence[LayerStats]]) -> 
     densities = {name: shares for name, layers in models.items() if (shares := density(layers))}
     if not densities:
         return None
-    near = []
-    for name in densities:
-        latents = [(layer.latent, layer.weights) for layer in models[name] if layer.latent is not None]
-        weights = sum(weight for _, weight in latents)
-        share = sum(latent.near_share * weight for latent, weight in latents) / weights
-        near.append(f"{100 * share:.1f}% {name}")
-    return density_histogram(title, f"Within 0.05 of a threshold: {', '.join(near)}.", densities)
+    return density_histogram(title, near_note(near_shares(models)), densities)
+
+
+def near_shares(models: Mapping[str, Sequence[LayerStats]]) -> dict[str, float]:
+    """Model -> share (0..1) of its latent weights within 0.05 of a threshold; packed models have none."""
+    shares = {name: by_kind(layers)[-1].near_share for name, layers in models.items() if layers}
+    return {name: share for name, share in shares.items() if share is not None}
+
+
+def near_note(near: Mapping[str, float]) -> str:
+    """The same in words."""
+    return f"Within 0.05 of a threshold: {', '.join(f'{100 * x:.1f}% {name}' for name, x in near.items())}."
 
 
 def density_histogram(title: str, note: str, densities: Mapping[str, Sequence[float]]) -> Figure:

@@ -46,8 +46,7 @@ def _weights(sweep: str, recipe: str, runs: Sequence[RunResult]) -> dict[str, Fi
         note = f"{run.label}, seed {run.seed}." if alone else f"Seed {run.seed}."
         note += " Dotted: where codes change."
         if run.near:
-            shares = (f"{name} {100 * share:.1f} %" for name, share in run.near.items())
-            note += f" Within 0.05 of there: {', '.join(shares)}."
+            note += f" {figures.near_note(run.near)}"
         slug = f"{sweep}-{recipe}-weights" if alone else f"{sweep}-{recipe}-{cell}-weights"
         title = f"{recipe}: weights over their scale" + ("" if alone else f", {run.label}")
         found[slug] = figures.density_histogram(title, note, run.densities)

@@ -179,10 +179,9 @@ def densities(run: RunFolder) -> dict[str, list[float]]:
 
 def near(run: RunFolder) -> dict[str, float]:
     """Shares of weights close to a threshold in a run that was measured (`stats: true`)."""
-    from bitdistill.report.inspect import by_kind
+    from bitdistill.report.figures import near_shares
 
-    shares = {name: by_kind(layers)[-1].near_share for name, layers in run.stats.items() if layers}
-    return {name: float(f"{share:.4g}") for name, share in shares.items() if share is not None}
+    return {name: float(f"{share:.4g}") for name, share in near_shares(run.stats).items()}
 
 
 def curve(run: RunFolder, stage: str) -> dict[str, list[float]] | None:

@@ -91,7 +91,7 @@ def _scores(run: Run, teacher: Any, tokenizer: Any, rows: Sequence[Row]) -> Tens
             teacher,
             tasks.label_token_ids(task, tokenizer),
             examples,
-            batch_rows=pseudo_labels.BATCH_ROWS if run.device.type == "cuda" else run.recipe.eval.batch_rows,
+            **pseudo_labels.batches(run),
             device=run.device,
             pad_id=pad_token_id(tokenizer),
             progress=progress,

@@ -89,7 +89,7 @@ def answered_examples(run: Run, teacher: Any, tokenizer: Any, written: Path | No
     )
 
 
-def _batches(run: Run) -> dict[str, int]:
+def batches(run: Run) -> dict[str, int]:
     """How many rows are answered at a time, as arguments of what answers them."""
     if run.device.type != "cuda":
         return {"batch_rows": run.recipe.eval.batch_rows}
@@ -101,7 +101,7 @@ def _answers(run: Run, teacher: Any, tokenizer: Any, examples: list[Example]) ->
     """The teacher's answer to each row, the label as the data spell it or the generated text, and whether it ended."""
     task = run.recipe.task
     options: dict[str, Any] = {"device": run.device, "pad_id": pad_token_id(tokenizer)}
-    options |= _batches(run)
+    options |= batches(run)
     with WorkProgress("answers", quiet=run.quiet) as options["progress"]:
         if task.kind == "generation":
             return [(p.text, p.ended) for p in generate(teacher, tokenizer, task, examples, **options)]

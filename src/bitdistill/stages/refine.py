@@ -60,7 +60,7 @@ def check_corpus(run: Run) -> None:
     if config is None or config.base is not None or config.corpus is None or not hub.is_hub(config.corpus):
         return
     try:
-        hub.check_installed(hub.parse(config.corpus))
+        hub.package(hub.parse(config.corpus))
     except MissingDependencyError:
         if not artifact.exists(_cached_tokens(config, load_tokenizer(run.recipe.model))):
             raise
