@@ -396,11 +396,16 @@ class BitNetSftConfig(Strict):
 class EvalConfig(Strict):
     """Scoring of every row of the results table."""
 
+    LATER: ClassVar[Mapping[str, Any]] = {"reference_nll": True}
+
     engine: Literal["pytorch", "native"] = "pytorch"
     """native: the CPU engine scores teacher and students; the same predictions, on the CPU whatever `device` is."""
     batch_rows: Count = 64
     split: Literal["test", "validation"] = "test"
     bootstrap_seed: Seed = 0
+    reference_nll: bool = True
+    """Generation: also measure how likely each model finds the references, which takes a pass over prompts and
+    references more. It tells models apart that ROUGE cannot."""
 
 
 class GgufConfig(Strict):

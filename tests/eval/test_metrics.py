@@ -190,6 +190,22 @@ def test_kl_to_the_teacher_by_hand() -> None:
         metrics.kl_to_teacher(own, scored((0.0,), (0.0,)))
 
 
+def test_nats_of_references_by_hand() -> None:
+    def measured(*rows: tuple[float | None, int]) -> list[Prediction]:
+        return [
+            Prediction(n, None, (), "a", reference_nll=nats, reference_tokens=tokens)
+            for n, (nats, tokens) in enumerate(rows)
+        ]
+
+    score = metrics.reference_nll(measured((2.0, 1), (3.0, 4)))
+    assert score is not None
+    assert (score.value, score.n) == (pytest.approx(1.0), 5), "over tokens, not a mean of rows"
+    assert (score.low, score.high) == (pytest.approx(0.75), pytest.approx(2.0))
+    assert metrics.reference_nll(measured((2.0, 1), (None, 0))) is None
+    assert metrics.reference_nll(measured((0.0, 0))) is None
+    assert metrics.reference_nll([]) is None
+
+
 def test_perplexity_by_hand() -> None:
     score = perplexity_score([2.0, 6.0], [2, 2])
     assert score.value == pytest.approx(math.exp(2.0))

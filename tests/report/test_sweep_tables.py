@@ -72,6 +72,22 @@ def test_lines_have_mean_spread_gap_and_cost() -> None:
     assert referred[2].gap.points == pytest.approx(b.mean - a.mean)
 
 
+def test_how_likely_references_are_has_a_column_where_some_line_has_it() -> None:
+    def generated(share: float, key: str, **metrics: float) -> ResultRow:
+        measured = {"rougeL": share, "bleu": 4.0, **metrics}
+        return row("teacher", share, 0, key).model_copy(update={"metric": "rougeL", "metrics": measured})
+
+    def table(*rows: ResultRow) -> list[str]:
+        runs = [run(f"c{n}", 0, 50.0, rows=(r,)) for n, r in enumerate(rows)]
+        return [line for line in sweep_tables.markdown(results(*runs)) if line.startswith("|")]
+
+    head, _, first, second = table(generated(30.0, "a"), generated(31.0, "b", reference_nll=3.2346))
+    assert head.endswith(" bleu | nats a token of the references |"), "the first line has none, and still"
+    assert first.endswith(" 4.00 |  |")
+    assert second.endswith(" 4.00 | 3.235 |")
+    assert "nats" not in table(generated(30.0, "a"))[0]
+
+
 def test_a_teacher_that_is_another_model_is_named() -> None:
     own, other = run("a", 0, 0.8), run("b", 0, 0.8)
     changed = {"label": "Teacher (owner/large, full precision)", "score_key": "large-0"}

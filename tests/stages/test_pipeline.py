@@ -440,9 +440,19 @@ def test_a_generation_task_runs_through(work: Path) -> None:
     result = pipeline.run(recipe(work, f"task={task}", "export.float_dtype=float32"), quiet=True)
     for row in result.rows:
         assert row.metric == "rougeL"
-        assert set(row.metrics) >= {"rougeL", "bleu"}
+        assert set(row.metrics) >= {"rougeL", "bleu", "reference_nll"}
     assert result.report is not None
-    assert "ROUGE-L" in result.report.read_text("utf-8")
+    report = result.report.read_text("utf-8")
+    assert "ROUGE-L" in report
+    for row in result.rows:
+        assert f"{row.metrics['reference_nll']:.3f}" in report
+    stamp = (result.run_dir / "results.key").read_text("utf-8")
+    options = (f"task={task}", "export.float_dtype=float32", "eval.reference_nll=false")
+    without = pipeline.run(recipe(work, *options), quiet=True)
+    assert (result.run_dir / "results.key").read_text("utf-8") != stamp, "nothing was scored again"
+    assert all("reference_nll" not in row.metrics for row in without.rows)
+    assert [row.value for row in without.rows] == [row.value for row in result.rows]
+    assert "nats a token" not in without.report.read_text("utf-8")  # type: ignore[union-attr]
 
 
 def test_gradient_checkpointing_changes_no_weight(work: Path) -> None:

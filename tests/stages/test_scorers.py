@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ pytest.importorskip("bitdistill.engine._native", reason="the native engine is no
 from bitdistill import artifact, pipeline
 from bitdistill.config import Recipe
 from bitdistill.data import readers, tasks
-from bitdistill.engine import Engine
+from bitdistill.engine import Engine, references
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
+from bitdistill.eval.likelihood import reference_nll
 from bitdistill.eval.results import read_results
 from bitdistill.models.contents import count_weights
 from bitdistill.models.student import load_student
@@ -81,9 +83,42 @@ def test_eval_of_generation_by_either_engine_is_the_same(work: Path) -> None:
     )
     torch_answers, torch_rows = scored(work, *options)
     answers, rows = scored(work, *options, "eval.engine=native", "eval.batch_rows=5")
-    assert answers == torch_answers
+    for name in ("teacher", "bitdistill"):
+        for one, other in zip(torch_answers[name], answers[name], strict=True):
+            assert other == one | {"reference_nll": pytest.approx(one["reference_nll"], abs=0.02)}
+            assert one["reference_tokens"] > 0
     assert len({p["prediction"] for p in answers["bitdistill"]}) > 1
-    assert [r.metrics for r in rows] == [r.metrics for r in torch_rows]
+    for one_row, other_row in zip(torch_rows, rows, strict=True):
+        nll = one_row.metrics["reference_nll"]
+        assert other_row.metrics == one_row.metrics | {"reference_nll": pytest.approx(nll, abs=0.005)}
+        sums = [
+            sum(p[key] for p in torch_answers[one_row.name]) for key in ("reference_nll", "reference_tokens")
+        ]
+        assert nll == pytest.approx(sums[0] / sums[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("logits", [2**26, 6 * 4096])
+def test_the_engine_finds_references_as_likely_as_pytorch(
+    demo_student: Path, monkeypatch: pytest.MonkeyPatch, logits: int
+) -> None:
+    """Long answers too, which are run in parts where few logits may be made at a time."""
+    monkeypatch.setattr(references, "LOGITS", logits)
+    _, rows = demo_rows(30)
+    model, tokenizer, _ = load_student(demo_student)
+    engine = Engine(demo_student, threads=2)
+    task = GENERATION.model_copy(update={"template": "{text}"})
+    examples = tasks.encode(task, rows, tokenizer, 128)
+    examples[3] = dataclasses.replace(examples[3], answer_ids=examples[3].answer_ids * 12)
+    examples[5] = dataclasses.replace(examples[5], answer_ids=examples[5].answer_ids[:1])
+    expected = reference_nll(model, examples, batch_rows=7, device="cpu", pad_id=0)
+    told: list[tuple[int, int]] = []
+    got = engine.reference_nll(examples, batch_rows=7, progress=lambda *n: told.append(n))
+    assert told == [(min(n, 30), 30) for n in range(7, 37, 7)]
+    assert [tokens for _, tokens in got] == [tokens for _, tokens in expected]
+    assert got[5][1] == 1
+    assert got[3][1] > 6, "one answer is longer than the logits made at a time"
+    for (nats, tokens), (wanted, _) in zip(got, expected, strict=True):
+        assert nats == pytest.approx(wanted, abs=0.02 * tokens)
 
 
 def test_weights_are_counted_from_the_files(work: Path) -> None:

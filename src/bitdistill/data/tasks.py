@@ -35,6 +35,11 @@ class Example:
     """The prompt as text, after shortening."""
     where: str
 
+    def answer_within(self, context: int | None) -> tuple[int, ...]:
+        """Tokens of the answer that fit a model's context (None: no limit) after the prompt."""
+        room = len(self.answer_ids) if context is None else max(0, context - len(self.prompt_ids))
+        return self.answer_ids[:room]
+
 
 @dataclass(slots=True)
 class _Draft:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill import artifact
-from bitdistill.engine import _native
+from bitdistill.engine import _native, references
 from bitdistill.engine.generation import Generation, NewText
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
@@ -334,6 +334,37 @@ class Engine:
             ):
                 ended = result.finish_reason == "stop"
                 found[n] = Prediction(n, None, (), result.text.strip(), ended=ended)
+            if progress is not None:
+                progress(len(found), len(examples))
+        return [found[n] for n in range(len(examples))]
+
+    def reference_nll(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_rows: int = 32,
+        progress: OnProgress | None = None,
+    ) -> list[tuple[float, int]]:
+        """Nats of each row's first reference and its scored tokens: the twin of `eval.likelihood.reference_nll`.
+
+        Args:
+            examples: from `data.tasks.encode` with this engine's tokenizer, with answers.
+            batch_rows: prompts run together.
+            progress: called now and then with (examples done, examples to do).
+
+        Raises:
+            ModelError: a prompt longer than the context.
+        """
+        order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
+        found: dict[int, tuple[float, int]] = {}
+        for start in range(0, len(order), batch_rows):
+            batch = order[start : start + batch_rows]
+            prompts = [self.prompt_ids(examples[n].prompt_ids) for n in batch]
+            answers = [examples[n].answer_within(self.facts["max_positions"] or None) for n in batch]
+            with self._lock:
+                sums = references.nats(self.model, prompts, answers)
+            for n, nats, answer in zip(batch, sums, answers, strict=True):
+                found[n] = (nats, len(answer))
             if progress is not None:
                 progress(len(found), len(examples))
         return [found[n] for n in range(len(examples))]

@@ -158,6 +158,18 @@ def kl_to_teacher(predictions: Sequence[Prediction], teacher: Sequence[Predictio
     return mean_score(np.array(divergences)) if divergences else None
 
 
+def reference_nll(predictions: Sequence[Prediction], *, seed: int = 0) -> Score | None:
+    """Nats a token of the references, bootstrap interval over rows; n counts tokens. None where it was not measured.
+
+    Models of one tokenizer can be compared by it, and less is better.
+    """
+    sums = [p.reference_nll for p in predictions if p.reference_nll is not None]
+    tokens = [p.reference_tokens for p in predictions]
+    if len(sums) != len(predictions) or not sum(tokens):
+        return None
+    return ratio_score(sums, tokens, seed=seed)
+
+
 def _log_softmax(scores: Sequence[float]) -> list[float]:
     most = max(scores)
     total = most + math.log(sum(math.exp(score - most) for score in scores))
@@ -391,8 +403,8 @@ METRICS: dict[str, MetricFn] = {
     "rougeLsum": partial(rouge, kind="rougeLsum"),
     "bleu": bleu,
 }
-"""Metrics of a task, by the name used in `task.metrics`. Agreement and perplexity need more than predictions:
-see `agreement` and `eval.perplexity.score_text`."""
+"""Metrics of a task, by the name used in `task.metrics`. What needs more than answers is measured beside them:
+see `agreement`, `kl_to_teacher`, `reference_nll` and `eval.perplexity.score_text`."""
 
 CLASSIFICATION_METRICS = frozenset({"accuracy", "f1", "f1_binary", "f1_macro"})
 

@@ -23,3 +23,7 @@ class Prediction:
     """The label word or generated text, stripped."""
     ended: bool = True
     """Generation: whether the model ended the text by an end-of-text token; False where a limit cut it."""
+    reference_nll: float | None = None
+    """Generation: negative log-likelihood of the first reference after the prompt, in nats; None: not measured."""
+    reference_tokens: int = 0
+    """Tokens of the reference that were scored."""

@@ -114,7 +114,7 @@ def write_predictions(
     Classes are shown by the data's own label, or by their label word where the data only number them; `where`
     is file name and line. `correct` is null for generation, where no answer is simply right or wrong, unless
     the task's headline metric judges (metrics.JUDGES). `scores` holds log-likelihoods (nats) in the order of
-    task.labels.
+    task.labels. Where they were measured, `reference_nll` (nats) and `reference_tokens` follow.
 
     Raises:
         StorageError: the file system refused.
@@ -134,6 +134,9 @@ def write_predictions(
             "correct": is_right,
             "scores": [round(score, 4) for score in prediction.scores],
         }
+        if prediction.reference_nll is not None:
+            record["reference_nll"] = round(prediction.reference_nll, 4)
+            record["reference_tokens"] = prediction.reference_tokens
         lines.append(json.dumps(record, ensure_ascii=False))
     _write_atomically(Path(path), "".join(line + "\n" for line in lines))
 

@@ -74,6 +74,7 @@ def model_card(
         task=task,
         labels=dict(_mapping(task.get("labels"))),
         rows=rows,
+        likelihoods=headline.likelihoods(rows),
         student=student,
         costs=costs,
         stages=STAGES,

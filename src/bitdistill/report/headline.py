@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from bitdistill.report import text
@@ -77,3 +77,12 @@ def _baseline(student: ResultRow, baseline: ResultRow | None) -> str | None:
         return f"{label}, made ternary without distillation, is {amount} worse ({_value(baseline)})."
     better = f"{label}, made ternary without it, is {amount} better ({_value(baseline)})"
     return f"Distillation did not pay here: {better}."
+
+
+def likelihoods(rows: Iterable[ResultRow]) -> list[tuple[str, float]]:
+    """Labels of the rows that were scored for it, and their nats a token of the reference answers."""
+    return [
+        (text.clean(row.label or row.name, 60), row.metrics["reference_nll"])
+        for row in rows
+        if "reference_nll" in row.metrics
+    ]

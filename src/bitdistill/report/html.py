@@ -109,6 +109,7 @@ def view(run: RunFolder) -> dict[str, Any]:
         "student": rows.get(headline.STUDENT),
         "teacher": rows.get(headline.TEACHER),
         "gap": gaps.get(headline.STUDENT),
+        "likelihoods": headline.likelihoods(run.rows),
         "result_panels": _result_panels(run.rows),
         "samples": _samples(run, student_pairs),
         "disagreeing": sum(not compare.same(both) for both in student_pairs),

@@ -207,8 +207,11 @@ def markdown(results: SweepResults) -> list[str]:
         head += ["stage-2 tokens"] if with_tokens else []
         with_kl = any("kl_to_teacher" in line.metrics for line in group)
         head += ["KL to its teacher"] if with_kl else []
-        others = [m for m in first.metrics if m not in (first.metric, "agreement_with_teacher")]
+        with_nll = any("reference_nll" in line.metrics for line in group)
+        apart = (first.metric, "agreement_with_teacher", "reference_nll")
+        others = [m for m in first.metrics if m not in apart]
         head += others if first.metric.startswith("rouge") else []
+        head += ["nats a token of the references"] if with_nll else []
         found += [f"**{recipe}** ({first.task}, {first.n:,} {first.split} rows)", ""]
         found += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for line in group:
@@ -223,6 +226,8 @@ def markdown(results: SweepResults) -> list[str]:
                 if first.metric.startswith("rouge")
                 else []
             )
+            nll = line.metrics.get("reference_nll")
+            cells += ["" if nll is None else f"{nll:.3f}"] if with_nll else []
             found.append("| " + " | ".join(cells) + " |")
         found.append("")
     return found

@@ -97,6 +97,7 @@ METRIC_NAMES = {
     "exact_match": "exact match (%)",
     "final_number": "right final number (%)",
     "perplexity": "perplexity",
+    "reference_nll": "nats a token of the references",
     "f1": "F1",
     "f1_binary": "F1 (binary)",
     "f1_macro": "F1 (macro)",

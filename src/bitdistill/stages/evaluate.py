@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from bitdistill.eval.metrics import (
     Score,
     agreement,
     kl_to_teacher,
+    reference_nll,
     row_scores,
 )
 from bitdistill.eval.prediction import Prediction
@@ -77,16 +79,33 @@ def predict_rows(run: Run, scorer: Scorer, examples: Sequence[Example]) -> tuple
     return predictions, tokens / max(elapsed_s, 1e-9)
 
 
+def with_references(
+    run: Run, scorer: Scorer, predictions: Sequence[Prediction], examples: Sequence[Example]
+) -> list[Prediction]:
+    """The predictions with how likely the model finds the references; as they are where that is not wanted."""
+    if not _wants_references(run):
+        return list(predictions)
+    with WorkProgress("references", quiet=run.quiet) as progress:
+        found = scorer.reference_nll(examples, progress)
+    return [
+        dataclasses.replace(prediction, reference_nll=nats, reference_tokens=tokens)
+        for prediction, (nats, tokens) in zip(predictions, found, strict=True)
+    ]
+
+
+def _wants_references(run: Run) -> bool:
+    return run.recipe.task.kind == "generation" and run.recipe.eval.reference_nll
+
+
 def score_predictions(
     run: Run, predictions: Sequence[Prediction], examples: Sequence[Example]
 ) -> dict[str, Score]:
-    """Every metric of the task, the headline metric first."""
-    task = run.recipe.task
+    """Every metric of the task, the headline metric first; then `reference_nll` where it was measured."""
+    task, seed = run.recipe.task, run.recipe.eval.bootstrap_seed
     names = task.metrics or (("accuracy", "f1") if task.kind == "classification" else ("rougeL", "bleu"))
-    return {
-        name: METRICS[name](list(predictions), list(examples), seed=run.recipe.eval.bootstrap_seed)
-        for name in names
-    }
+    scores = {name: METRICS[name](list(predictions), list(examples), seed=seed) for name in names}
+    nll = reference_nll(predictions, seed=seed)
+    return scores if nll is None else scores | {"reference_nll": nll}
 
 
 def evaluate(run: Run, entries: Sequence[Entry]) -> list[ResultRow]:
@@ -138,6 +157,8 @@ def _scoring(run: Run) -> dict[str, Any]:
         "max_length": run.recipe.data.max_length,
         "task": run.recipe.task.model_dump(mode="json", by_alias=True),
         "device": run.device.type,
+        # Not for classification, and rows that were scored without it are scored again
+        **({"reference_nll": True} if _wants_references(run) else {}),
     }
 
 
@@ -175,6 +196,7 @@ def _evaluate_one(
     scorer = open_scorer(run, entry.folder)
     examples = tasks.encode(run.recipe.task, rows, scorer.tokenizer, run.recipe.data.max_length)
     predictions, tokens_per_s = predict_rows(run, scorer, examples)
+    predictions = with_references(run, scorer, predictions, examples)
     scores = score_predictions(run, predictions, examples)
     if teacher is not None:
         scores |= _against(predictions, teacher)

@@ -15,6 +15,7 @@ from bitdistill import artifact
 from bitdistill.data.tasks import Example
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
+from bitdistill.eval.likelihood import reference_nll
 from bitdistill.eval.prediction import OnProgress, Prediction
 from bitdistill.eval.results import hardware
 from bitdistill.models.load import load_source
@@ -33,6 +34,11 @@ class Scorer(Protocol):
 
     def predict(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Prediction]:
         """Answers in the order of the examples; `progress` is told (examples done, examples to do)."""
+
+    def reference_nll(
+        self, examples: Sequence[Example], progress: OnProgress | None = None
+    ) -> list[tuple[float, int]]:
+        """Nats of each example's reference and its scored tokens; `progress` likewise."""
 
 
 class PyTorchScorer:
@@ -66,6 +72,18 @@ class PyTorchScorer:
             torch.cuda.synchronize()
         return predictions
 
+    def reference_nll(
+        self, examples: Sequence[Example], progress: OnProgress | None = None
+    ) -> list[tuple[float, int]]:
+        return reference_nll(
+            self.model,
+            examples,
+            batch_rows=self.batch_rows,
+            device=self.device,
+            pad_id=pad_token_id(self.tokenizer),
+            progress=progress,
+        )
+
 
 class NativeScorer:
     """The same folder in the native engine: on the CPU whatever the run's device."""
@@ -86,6 +104,11 @@ class NativeScorer:
 
     def predict(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Prediction]:
         return self.engine.predict(self.task, examples, batch_rows=self.batch_rows, progress=progress)
+
+    def reference_nll(
+        self, examples: Sequence[Example], progress: OnProgress | None = None
+    ) -> list[tuple[float, int]]:
+        return self.engine.reference_nll(examples, batch_rows=self.batch_rows, progress=progress)
 
 
 SCORERS: dict[str, Callable[[Run, Path], Scorer]] = {"pytorch": PyTorchScorer, "native": NativeScorer}
