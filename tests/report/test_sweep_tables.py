@@ -229,7 +229,7 @@ def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> No
     lines = [line for line in text.splitlines() if line.startswith("| r, ")]
     assert len(lines) == 1
     assert lines[0].startswith(f"| r, accuracy | {teacher:.2f} (2 seeds) | {student:.2f} (2 seeds) | ")
-    assert lines[0].endswith("| not measured |")
+    assert lines[0].endswith("| not measured | not measured |")
     assert "\nold\n" not in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -237,8 +237,9 @@ def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> No
     # Direct fine-tuning has no base: a cell of an older base may be the only one that measured it
     teacher_row, direct = row("teacher", 0.9, 0, "teacher"), row("bitnet_sft", 0.4, 0, "older")
     older = run("older", 0, 0.7, rows=[teacher_row, direct])
-    sweep_results.write(folder / "sweeps/headline-x.json", results(*two.runs, older))
+    literal = run("paper", 0, 0.6)
+    sweep_results.write(folder / "sweeps/headline-x.json", results(*two.runs, older, literal))
     subprocess.run(call, check=True)
     line = next(line for line in readme.read_text("utf-8").splitlines() if line.startswith("| r, "))
     assert f"| {student:.2f} (2 seeds) | " in line
-    assert line.endswith(f"| {direct.value:.2f} (1 seed) |")
+    assert line.endswith(f"| {direct.value:.2f} (1 seed) | {literal.rows[1].value:.2f} (1 seed) |")
