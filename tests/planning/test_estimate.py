@@ -181,6 +181,25 @@ def test_a_given_base_costs_no_stage_2():
     assert names == ["sft", "distill", "bitnet_sft", "eval"]
 
 
+def test_generated_answers_are_scored_twice_over():
+    """Prompts are read to be answered, and with the references once more."""
+
+    def scored(**settings) -> int:
+        task = {
+            "name": "g",
+            "kind": "generation",
+            "template": "{text}",
+            "target_field": "y",
+            "max_new_tokens": 4,
+        }
+        made = recipe(pretrain=None, bitnet_sft=None, task=task, eval=settings)
+        work = Work(100, 10.0, 16)
+        return {s.name: s for s in estimate.stages(made, layout(), work, work, "cpu")}["eval"].tokens
+
+    assert scored(reference_nll=False) == 2 * 100 * (10 + 4)
+    assert scored() == 2 * 100 * (10 + 4 + 10)
+
+
 def test_an_unknown_gpu_is_not_promised_too_fast(tmp_path, monkeypatch):
     assert estimate.DEVICES["rtx3090"].flops == min(
         d.flops for k, d in estimate.DEVICES.items() if k != "cpu"

@@ -270,7 +270,8 @@ class _Context:
         """
         models = 2 if self.recipe.bitnet_sft is None else 3
         generated = self.recipe.task.max_new_tokens if self.recipe.task.kind == "generation" else 0
-        tokens = int(work.rows * (work.tokens_per_row + generated)) * models
+        again = work.tokens_per_row if generated and self.recipe.eval.reference_nll else 0
+        tokens = int(work.rows * (work.tokens_per_row + generated + again)) * models
         flops = self.flops_per_token(work.tokens_per_row, train=False)
         width = self.compute_bytes(self.recipe.sft.loop)
         memory = self.scoring_memory(work, width)
