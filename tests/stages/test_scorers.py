@@ -16,7 +16,8 @@ pytest.importorskip("bitdistill.engine._native", reason="the native engine is no
 from bitdistill import artifact, pipeline
 from bitdistill.config import Recipe
 from bitdistill.data import readers, tasks
-from bitdistill.engine import Engine, references
+from bitdistill.engine import Engine
+from bitdistill.engine import engine as engine_module
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
 from bitdistill.eval.likelihood import reference_nll
@@ -101,8 +102,8 @@ def test_eval_of_generation_by_either_engine_is_the_same(work: Path) -> None:
 def test_the_engine_finds_references_as_likely_as_pytorch(
     demo_student: Path, monkeypatch: pytest.MonkeyPatch, logits: int
 ) -> None:
-    """Long answers too, which are run in parts where few logits may be made at a time."""
-    monkeypatch.setattr(references, "LOGITS", logits)
+    """Long answers too, which are run in pieces where few logits may be made at a time."""
+    monkeypatch.setattr(engine_module, "SCORED_LOGITS", logits)
     _, rows = demo_rows(30)
     model, tokenizer, _ = load_student(demo_student)
     engine = Engine(demo_student, threads=2)
@@ -112,8 +113,8 @@ def test_the_engine_finds_references_as_likely_as_pytorch(
     examples[5] = dataclasses.replace(examples[5], answer_ids=examples[5].answer_ids[:1])
     expected = reference_nll(model, examples, batch_rows=7, device="cpu", pad_id=0)
     told: list[tuple[int, int]] = []
-    got = engine.reference_nll(examples, batch_rows=7, progress=lambda *n: told.append(n))
-    assert told == [(min(n, 30), 30) for n in range(7, 37, 7)]
+    got = engine.reference_nll(examples, progress=lambda *n: told.append(n))
+    assert told == [(n, 30) for n in range(1, 31)]
     assert [tokens for _, tokens in got] == [tokens for _, tokens in expected]
     assert got[5][1] == 1
     assert got[3][1] > 6, "one answer is longer than the logits made at a time"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill import artifact
-from bitdistill.engine import _native, references
+from bitdistill.engine import _native
 from bitdistill.engine.generation import Generation, NewText
 from bitdistill.engine.text import FolderTokenizer, stop_ids
 from bitdistill.errors import ModelError
@@ -32,6 +32,8 @@ KvType = Literal["float32", "float16", "int8"]
 HeadType = Literal["float", "screened", "screened4", "int8", "int4"]
 SHARED_PREFIX_TOKENS = 16
 """Prompts of a batch with so long a common beginning (a system message, examples) share its keys and values."""
+SCORED_LOGITS = 2**26
+"""Logits of reference answers made at a time (256 MiB of float32), whatever the vocabulary."""
 
 
 class Options(TypedDict, total=False):
@@ -339,35 +341,36 @@ class Engine:
         return [found[n] for n in range(len(examples))]
 
     def reference_nll(
-        self,
-        examples: Sequence[Example],
-        *,
-        batch_rows: int = 32,
-        progress: OnProgress | None = None,
+        self, examples: Sequence[Example], *, progress: OnProgress | None = None
     ) -> list[tuple[float, int]]:
         """Nats of each row's first reference and its scored tokens: the twin of `eval.likelihood.reference_nll`.
 
         Args:
             examples: from `data.tasks.encode` with this engine's tokenizer, with answers.
-            batch_rows: prompts run together.
-            progress: called now and then with (examples done, examples to do).
+            progress: called after each row with (examples done, examples to do).
 
         Raises:
             ModelError: a prompt longer than the context.
         """
-        order = sorted(range(len(examples)), key=lambda n: -len(examples[n].prompt_ids))
-        found: dict[int, tuple[float, int]] = {}
-        for start in range(0, len(order), batch_rows):
-            batch = order[start : start + batch_rows]
-            prompts = [self.prompt_ids(examples[n].prompt_ids) for n in batch]
-            answers = [examples[n].answer_within(self.facts["max_positions"] or None) for n in batch]
+        piece = max(1, SCORED_LOGITS // self.facts["vocab_size"])
+        found: list[tuple[float, int]] = []
+        for example in examples:
+            prompt: list[int] = self.prompt_ids(example.prompt_ids).tolist()
+            answer = example.answer_within(self.facts["max_positions"] or None)
+            nats = 0.0
             with self._lock:
-                sums = references.nats(self.model, prompts, answers)
-            for n, nats, answer in zip(batch, sums, answers, strict=True):
-                found[n] = (nats, len(answer))
+                for start in range(0, len(answer), piece):
+                    ids = answer[start : start + piece]
+                    chain = list(enumerate(ids, start=-1))  # each token after the one before; -1: the prompt
+                    before = [*prompt, *answer[:start]]
+                    log_probs = self.model.score_tree(
+                        [before], list(ids[:-1]), list(range(-1, len(ids) - 2)), chain
+                    )
+                    nats -= float(log_probs.sum(dtype=np.float64))
+            found.append((nats, len(answer)))
             if progress is not None:
                 progress(len(found), len(examples))
-        return [found[n] for n in range(len(examples))]
+        return found
 
     def classifier(self, task: Task | None = None, max_length: int | None = None) -> Classifier:
         """The prepared task; see `classify`."""

@@ -79,10 +79,14 @@ def _baseline(student: ResultRow, baseline: ResultRow | None) -> str | None:
     return f"Distillation did not pay here: {better}."
 
 
-def likelihoods(rows: Iterable[ResultRow]) -> list[tuple[str, float]]:
-    """Labels of the rows that were scored for it, and their nats a token of the reference answers."""
-    return [
-        (text.clean(row.label or row.name, 60), row.metrics["reference_nll"])
+def likelihoods(rows: Iterable[ResultRow]) -> str:
+    """How likely the models that were scored for it find the reference answers; empty without any."""
+    found = [
+        f"{text.clean(row.label or row.name, 60)} {row.metrics['reference_nll']:.3f}"
         for row in rows
         if "reference_nll" in row.metrics
     ]
+    if not found:
+        return ""
+    what = "How likely each model finds the reference answers, in nats a token (less is likelier)"
+    return f"{what}: {', '.join(found)}."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bitdistill.errors import ArtifactError, DataError
 from bitdistill.eval.results import ResultRow
+from bitdistill.report import text
 from bitdistill.report.paired import Comparison, compare, gather
 from bitdistill.report.sweep_results import RunResult, SweepResults
 
@@ -211,7 +212,7 @@ def markdown(results: SweepResults) -> list[str]:
         apart = (first.metric, "agreement_with_teacher", "reference_nll")
         others = [m for m in first.metrics if m not in apart]
         head += others if first.metric.startswith("rouge") else []
-        head += ["nats a token of the references"] if with_nll else []
+        head += [text.metric_name("reference_nll")] if with_nll else []
         found += [f"**{recipe}** ({first.task}, {first.n:,} {first.split} rows)", ""]
         found += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for line in group:

@@ -108,7 +108,7 @@ class NativeScorer:
     def reference_nll(
         self, examples: Sequence[Example], progress: OnProgress | None = None
     ) -> list[tuple[float, int]]:
-        return self.engine.reference_nll(examples, batch_rows=self.batch_rows, progress=progress)
+        return self.engine.reference_nll(examples, progress=progress)
 
 
 SCORERS: dict[str, Callable[[Run, Path], Scorer]] = {"pytorch": PyTorchScorer, "native": NativeScorer}
