@@ -5,13 +5,15 @@
     python scripts/make_results.py --check   exit 1 if a page is not what the results say
 
 results/sweeps/*.json are results of `bitdistill sweep`; results/bases/*.json what `bitdistill perplexity --json`
-printed; results/*.json are single runs' results.json, named <experiment>-seed<N>.json. Only what has data is shown: a
-sweep with one cell done has a table of one line.
+printed; results/weights/MODEL/TOKENS/ is run.json and stats/ of a folder that `bitdistill pretrain` left;
+results/*.json are single runs' results.json, named <experiment>-seed<N>.json. Only what has data is shown: a sweep with
+one cell done has a table of one line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,7 +22,9 @@ from statistics import mean
 from bitdistill.eval.metrics import Score
 from bitdistill.eval.results import ResultRow, human_bytes, human_count, read_results
 from bitdistill.eval.text_results import TextResult, read_text_result
+from bitdistill.report import figures as report_figures
 from bitdistill.report import layer_choice, sweep_figures, sweep_results, sweep_tables
+from bitdistill.report.inspect import LayerStats, by_kind, read_stats
 from bitdistill.report.panel import Figure, as_file
 from bitdistill.report.sweep_results import SweepResults
 
@@ -154,6 +158,51 @@ def base_section(results: dict[Path, TextResult]) -> list[str]:
     return [*lines, "", *notes, ""]
 
 
+WEIGHTS = """### Weights before and after stage 2 (paper, Figure 2)
+
+Share of latent weights within 0.05 of a threshold, in units of their matrix's scale (the mean of |W|), where a code
+changes at 0.5; by kind of linear and of all. Refined is the full-precision model after surgery.
+"""
+
+
+def weights_section(folder: Path) -> tuple[list[str], dict[str, Figure]]:
+    """A table and a figure for each model of results/weights: refined, then its bases by their tokens."""
+    parts: list[str] = []
+    figures: dict[str, Figure] = {}
+    for model in sorted(path for path in folder.glob("*") if path.is_dir()):
+        runs = sorted(model.iterdir(), key=lambda path: (len(path.name), path.name))
+        measured: dict[str, list[LayerStats]] = {}
+        notes = []
+        for run in runs:
+            before, after = read_stats(run, "refined"), read_stats(run, "base")
+            if after is None:
+                raise SystemExit(f"{run}: no stats/base.json; copy a finished pretrain run's stats")
+            if before is not None:
+                measured = {"refined": before} | measured
+            measured[f"base at {run.name} tokens"] = after
+            made = json.loads((run / "run.json").read_text("utf-8"))
+            where = made["hardware"].get("gpu") or made["hardware"].get("cpu")
+            notes.append(
+                f"- {run.name}: `{made['command']}` at commit {made['commit']} on {where}, "
+                f"torch {made['versions']['torch']}; [statistics](../results/weights/{model.name}/{run.name})"
+            )
+        kinds = [kind.kind for kind in by_kind(next(iter(measured.values())))]
+        parts += [f"**{model.name}**", "", f"| near a threshold, % | {' | '.join(kinds)} |"]
+        parts.append("|" + " --- |" * (len(kinds) + 1))
+        for name, layers in measured.items():
+            shares = [kind.near_share for kind in by_kind(layers)]
+            words = ("" if share is None else f"{100 * share:.1f}" for share in shares)
+            parts.append(f"| {name} | {' | '.join(words)} |")
+        title = f"{model.name}: weights over their scale"
+        figure = report_figures.weight_histogram(title, measured)
+        if figure is None:
+            raise SystemExit(f"{model}: packed models have no latent weights; measure latent ones")
+        figures[f"weights-{model.name}"] = figure
+        note = f"{title}. Dotted: where codes change. {figure.note}"
+        parts += ["", f"![{title}](figures/weights-{model.name}.svg)", "", note, "", *notes, ""]
+    return ([WEIGHTS, *parts] if parts else []), figures
+
+
 SWEEPS = """## Sweeps
 
 Means and sample standard deviations over seeds. A gap is paired: row by row and seed by seed. Its first interval
@@ -213,6 +262,9 @@ def page(folder: Path) -> tuple[str, dict[str, Figure]]:
         figures |= drawn
     if bases:
         parts += base_section(bases)
+    section, drawn = weights_section(folder / "weights")
+    parts += section
+    figures |= drawn
     for experiment, seeds in load(folder).items():
         task = next(iter(seeds.values()))[0].task
         parts += [f"## {experiment} ({task})", "", *table(seeds), "", *provenance(seeds), ""]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from bitdistill.cli.main import app
 from bitdistill.data.corpus import tokenize_corpus
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, UsageError
 from bitdistill.eval.text_results import Trained, read_text_result
+from bitdistill.report.inspect import by_kind, read_stats
 from tests.models.conftest import make_tokenizer
 from tests.stages.conftest import recipe
 
@@ -105,6 +108,26 @@ def test_the_page_of_results_has_a_line_a_base(work: Path, base: Path) -> None:
     assert f"| {found['perplexity']['value']:.1f} [" in line
     assert f"| {found['same_token']['value']:.1f} [" in line
     assert f"predictions {found['best_sha256'][:12]}" in text
+    # Weights before and after stage 2, as the run measured them
+    kept = work / "r/weights/tiny/1k"
+    (kept / "stats").mkdir(parents=True)
+    for name in ("run.json", "stats/refined.json", "stats/base.json"):
+        (kept / name).write_bytes((work / "runs/tiny" / name).read_bytes())
+    assert page().returncode == 0
+    text = (work / "docs/results.md").read_text("utf-8")
+    shares = {
+        name: 100 * (by_kind(layers)[-1].near_share or 0.0)
+        for name in ("refined", "base")
+        if (layers := read_stats(kept, name))
+    }
+    assert re.search(rf"^\| refined \|.* {shares['refined']:.1f} \|$", text, re.M)
+    assert re.search(rf"^\| base at 1k tokens \|.* {shares['base']:.1f} \|$", text, re.M)
+    assert (work / "docs/figures/weights-tiny.svg").is_file()
+    (kept / "stats/base.json").unlink()
+    done = page()
+    assert done.returncode == 1
+    assert "no stats/base.json" in done.stderr
+    shutil.rmtree(work / "r/weights")
     # A full-precision model is no base
     alone = scores(work / "model", work / "corpus.txt")
     (work / "r/bases/model.json").write_text(json.dumps(alone), "utf-8")
