@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import bitdistill as bd
 from bitdistill import artifact
-from bitdistill.errors import BitDistillError, ModelError
+from bitdistill.errors import ArtifactError, BitDistillError, ModelError
 from bitdistill.interop import foreign
 from bitdistill.interop.foreign import foreign_kind, import_student
 from bitdistill.interop.transformers_bitnet import export_transformers, pack_rows
@@ -249,6 +249,34 @@ def test_an_import_that_another_process_made_meanwhile_is_taken(
     monkeypatch.setattr(foreign, "import_student", imported)
     assert foreign.packed_folder(tmp_path / "in") == folder
     assert artifact.exists(folder)
+
+
+def test_an_import_replaces_nothing_but_an_import(tmp_path: Path) -> None:
+    from bitdistill.stages.predict import Predictor
+
+    packed = packed_folder(tmp_path, "llama_tied", "paper")
+    export_transformers(packed, tmp_path / "hf")
+    source, out = tmp_path / "hf", tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    for place in (source, tmp_path, tmp_path / "x/../hf"):
+        with pytest.raises(ArtifactError, match=r"holds the source .*name another folder"):
+            import_student(source, place)
+    weights = (packed / "model.safetensors").read_bytes()
+    with pytest.raises(ArtifactError, match="holds a packed artifact that no import made"):
+        import_student(source, packed)
+    assert (packed / "model.safetensors").read_bytes() == weights
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    import_student(source, out)
+    import_student(source, out)  # again, over the first
+    # Neither knows a task, and says what to do instead
+    with pytest.raises(
+        ArtifactError, match="was imported, so no task is stored with it; use `bitdistill generate`"
+    ):
+        Predictor(out)
+    with pytest.raises(ArtifactError, match="was imported, so no task"):
+        bd.Engine(out).classify(["w4"])
+    with pytest.raises(ArtifactError, match="an export for plain transformers; use the packed student"):
+        Predictor(source)
 
 
 def test_other_folders_are_not_taken_for_foreign_ones(tmp_path: Path) -> None:

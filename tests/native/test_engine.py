@@ -259,6 +259,22 @@ def test_task_from_the_manifest(folders: Path) -> None:
         Engine(folders / "llama-packed").classify(["w4"])
 
 
+def test_inputs_that_are_none(folders: Path) -> None:
+    engine = Engine(folders / "llama-packed")
+    task = Task(name="t", kind="classification", template="{text} w3", labels={"a": " w5", "b": " w9"})
+    one: Any
+    for one in ("w4 w5", {"text": "w4 w5"}):  # letters and names of fields are no inputs
+        with pytest.raises(DataError, match="is one input; give a list"):
+            engine.classify(one, task=task)
+    for bad, what in (("half \ud83d", "lone surrogate"), ("nul \0", "NUL")):
+        with pytest.raises(DataError, match=f"input 2: field `text` holds a {what}"):
+            engine.classify(["w4", bad], task=task)
+        with pytest.raises(DataError, match=f"prompt holds a {what}"):
+            engine.generate(bad)
+        with pytest.raises(DataError, match=f"messages.0: field `content` holds a {what}"):
+            engine.chat([{"role": "user", "content": bad}])
+
+
 def test_requests_out_of_range(folders: Path) -> None:
     engine = Engine(folders / "llama-packed")
     for bad in ([], [0, VOCAB], [-1], list(range(3, 90)) * 2):

@@ -146,7 +146,12 @@ def import_(
         ),
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The packed folder to write.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="The packed folder to write; an earlier import there is replaced.",
+            show_default=False,
+        ),
     ],
     json_: AsJson = False,
 ) -> None:

@@ -293,12 +293,20 @@ def check_strings(fields: dict[str, Any], where: str) -> None:
     """
     for name, value in fields.items():
         for text in value if isinstance(value, list) else (value,):
-            if not isinstance(text, str):
-                continue
-            if "\0" in text:
-                raise DataError(f"{where}: field `{name}` holds a NUL character; drop the character")
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise DataError(f"{where}: field `{name}` holds a lone surrogate (half a character); drop it")
+            if isinstance(text, str):
+                check_text(text, f"{where}: field `{name}`")
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse a text that tokenizers choke on.
+
+    Raises:
+        DataError: a NUL character or a lone surrogate.
+    """
+    if "\0" in text:
+        raise DataError(f"{where} holds a NUL character; drop the character")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError(f"{where} holds a lone surrogate (half a character); drop it")
 
 
 def _read_delimited(path: Path, delimiter: str) -> Iterator[Row]:

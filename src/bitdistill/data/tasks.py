@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bitdistill.config import Task
-from bitdistill.data.readers import Row
+from bitdistill.data.readers import Row, check_strings
 from bitdistill.data.tokenizer import answer_encoder, eos_id, plain_ids, special_prefix
 from bitdistill.errors import DataError, ModelError, RecipeError
 
@@ -251,6 +251,41 @@ def renderer(task: Task) -> Callable[[dict[str, str]], str]:
         return "".join(literal + (texts[name] if name is not None else "") for literal, name in parts)
 
     return render
+
+
+def as_rows(
+    task: Task, inputs: Sequence[str | Mapping[str, Any] | Row], places: Sequence[str] | None = None
+) -> list[Row]:
+    """Inputs as rows of the task.
+
+    Args:
+        task: what the inputs are for.
+        inputs: texts (for tasks with one field), mappings from field to value, or rows.
+        places: where each comes from, for errors; default: input 1, input 2 and so on. Rows know.
+
+    Raises:
+        DataError: not a list of inputs, a bare text for a task whose template has several fields, or half a
+            character, as an argument or line in another encoding gives it.
+    """
+    if isinstance(inputs, str | Mapping):  # whose items would be taken for inputs: letters, names of fields
+        raise DataError(f"inputs: a {type(inputs).__name__} is one input; give a list of inputs, also of one")
+    places = [f"input {n}" for n in range(1, len(inputs) + 1)] if places is None else places
+    return [_as_row(task, value, place) for value, place in zip(inputs, places, strict=True)]
+
+
+def _as_row(task: Task, value: str | Mapping[str, Any] | Row, where: str) -> Row:
+    if isinstance(value, Row):
+        return value
+    fields = template_fields(task)
+    if isinstance(value, str) and len(fields) != 1:
+        named = " ".join(f"--field {name}=…" for name in fields)
+        raise DataError(
+            f"{where}: task {task.name} needs {len(fields)} fields, not one text; use {named} or --file, or give a "
+            "mapping"
+        )
+    row = Row({fields[0]: value} if isinstance(value, str) else dict(value), where)
+    check_strings(row.fields, where)
+    return row
 
 
 def template_fields(task: Task) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitdistill import artifact
+from bitdistill.data.readers import check_strings, check_text
 from bitdistill.engine import _native
 from bitdistill.engine.generation import Generation, NewText
 from bitdistill.engine.text import FolderTokenizer, stop_ids
@@ -111,7 +112,12 @@ class Engine:
         return str(_native.current_isa())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer puts before it."""
+        """Token ids of a prompt, with the special tokens that the tokenizer puts before it.
+
+        Raises:
+            DataError: a NUL character or half a character in it.
+        """
+        check_text(text, "prompt")
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
@@ -265,7 +271,10 @@ class Engine:
 
         Raises:
             ModelError: the model has no chat template, or it refuses the messages.
+            DataError: a NUL character or half a character in a message.
         """
+        for number, message in enumerate(messages):
+            check_strings(dict(message), f"messages.{number}")
         text = self.tokenizer.render_chat(messages)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -294,7 +303,8 @@ class Engine:
 
         Raises:
             ArtifactError: no task is stored.
-            DataError: a field is missing, or a text is given to a task with several fields.
+            DataError: not a list, a field is missing, a text is given to a task with several fields, or half a
+                character.
         """
         classifier = self.classifier(task, max_length)
         examples = classifier.encode(inputs, self.facts["vocab_size"])

@@ -89,24 +89,10 @@ class Classifier:
 
     def encode(self, inputs: Sequence[str | Mapping[str, Any] | Row], vocab_size: int) -> list[Example]:
         """Inputs as examples: texts (for tasks with one field), mappings from field to value, or rows."""
-        rows = [self._row(value, number) for number, value in enumerate(inputs, start=1)]
+        rows = tasks.as_rows(self.task, inputs)
         return tasks.encode(
             self.task, rows, self.tokenizer, self.max_length, require_answers=False, vocab_size=vocab_size
         )
-
-    def _row(self, value: str | Mapping[str, Any] | Row, number: int) -> Row:
-        if isinstance(value, Row):
-            return value
-        where = f"input {number}"
-        if not isinstance(value, str):
-            return Row(dict(value), where)
-        fields = tasks.template_fields(self.task)
-        if len(fields) != 1:
-            raise DataError(
-                f"{where}: task {self.task.name} needs the fields {', '.join(fields)}, not one text; "
-                "give a mapping"
-            )
-        return Row({fields[0]: value}, where)
 
     def predictions(
         self, model: Any, examples: Sequence[Example], progress: OnProgress | None = None
@@ -153,6 +139,10 @@ def stored_task(manifest: Mapping[str, Any] | None, place: str) -> tuple[Task, i
     """
     from pydantic import ValidationError
 
+    if manifest is not None and "imported" in manifest:
+        raise ArtifactError(
+            f"{place}: was imported, so no task is stored with it; pass task=, or use generate"
+        )
     recipe = None if manifest is None else manifest.get("recipe")
     try:
         if not isinstance(recipe, Mapping):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bitdistill import artifact
-from bitdistill.errors import ModelError
+from bitdistill.errors import ArtifactError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -46,14 +46,14 @@ def import_student(source: Path, out: Path) -> Path:
 
     Args:
         source: a .gguf file, or a folder whose config.json says `quant_method: bitnet`.
-        out: replaced if it exists.
+        out: an earlier import there is replaced, nothing else is.
 
     Returns:
         `out`.
 
     Raises:
         ModelError: not such a model, or one that cannot be held; the message names file and tensor.
-        ArtifactError: a safetensors file is damaged.
+        ArtifactError: a safetensors file is damaged, or `out` holds something else than an earlier import.
         MissingDependencyError: a GGUF file without the `gguf` package.
     """
     kind = foreign_kind(source)
@@ -62,6 +62,7 @@ def import_student(source: Path, out: Path) -> Path:
             f"{source}: neither a .gguf file nor a folder with quant_method bitnet; "
             "bitdistill folders need no import, full-precision models are a recipe's model.path"
         )
+    _check_out(source, out)
     if kind == "gguf":
         from bitdistill.interop.gguf_import import import_gguf
 
@@ -69,6 +70,17 @@ def import_student(source: Path, out: Path) -> Path:
     from bitdistill.interop.transformers_import import import_transformers
 
     return import_transformers(source, out)
+
+
+def _check_out(source: Path, out: Path) -> None:
+    """Refuse to replace the source, or a model that no import made: its latents or its task would be lost."""
+    whole, place = source.resolve(), out.resolve()
+    if place == whole or place in whole.parents:
+        raise ArtifactError(f"{out}: holds the source {source}; name another folder")
+    artifact.check_place(out)
+    if artifact.exists(out) and "imported" not in (manifest := artifact.read_manifest(out)):
+        kind = manifest.get("kind")
+        raise ArtifactError(f"{out}: holds a {kind} artifact that no import made; name another folder")
 
 
 def packed_folder(path: Path | str) -> Path:

@@ -231,6 +231,10 @@ def _plan_in(
     kind = manifest.get("kind")
     if kind == "teacher" and section is None:
         return None, False
+    if kind == "transformers_bitnet":
+        raise ArtifactError(
+            f"{folder}: an export for plain transformers; use the packed student, or `bitdistill import` this folder"
+        )
     if not isinstance(section, dict) or kind not in (*LATENT_KINDS, "packed"):
         raise ArtifactError(
             f"{folder}: kind {kind!r} does not go with its config.json; make the folder again"

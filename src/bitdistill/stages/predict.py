@@ -12,7 +12,7 @@ import torch
 
 from bitdistill.config import Task
 from bitdistill.data import tasks
-from bitdistill.data.readers import Row, check_strings
+from bitdistill.data.readers import Row
 from bitdistill.errors import ArtifactError, DataError
 from bitdistill.eval.classify import classify
 from bitdistill.eval.generate import generate
@@ -56,6 +56,10 @@ class Predictor:
             raise ArtifactError(
                 f"{path}: its manifest has no recipe, so the task is not known; export it again"
             )
+        if "imported" in manifest:
+            raise ArtifactError(
+                f"{path}: was imported, so no task is stored with it; use `bitdistill generate`"
+            )
         recipe = parse_recipe(_by_alias(manifest["recipe"]), f"{path}: recipe in the manifest")
         self.task: Task = recipe.task
         self.max_length = recipe.data.max_length
@@ -74,8 +78,7 @@ class Predictor:
             DataError: a field is missing, a text holds half a character, or a text is given to a task with
                 several fields.
         """
-        places = [f"input {n}" for n in range(1, len(inputs) + 1)] if places is None else places
-        rows = [as_row(self.task, value, place) for value, place in zip(inputs, places, strict=True)]
+        rows = tasks.as_rows(self.task, inputs, places)
         if not rows:
             raise DataError("predict: no input; give a text, --field or --file")
         vocab = self.model.get_input_embeddings().weight.shape[0]
@@ -113,26 +116,6 @@ def predict(
 ) -> list[Answer]:
     """Load the model at `path` and answer `inputs`; see `Predictor`."""
     return Predictor(path, device=device, batch_rows=batch_rows)(inputs)
-
-
-def as_row(task: Task, value: str | Mapping[str, Any] | Row, where: str) -> Row:
-    """An input as a row of the task.
-
-    Raises:
-        DataError: a bare text for a task whose template has several fields, or half a character, as an argument or
-            line in another encoding gives it.
-    """
-    if isinstance(value, Row):
-        return value
-    fields = tasks.template_fields(task)
-    if isinstance(value, str) and len(fields) != 1:
-        named = " ".join(f"--field {name}=…" for name in fields)
-        raise DataError(
-            f"{where}: task {task.name} needs {len(fields)} fields, not one text; use {named} or --file"
-        )
-    row = Row({fields[0]: value} if isinstance(value, str) else dict(value), where)
-    check_strings(row.fields, where)
-    return row
 
 
 def softmax(scores: Sequence[float]) -> list[float]:
