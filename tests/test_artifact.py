@@ -159,6 +159,26 @@ def test_what_is_no_artifact_is_never_replaced(tmp_path: Path, kind: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_an_artifact_of_another_kind_is_never_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "student"
+    with artifact.writing(place, {"kind": "student"}) as folder:
+        (folder / "latents").write_text("hours of training", "utf-8")
+    with (
+        pytest.raises(
+            ArtifactError, match=r"student: holds an artifact of the kind student, not tokens; name"
+        ),
+        artifact.writing(place, {"kind": "tokens"}),
+    ):
+        pytest.fail("a place that holds a student was given")
+    assert (place / "latents").read_text("utf-8") == "hours of training"
+    with artifact.writing(place, {"kind": "student"}):
+        pass  # a newer one of its kind
+    assert not (place / "latents").exists()
+    (place / artifact.MANIFEST).write_text("{", "utf-8")
+    with artifact.writing(place, {"kind": "tokens"}):
+        pass  # what it was is not to be known, and it is of no use
+
+
 def test_an_empty_folder_and_the_working_directory_are_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,11 +64,11 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     On an error the temporary folder is removed and the older artifact stays. Another writer of `folder` is waited for.
 
     Raises:
-        ArtifactError: something else than an artifact is there; it is never replaced.
+        ArtifactError: something else than an artifact of this kind is there; it is never replaced.
         StorageError: the file system refused a write (disk full, no permission).
     """
     folder = Path(folder).absolute()  # "." has no name
-    check_place(folder)
+    check_place(folder, manifest.get("kind"))
     partial = folder.with_name(f"{folder.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
     with locked(folder):
         try:
@@ -98,13 +98,25 @@ def writing(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
             raise
 
 
-def check_place(folder: Path) -> None:
-    """Refuse a place where an artifact would replace what is no artifact: somebody's folder or file.
+def check_place(folder: Path, kind: str | None) -> None:
+    """Refuse a place where an artifact would replace something else: somebody's folder or file, or a model of
+    another kind (tokens written over a student).
+
+    Args:
+        folder: where it will be written.
+        kind: its manifest's `kind`; None: any artifact may be replaced. One whose manifest is damaged always may.
 
     Raises:
-        ArtifactError: `folder` is a file, or a folder that holds something and no manifest.
+        ArtifactError: `folder` is a file, or a folder that holds something else.
     """
     if folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir())):
+        there = None
+        with contextlib.suppress(ArtifactError):
+            there = read_manifest(folder).get("kind")
+        if kind is not None and there not in (None, kind):
+            raise ArtifactError(
+                f"{folder}: holds an artifact of the kind {there}, not {kind}; name another folder"
+            )
         return
     if os.path.lexists(folder):
         raise ArtifactError(f"{folder}: is there already and holds something else; name another folder")

@@ -262,7 +262,7 @@ def test_an_import_replaces_nothing_but_an_import(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=r"holds the source .*name another folder"):
             import_student(source, place)
     weights = (packed / "model.safetensors").read_bytes()
-    with pytest.raises(ArtifactError, match="holds a packed artifact that no import made"):
+    with pytest.raises(ArtifactError, match="holds a packed student that no import made"):
         import_student(source, packed)
     assert (packed / "model.safetensors").read_bytes() == weights
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before

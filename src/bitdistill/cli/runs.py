@@ -101,7 +101,7 @@ def _check_copy(recipe: Path, set_: list[str] | None, out: Path) -> None:
 
     if load_recipe(recipe, set_ or []).pretrain is None:
         raise RecipeError(f"{recipe}: pretrain is null, so there is no base to copy to --out")
-    artifact.check_place(out.absolute())
+    artifact.check_place(out.absolute(), "base")
 
 
 def distill(

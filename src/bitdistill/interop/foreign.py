@@ -77,10 +77,9 @@ def _check_out(source: Path, out: Path) -> None:
     whole, place = source.resolve(), out.resolve()
     if place == whole or place in whole.parents:
         raise ArtifactError(f"{out}: holds the source {source}; name another folder")
-    artifact.check_place(out)
-    if artifact.exists(out) and "imported" not in (manifest := artifact.read_manifest(out)):
-        kind = manifest.get("kind")
-        raise ArtifactError(f"{out}: holds a {kind} artifact that no import made; name another folder")
+    artifact.check_place(out, "packed")
+    if artifact.exists(out) and "imported" not in artifact.read_manifest(out):
+        raise ArtifactError(f"{out}: holds a packed student that no import made; name another folder")
 
 
 def packed_folder(path: Path | str) -> Path:
