@@ -159,6 +159,13 @@ def test_what_is_no_artifact_is_never_replaced(tmp_path: Path, kind: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_a_runs_folder_names_its_student(tmp_path: Path) -> None:
+    with artifact.writing(tmp_path / "run/packed", {"kind": "packed"}):
+        pass
+    with pytest.raises(ArtifactError, match=r"run: is the folder of a run; its student is .*run/packed"):
+        artifact.read_manifest(tmp_path / "run")
+
+
 def test_an_artifact_of_another_kind_is_never_replaced(tmp_path: Path) -> None:
     place = tmp_path / "student"
     with artifact.writing(place, {"kind": "student"}) as folder:

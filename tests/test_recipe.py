@@ -177,6 +177,7 @@ def test_task_file_errors_name_the_task_file(write):
         ("seed: -1", "seed: got -1, expected a whole number >= 0"),
         ("sft: {loop: {batch_rows: 9999999999999999}}", "expected less than 1e+15"),
         ("refine: paper", 'recipe.yaml:5: refine: got "paper", expected a section with keys subln, gains'),
+        ("device: gpu", 'got "gpu", expected "auto" or "cpu" or "cuda"; did you mean "cuda"?'),
         ("method: papr", 'got "papr", expected "bitdistill" or "paper"; did you mean "paper"?'),
         ("distill: {relation: {layer: [1, x]}}", "distill.relation.layer"),
         ("track: {wandb: true}", "track.wandb: unknown key; valid keys: tensorboard, trackio"),

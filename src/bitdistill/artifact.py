@@ -260,6 +260,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
+        if (Path(folder) / "packed" / MANIFEST).is_file():
+            raise ArtifactError(
+                f"{folder}: is the folder of a run; its student is {Path(folder) / 'packed'}"
+            ) from None
         raise ArtifactError(f"{folder}: no artifact here ({MANIFEST} is missing); check the path") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: unreadable manifest ({error}); make the artifact again") from error

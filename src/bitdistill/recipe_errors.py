@@ -50,7 +50,10 @@ def one_line(error: ValidationError, tree: Mapping[str, Any], model: type[BaseMo
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """`did you mean "gamma"?` for the closest choice, or None."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    names = list(choices)
+    if name.lower() == "gpu" and "cuda" in names:  # by its letters it is closer to cpu
+        return 'did you mean "cuda"?'
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f'did you mean "{close[0]}"?' if close else None
 
 

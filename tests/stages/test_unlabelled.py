@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from bitdistill import artifact, pipeline
 from bitdistill.cli.augment import augment as augment_command
+from bitdistill.cli.main import app
 from bitdistill.config import AugmentConfig, Task
 from bitdistill.data import tasks
 from bitdistill.data.readers import Row, read_rows
@@ -19,6 +21,7 @@ from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.classify import classify
 from bitdistill.eval.prediction import Prediction
 from bitdistill.losses.logits import cross_entropy_sum
+from bitdistill.planning import check
 from bitdistill.planning.check import check_data, distilled
 from bitdistill.recipe import dump_recipe, load_recipe
 from bitdistill.report import sweep_results
@@ -83,6 +86,27 @@ def test_a_row_without_the_templates_field_is_named(work: Path, extra: Path) -> 
     extra.write_text(extra.read_text() + '{"words": "w31"}\n')
     with pytest.raises(DataError, match=r"data\.unlabelled: .*extra\.jsonl:22: no field `text`"):
         check_data(recipe(work, f"data.unlabelled={extra}"))
+
+
+def test_a_run_checks_the_rows_of_late_stages_to_the_last(work: Path, extra: Path) -> None:
+    rows = (work / "test.jsonl").read_text("utf-8").splitlines()
+    late = [*rows * (1 + 2 * check.CHECKED_ROWS // len(rows)), json.dumps({"text": "w31", "label": "other"})]
+    (work / "late.jsonl").write_text("\n".join(late) + "\n", "utf-8")
+    named = f"data.test={work / 'late.jsonl'}"
+    wrong = recipe(work, named)
+    check_data(wrong)  # a plan reads the first rows
+    check_data(wrong, scoring=False, whole=True)  # not scored
+    check_data(recipe(work, named, f"data.limit_test={len(late) - 1}"), whole=True)
+    with pytest.raises(DataError, match=rf"data\.test: .*late\.jsonl:{len(late)}: label 'other'"):
+        check_data(wrong, whole=True)
+    result = CliRunner().invoke(app, ["run", str(work / "recipe.yaml"), "--set", named])
+    assert isinstance(result.exception, DataError)
+    assert not (work / "runs/tiny/teacher").exists()
+    lines = [*extra.read_text("utf-8").splitlines()] * (1 + 2 * check.CHECKED_ROWS // 21)
+    extra.write_text("\n".join([*lines, '{"words": "w31"}']) + "\n", "utf-8")
+    check_data(recipe(work, f"data.unlabelled={extra}"))
+    with pytest.raises(DataError, match=rf"extra\.jsonl:{len(lines) + 1}: no field `text`"):
+        check_data(recipe(work, f"data.unlabelled={extra}"), whole=True)
 
 
 def test_the_plan_counts_them_in_stage_3(work: Path, extra: Path) -> None:

@@ -171,7 +171,7 @@ def run_until(
     set_up_logging(quiet)
     recipe = load_recipe(path, set_ or [])
     # Before torch is even imported: what would otherwise be found after minutes or hours.
-    check_data(recipe, scoring=until in (None, StageName.eval, StageName.report))
+    check_data(recipe, scoring=until in (None, StageName.eval, StageName.report), whole=True)
     return _go(recipe, redo, json_, quiet, until=until)
 
 

@@ -40,8 +40,12 @@ def read_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, AttributeError):
         declared = None  # AutoTokenizer knows the older layouts, and reports what is unreadable
     if declared in _GENERIC and (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    else:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # Its warning of a text longer than the model's context, as if given before: we cut or refuse such texts ourselves
+    found.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return found
 
 
 def check_tokenizer(config: Mapping[str, Any], tokenizer: Any, where: str) -> None:

@@ -61,11 +61,13 @@ class Source:
         return Work(self.rows, tokens, max_length)
 
 
-def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
+def check_data(recipe: Recipe, *, scoring: bool = True, whole: bool = False) -> list[Source]:
     """Check every data source of the recipe; at most CHECKED_ROWS rows of each are read.
 
     Args:
         scoring: whether the run goes as far as scoring, which needs rows and known metrics.
+        whole: read every row of files that no stage reads before a model is trained: the scored rows, if `scoring`,
+            and the unlabelled ones. A bad row there would be found after all training.
 
     Raises:
         DataError: a file is missing, a row is broken or does not fit the task (file and line are named),
@@ -85,12 +87,21 @@ def check_data(recipe: Recipe, *, scoring: bool = True) -> list[Source]:
         )
     named = {"data.train": data.train, "data.validation": data.validation, "data.test": data.test}
     limits = {"data.train": data.limit_train, "data.test": data.limit_test}
-    found = [_source(key, s, recipe.task, limits.get(key)) for key, s in named.items() if s is not None]
+    late = None
+    if whole and scoring:
+        late = "data.test" if data.test is not None and not on_validation else "data.validation"
+    found = [
+        _source(key, s, recipe.task, limits.get(key), whole=key == late)
+        for key, s in named.items()
+        if s is not None
+    ]
     train = found[0]
     if data.validation is None and data.validation_fraction:
         _check_split(train, data.validation_fraction, scored_from_train=held_out)
     found = [_few_labels(source, recipe) if source.key == "data.train" else source for source in found]
-    found += [_source("data.unlabelled", s, recipe.task, None, answers=False) for s in data.unlabelled]
+    found += [
+        _source("data.unlabelled", s, recipe.task, None, answers=False, whole=whole) for s in data.unlabelled
+    ]
     if recipe.augment is not None:
         tasks.check_first_field(recipe.task, recipe.augment.texts)
         if recipe.augment.whole_share:
@@ -155,7 +166,9 @@ def distilled(sources: list[Source], max_length: int) -> Work | None:
     return Work(rows, tokens, max_length)
 
 
-def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bool = True) -> Source:
+def _source(
+    key: str, source: str, task: Task, limit: int | None, *, answers: bool = True, whole: bool = False
+) -> Source:
     if hub.is_hub(source):
         spec = hub.parse(source)
         name = f"{spec.name}:{spec.config}" if spec.config else spec.name
@@ -163,13 +176,13 @@ def _source(key: str, source: str, task: Task, limit: int | None, *, answers: bo
         rows = count if limit is None else min(limit, count or limit)
         return Source(key, source, 0, rows, KNOWN_TOKENS.get(task.name), "hub: read at run time")
     try:
-        sample = readers.read_rows(source, limit=CHECKED_ROWS)
+        sample = readers.read_rows(source, limit=limit if whole else CHECKED_ROWS)
         tasks.check_rows(task, sample, require_answers=answers)
     except DataError as error:
         message = str(error)
         raise DataError(message if message.startswith(key) else f"{key}: {message}") from None
     tokens = statistics.fmean(_characters(task, row.fields) for row in sample) / CHARACTERS_PER_TOKEN
-    rows, exact = count_rows(Path(source), sample)
+    rows, exact = (len(sample), True) if whole else count_rows(Path(source), sample)
     rows = rows if limit is None else min(limit, rows)
     return Source(key, source, len(sample), rows, tokens, "" if exact else "about")
 
