@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
+from bitdistill import artifact
 from bitdistill.config import Recipe
 from bitdistill.errors import RecipeError
 from bitdistill.eval.results import ResultRow
+from bitdistill.recipe import run_dir
 from bitdistill.report.card import write_card
 from bitdistill.report.html import write_report
 from bitdistill.report.inspect import write_stats
@@ -56,6 +60,25 @@ class RunResult:
     report: Path | None = None
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def alone(work: Callable[Concatenate[Recipe, P], R]) -> Callable[Concatenate[Recipe, P], R]:
+    """`work` on a recipe's run, while no other process is at that run: it is waited for, and a warning says so.
+
+    Two at once would train every stage twice and clear away each other's checkpoints.
+    """
+
+    @functools.wraps(work)
+    def locked(recipe: Recipe, /, *args: P.args, **options: P.kwargs) -> R:
+        with artifact.locked(run_dir(recipe)):
+            return work(recipe, *args, **options)
+
+    return locked
+
+
+@alone
 def run(
     recipe: Recipe,
     *,
@@ -132,6 +155,7 @@ def run(
     return result
 
 
+@alone
 def probe_layers(recipe: Recipe, *, command: str = "", quiet: bool = False) -> dict[str, list[float]]:
     """Figures of every layer at the start of stage 3 (see stages/layer_probe.py): figure -> one value a layer.
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,23 @@ def test_a_whole_run_and_what_it_leaves(work: Path) -> None:
 
 def _folder(name: str) -> str:
     return {"teacher": "teacher", "bitnet_sft": "bitnet_sft_packed", "bitdistill": "packed"}[name]
+
+
+def test_a_second_process_at_the_same_run_waits(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = recipe(work, "sft.loop.log_every_steps=1", "sft.loop.checkpoint_every_steps=1")
+    start = threading.Barrier(2)
+
+    def go(_: int) -> pipeline.RunResult:
+        start.wait()
+        return pipeline.run(chosen, until="sft", quiet=True)
+
+    with ThreadPoolExecutor(2) as pool:  # locks are by thread
+        list(pool.map(go, range(2)))
+    lines = (work / "runs/tiny/logs/sft.jsonl").read_text("utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(set(steps)), "both trained the stage"
+    assert any("another process is at it; waiting" in record.message for record in caplog.records)
+    assert not list((work / "runs").glob("*.lock"))
 
 
 def test_finished_stages_are_not_run_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +192,8 @@ def test_tokens_and_base_of_a_run_at_the_same_time_are_taken(
     real, taken = artifact.locked, []
 
     def after_the_other(folder: Path) -> Any:
+        if Path(folder).is_relative_to(work / "runs"):  # the run's own
+            return real(folder)
         made = work / "made" / Path(folder).relative_to(work / "cache")
         shutil.copytree(made, folder)
         taken.append(made.parent.name)

@@ -65,6 +65,7 @@ def augment(
     In stage 3 the teacher answers the rows, and the student learns them beside the training rows. With an `augment`
     section in the recipe `run` does this by itself. A file made with --out is named as data.unlabelled.
     """
+    from bitdistill import artifact
     from bitdistill.config import AugmentConfig
     from bitdistill.errors import RecipeError, UsageError
     from bitdistill.planning.check import check_data
@@ -94,7 +95,8 @@ def augment(
 
     run = Run.open(loaded, command=command_line(), quiet=quiet)
     if out is None:
-        folder = stage.augment(run)
+        with artifact.locked(run.run_dir):
+            folder = stage.augment(run)
         stderr(quiet).print(f"rows in {folder}", markup=False, soft_wrap=True)
         return
     assert loaded.augment is not None

@@ -26,6 +26,7 @@ from bitdistill.errors import ArtifactError, DataError, RecipeError
 from bitdistill.eval.results import hardware, versions
 from bitdistill.models.student import save_student
 from bitdistill.recipe import dump_recipe
+from bitdistill.recipe import run_dir as run_dir_of
 from bitdistill.report import text
 from bitdistill.stages.redo import PART_OF, Redo
 from bitdistill.stages.reuse import Reuse, drop_link
@@ -98,15 +99,14 @@ class Run:
         Args:
             redo: stages to run again, each with all that is to be made again with it.
         """
-        name = recipe.name if recipe.seed == 0 else f"{recipe.name}-seed{recipe.seed}"
-        run_dir = Path(recipe.output_dir).expanduser() / name
+        run_dir = run_dir_of(recipe)
         device = choose_device(recipe.device)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         with artifact.storage_errors(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
         marks = Redo.open(run_dir, redo)
-        sinks = open_sinks(recipe.track, run_dir, name)
+        sinks = open_sinks(recipe.track, run_dir, run_dir.name)
         return cls(recipe, run_dir, device, command, marks, quiet, sinks, reuse=reuse)
 
     def record(self) -> None:
