@@ -9,6 +9,7 @@ rarely meet a border: nine in ten agree to 2e-5. The integer products are exact.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,11 @@ from tests.models.test_student import save, trained_student
 pytest.importorskip("bitdistill.engine._native", reason="the native engine is not built")
 
 from bitdistill.engine import Engine
+from bitdistill.engine.generation import NewText
+from bitdistill.engine.text import FolderTokenizer
 from bitdistill.models.student import load_student, pack
+from bitdistill.models.tokenizer import read_tokenizer
+from bitdistill.stages.demo import demo_folder
 
 EXACT, STEP = 2e-5, 5e-2
 
@@ -224,6 +229,59 @@ def test_chat(folders: Path) -> None:
         [{"role": "user", "content": "w9 w4"}], tokenize=False, add_generation_prompt=True
     )
     assert engine.chat([{"role": "user", "content": "w9 w4"}], max_new_tokens=3).prompt_tokens == 3
+
+
+TEMPLATES = {
+    "break": "{% for m in messages %}{{ m.content }}{% if loop.first %}{% break %}{% endif %}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }} w7{% endgeneration %}{% endfor %}",
+    "strftime": "{{ strftime_now('%Y') }} {{ messages[0].content }}",
+    "documents": "{% if documents is defined and tools is defined %}w8{% else %}w9{% endif %}",
+    "named": [
+        {"name": "other", "template": "w3"},
+        {"name": "default", "template": "{{ messages[0].content }}"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_chat_templates_as_transformers_renders_them(folders: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(folders / "llama-packed", tmp_path / "m"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    config["chat_template"] = TEMPLATES[name]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    messages = [{"role": "user", "content": "w9 w4"}, {"role": "assistant", "content": "w5"}]
+    expected = read_tokenizer(folder).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert FolderTokenizer(folder).render_chat(messages) == expected
+
+
+def test_a_template_that_refuses_the_messages(folders: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders / "llama-packed", tmp_path / "m"))
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ raise_exception('roles must alternate') }}", "utf-8")
+    with pytest.raises(ModelError, match=r"chat template: roles must alternate; change the messages"):
+        FolderTokenizer(folder).render_chat([{"role": "user", "content": "w9"}])
+    template.write_text("{{ messages.nothing.there }}", "utf-8")
+    with pytest.raises(ModelError, match=r"chat template: .*; mend chat_template.jinja"):
+        FolderTokenizer(folder).render_chat([{"role": "user", "content": "w9"}])
+
+
+def test_streamed_text_is_the_whole_text_also_inside_a_character() -> None:
+    tokenizer = FolderTokenizer(demo_folder() / "model")
+    ids = tokenizer("naïve 😀 €5")["input_ids"]
+    for words in ([], ["€"]):
+        for room in range(1, len(ids) + 1):
+            pieces: list[str] = []
+            text = NewText(tokenizer, words, frozenset(), room, pieces.append)
+            for token in ids:
+                if text.finish_reason is None:
+                    text.add(token)
+            assert "".join(pieces) == text.result(0, 0).text, (words, room)
+    assert any("\ufffd" in tokenizer.decode(ids[:n]) for n in range(len(ids))), (
+        "the test needs a broken character"
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ class NewText:
             self._look_for_stop()
             if self.finish_reason is None and len(self.ids) >= self.room:
                 self.finish_reason = "length"
+        if self.finish_reason is not None and self._cut < 0:
+            # The decoder keeps back an unfinished character; the whole text has it as a replacement character
+            whole = self.tokenizer.decode(self.ids)
+            if whole.startswith(self._text[: self._sent]):
+                self._text = whole
         self._send()
 
     def _look_for_stop(self) -> None:

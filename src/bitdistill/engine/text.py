@@ -6,12 +6,17 @@ are encoded by the same code with either. No torch, no transformers, no code of 
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitdistill.errors import ModelError
+
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
 
 
 class FolderTokenizer:
@@ -70,18 +75,25 @@ class FolderTokenizer:
         """The chat template applied to messages, with the assistant's turn opened.
 
         Raises:
-            ModelError: the folder has no chat template, or it fails.
+            ModelError: the folder has no chat template, it fails, or it refuses the messages.
         """
         if self.chat_template is None:
             raise ModelError("the model has no chat template; use generate with a plain prompt")
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
+        class Refused(jinja2.TemplateError):
+            """What the template itself raises."""
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        def refuse(message: str) -> None:
+            raise Refused(message)
+
+        # As transformers renders templates, whose authors test them there
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
+        )
         environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = lambda value, **options: json.dumps(
             value, ensure_ascii=False, **options
         )
@@ -92,10 +104,39 @@ class FolderTokenizer:
         }
         try:
             return environment.from_string(self.chat_template).render(
-                {**special, "messages": list(messages), "add_generation_prompt": True, **variables}
+                {
+                    **special,
+                    "messages": list(messages),
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": True,
+                    **variables,
+                }
             )
+        except Refused as error:
+            raise ModelError(f"chat template: {str(error)[:200]}; change the messages") from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise ModelError(f"chat template: {str(error)[:200]}; mend chat_template.jinja") from error
+
+
+@functools.cache
+def _generation_tag() -> type[Extension]:
+    """transformers' `{% generation %}`, which marks the assistant's text for training: here its body and no more."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class GenerationTag(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("body"), [], [], body).set_lineno(line)
+
+        def body(self, caller: Callable[[], str]) -> str:
+            return caller()
+
+    return GenerationTag
 
 
 def stop_ids(folder: Path, tokenizer: FolderTokenizer, config_eos: Sequence[int]) -> frozenset[int]:
@@ -112,6 +153,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text("utf-8")
     template = config.get("chat_template")
+    if isinstance(template, list):  # named ones
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 
