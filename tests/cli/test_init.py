@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from bitdistill.cli.main import app
@@ -124,7 +126,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path, monkeypatch):
     [
         ([{"text": f"t {i}", "n": i} for i in range(20)], [], "no field looks like a label or an answer"),
         ([{"label": i % 2, "n": i} for i in range(20)], [], "no text field besides `label`"),
-        ([{"a": "x"}, {"b": "y"}], [], "the rows share no field"),
+        ([{"a": "x"}, {"b": "y"}], [], "rows.jsonl: the rows share no field"),
         ([{"text": f"t {i}", "label": "a"} for i in range(9)], ["--label", "label"], "a label repeats"),
         ([{"text": f"t {i}", "label": i % 2} for i in range(9)], ["--label", "lable"], "no field `lable`"),
         ([{"text": "x", "label": 1}], ["--task", "sst2"], "no field `sentence`"),
@@ -147,8 +149,119 @@ def test_an_existing_recipe_is_kept(tmp_path):
         init(MODEL, rows, "-o", tmp_path / "r.yaml")
     assert (tmp_path / "r.yaml").read_text() == "mine"
     init(MODEL, rows, "-o", tmp_path / "r.yaml", "--force")
-    with pytest.raises(BitDistillError, match="no such file"):
-        init(MODEL, tmp_path / "gone.jsonl", "-o", tmp_path / "s.yaml")
+
+
+def test_rows_that_are_no_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        init(MODEL, tmp_path / "gone.jsonl", "-o", tmp_path / "r.yaml")
+    (tmp_path / "fold").mkdir()
+    with pytest.raises(DataError, match=r"fold: a folder; name one file of rows"):
+        init(MODEL, tmp_path / "fold", "-o", tmp_path / "r.yaml")
+
+
+def test_files_taken_by_their_names_are_said(tmp_path):
+    rows = [{"text": f"text {i} is", "label": i % 2} for i in range(20)]
+    train, test, validation = (
+        rows_file(tmp_path / f"my{name}.jsonl", rows) for name in ("train", "test", "val")
+    )
+    said = init(MODEL, train, "-o", tmp_path / "r.yaml")
+    assert f"- took {test} as test rows; wrong? --test FILE\n" in said
+    assert f"- took {validation} as validation rows; wrong?" in said
+    assert "took" not in init(MODEL, train, "-o", tmp_path / "s.yaml", "--test", test)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--text", "body", "--label", "queue"]])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"queue": None}, "`queue` is null; mend or drop the row"),
+        ({"queue": ["a"]}, "`queue` is a list; mend or drop the row"),
+        ({"queue": ...}, "no field `queue`; mend or drop the row"),
+        ({"body": None}, "`body` is null; mend or drop the row"),
+        ({"body": ..., "queue": ...}, "no fields; mend or drop the row"),
+    ],
+)
+def test_an_odd_row_is_named(tmp_path, change, expected, arguments):
+    """Where the other rows tell what it should hold; `...` takes the field out."""
+    rows = [{"body": f"ticket {i} of mine", "queue": ["billing", "repair"][i % 2]} for i in range(40)]
+    rows[20] = {name: value for name, value in (rows[20] | change).items() if value is not ...}
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        init(MODEL, train, "-o", tmp_path / "r.yaml", *arguments)
+    assert str(caught.value) == f"{train}:21: {expected}"
+
+
+def test_a_named_field_that_few_rows_have_names_a_row_without_it(tmp_path):
+    rows = [{"text": f"text {i} is", "label": i % 2} | ({"more": "x"} if i < 5 else {}) for i in range(20)]
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl:6: no field `more`"):
+        init(MODEL, train, "-o", tmp_path / "r.yaml", "--text", "more")
+
+
+def test_texts_with_gaps_are_left_out_and_said(tmp_path):
+    rows = [{"text": f"text {i} is", "title": f"title {i}", "label": i % 2} for i in range(20)]
+    rows[4]["title"] = None
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    said = init(MODEL, train, "-o", tmp_path / "r.yaml")
+    assert f"left out `title` ({train}:5: `title` is null)" in said
+    assert load_recipe(tmp_path / "r.yaml").task.template == "{text}\nLabel:"
+
+
+def test_a_number_among_texts_is_a_text(tmp_path):
+    """As in a run, which writes it out."""
+    rows = [{"text": f"text number {i}", "label": i % 2} for i in range(20)]
+    rows[4]["text"] = 4
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    assert load_recipe(tmp_path / "r.yaml").task.template == "{text}\nLabel:"
+
+
+def test_labels_may_be_floats(tmp_path):
+    """Spelled as a run finds them: 1.0 is 1, as tables with gaps write integers."""
+    rows = [{"text": f"text number {i}", "label": [0.0, 1.0, 2.5][i % 3]} for i in range(30)]
+    init(MODEL, rows_file(tmp_path / "rows.jsonl", rows), "-o", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.task.labels == {"0": " 0", "1": " 1", "2.5": " 2.5"}
+    make_plan(recipe, "cpu")
+
+
+def model_folder(path: Path, positions: int) -> Path:
+    """Config, and a tokenizer whose tokens are bytes: a Chinese character is three."""
+    path.mkdir()
+    shipped = resources.files("bitdistill.assets") / "configs" / f"{MODEL.replace('/', '--')}.json"
+    config = json.loads(shipped.read_text("utf-8")) | {"max_position_embeddings": positions}
+    (path / "config.json").write_text(json.dumps(config))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.mark.parametrize("answer", [{"label": 0}, {"answer": "好"}])
+def test_max_length_is_measured_where_the_tokenizer_is_here(tmp_path, answer):
+    """90 characters are 270 tokens; the guess without a tokenizer is a ninth of that."""
+    rows = [
+        {"text": "我" * 90} | {k: i % 2 if v == 0 else f"{v}{i}" for k, v in answer.items()}
+        for i in range(30)
+    ]
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    init(model_folder(tmp_path / "model", 2048), train, "-o", tmp_path / "r.yaml")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data.max_length == 512
+    init(MODEL, train, "-o", tmp_path / "s.yaml")
+    assert load_recipe(tmp_path / "s.yaml").data.max_length in (64, 128)
+
+
+def test_max_length_is_at_most_the_positions_of_the_model(tmp_path):
+    rows = [{"text": f"{i} " + "long " * 1000, "label": i % 2} for i in range(20)]
+    train = rows_file(tmp_path / "rows.jsonl", rows)
+    said = init(model_folder(tmp_path / "model", 1000), train, "-o", tmp_path / "r.yaml")
+    assert "max_length is 1000: 1 row in 20 has about 50" in said
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data.max_length == 1000
+    make_plan(recipe, "cpu")
+    init(MODEL, train, "-o", tmp_path / "s.yaml")
+    assert load_recipe(tmp_path / "s.yaml").data.max_length == 2048
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

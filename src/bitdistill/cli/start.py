@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bitdistill.cli.options import command_line, stderr
-from bitdistill.errors import DataError, StorageError, UsageError
+from bitdistill.errors import StorageError, UsageError
 
 SIBLINGS = {"test": ("test",), "validation": ("validation", "valid", "dev", "val")}
 
@@ -56,8 +56,6 @@ def init(
         raise UsageError("init: --label means classification, --target generation; give one of them")
     if output.exists() and not force:
         raise UsageError(f"{output}: exists already; choose another --output, or --force to overwrite it")
-    if not data.startswith("hub:") and not Path(data).expanduser().is_file():
-        raise DataError(f"{data}: no such file; check the path (or write hub:owner/name for a hub data set)")
     found = {} if test or data.startswith("hub:") else _siblings(Path(data).expanduser())
     request = Request(
         model=model,
@@ -71,6 +69,8 @@ def init(
         command=command_line(),
     )
     written, notes = write_recipe(request, output)
+    wrong = {"test": "--test FILE", "validation": "take it out of the recipe"}
+    taken = [f"took {path} as {key} rows; wrong? {wrong[key]}" for key, path in found.items()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(written, "utf-8")
@@ -79,7 +79,7 @@ def init(
     from rich.text import Text
 
     console = stderr()
-    for note in notes:
+    for note in [*taken, *notes]:
         console.print(Text(f"- {note}"), soft_wrap=True)
     console.print(Text(f"Wrote {output}. Look through it, then:"), soft_wrap=True)
     shown = shlex.quote(str(output))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from bitdistill.data.readers import Row
 from bitdistill.errors import DataError
@@ -39,14 +38,25 @@ class Field:
     distinct: int
     is_text: bool
     mean_characters: float
-    p95_characters: int
     counts: Counter[str] | None
     """Rows by value, for fields that could be a label."""
+    odd: str | None
+    """Place and fault of the first row without a value here, None where all rows have one; see `mended`."""
 
     @property
     def fits_template(self) -> bool:
         """Whether `{name}` is a plain placeholder: what a template reads as index, format or brace is not."""
         return bool(self.name) and not set(self.name) & set("{}[].:!")
+
+    def mended(self) -> Field:
+        """The field itself, where every row has a value in it.
+
+        Raises:
+            DataError: a row has none; it is named.
+        """
+        if self.odd is not None:
+            raise DataError(f"{self.odd}; mend or drop the row")
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,36 +70,57 @@ class Guess:
     notes: tuple[str, ...]
 
 
-def fields_of(rows: Sequence[Row]) -> dict[str, Field]:
-    """Every field that all rows have, in the rows' order.
+def fields_of(rows: Sequence[Row], where: str, named: Collection[str] = ()) -> dict[str, Field]:
+    """Every field that most rows have, in the rows' order; those in `named` where any row has them.
 
     Raises:
-        DataError: the rows share no field.
+        DataError: a row without fields, or the rows share no field.
     """
-    names = [name for name in rows[0].fields if all(name in row.fields for row in rows)]
+    for row in rows:
+        if not row.fields:
+            raise DataError(f"{row.where}: no fields; mend or drop the row")
+    having = Counter(name for row in rows for name in row.fields)
+    names = [name for name, count in having.items() if 2 * count > len(rows) or name in named]
     if not names:
-        raise DataError(f"{rows[0].where}: the rows share no field; give every row the same fields")
-    return {name: _field(name, [row.fields[name] for row in rows]) for name in names}
+        raise DataError(f"{where}: the rows share no field; give every row the same fields")
+    return {name: _field(name, rows) for name in names}
 
 
-def _field(name: str, values: list[Any]) -> Field:
-    is_text = all(isinstance(v, str) for v in values)
-    scalar = all(isinstance(v, str | int | bool) for v in values)
-    texts = ["true" if v is True else "false" if v is False else str(v) for v in values]
+def _field(name: str, rows: Sequence[Row]) -> Field:
+    odd = next((f"{row.where}: {fault}" for row in rows if (fault := _fault(name, row))), None)
+    values = [row.fields[name] for row in rows if not _fault(name, row)]
+    texts = list(map(_spelled, values))
     counts = Counter(texts)
-    lengths = sorted(map(len, texts))
-    label_like = (
-        scalar and lengths[-1] <= 80 and 2 <= len(counts) <= MAX_LABELS and 2 * len(counts) <= len(values)
-    )
+    lengths = list(map(len, texts)) or [0]
+    label_like = max(lengths) <= 80 and 2 <= len(counts) <= MAX_LABELS and 2 * len(counts) <= len(values)
     return Field(
         name,
         len(values),
         len(counts),
-        is_text,
+        2 * sum(isinstance(v, str) for v in values) > len(values),  # runs write a number among texts out
         statistics.fmean(lengths),
-        lengths[int(0.95 * (len(lengths) - 1))],
         counts if label_like else None,
+        odd,
     )
+
+
+def _fault(name: str, row: Row) -> str | None:
+    """Why the row's field is neither prompt nor answer in a run, or None."""
+    if name not in row.fields:
+        return f"no field `{name}`"
+    value = row.fields[name]
+    if isinstance(value, str | int | float):
+        return None
+    return f"`{name}` is {'null' if value is None else f'a {type(value).__name__}'}"
+
+
+def _spelled(value: str | float) -> str:
+    """A label as `tasks.label_index` finds it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def guess(
@@ -103,6 +134,8 @@ def guess(
     for name in (*text, label, target):
         if name is not None and name not in fields:
             raise DataError(f"{where}: no field `{name}`; fields here: {', '.join(fields)}")
+        if name is not None:
+            fields[name].mended()
     for name in text:
         if not fields[name].fits_template:
             raise DataError(
@@ -116,6 +149,7 @@ def guess(
         notes.append(f"guessed `{label or target}` as the {kind}; wrong? --label FIELD or --target FIELD")
     answer = label or target
     assert answer is not None
+    fields[answer].mended()
     prompt = tuple(text) or _prompt(fields, answer, where)
     if not text:
         notes.append(f"guessed {', '.join(f'`{p}`' for p in prompt)} as the prompt; wrong? --text FIELD")
@@ -124,6 +158,11 @@ def guess(
         ]
         if odd:
             notes.append(f"left out {', '.join(odd)}: rename such a field to use it (no . : ! or brackets)")
+        notes += [
+            f"left out `{f.name}` ({f.odd}): mend or drop such rows to use it"
+            for f in fields.values()
+            if f.odd is not None and f.is_text and f.name.lower() not in IGNORED_NAMES
+        ]
     if label is None:
         return Guess("generation", prompt, answer, {}, tuple(notes))
     labels, label_notes = _label_words(fields[label], where)
@@ -135,15 +174,15 @@ def _answer(fields: dict[str, Field], text: set[str], where: str) -> tuple[str |
     usable = {n: f for n, f in fields.items() if n not in text and n.lower() not in IGNORED_NAMES}
     labels = [f for f in usable.values() if f.counts is not None]
     named = [f for f in labels if f.name.lower() in LABEL_NAMES]
-    # A text label (`category: card_arrival`) gives words, a number does not.
-    named.sort(key=lambda f: not f.is_text)
+    # A text label (`category: card_arrival`) gives words, a number does not; gaps leave only a complaint.
+    named.sort(key=lambda f: (f.odd is not None, not f.is_text))
     if named:
         return named[0].name, None
     targets = [n for wanted in TARGET_NAMES for n in usable if n.lower() == wanted and usable[n].is_text]
     if targets:
         return None, targets[0]
     if labels:
-        return min(labels, key=lambda f: f.distinct).name, None
+        return min(labels, key=lambda f: (f.odd is not None, f.distinct)).name, None
     raise DataError(
         f"{where}: no field looks like a label or an answer (fields: {', '.join(fields)}); "
         "name it with --label FIELD or --target FIELD"
@@ -160,6 +199,7 @@ def _prompt(fields: dict[str, Field], answer: str, where: str) -> tuple[str, ...
         raise DataError(
             f"{where}: no text field besides `{answer}`; name the prompt's field with --text FIELD"
         )
+    texts = [f for f in texts if f.odd is None] or [texts[0].mended()]
     odd = [f.name for f in texts if not f.fits_template]
     texts = [f for f in texts if f.fits_template]
     if not texts:

@@ -9,12 +9,20 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from bitdistill.config import ModelSource, Task
 from bitdistill.data import readers, tasks
+from bitdistill.data.tokenizer import answer_encoder, plain_ids, special_prefix
 from bitdistill.errors import DataError
-from bitdistill.planning.guess import Field, Guess, fields_of, guess
-from bitdistill.recipe import builtin_task, builtin_tasks, parse_yaml
+from bitdistill.models.families import layout_of
+from bitdistill.planning import sources
+from bitdistill.planning.guess import Guess, fields_of, guess
+from bitdistill.recipe import builtin_task, builtin_tasks, parse_recipe, parse_yaml
 
 LOOKED_AT_ROWS = 20_000
+MEASURED_ROWS = 1_000
+"""Of those, evenly spaced, for the guess of `max_length`."""
+MAX_LENGTH = 2048
+"""The longest `max_length` that is guessed."""
 NEW_TOKENS = 64
 """`max_new_tokens` of a guessed generation task."""
 
@@ -39,6 +47,7 @@ def write_recipe(request: Request, output: Path) -> tuple[str, list[str]]:
 
     Raises:
         DataError: unreadable or empty rows, or nothing to guess a task from.
+        ModelError: config or tokenizer of a local model are unreadable or of an unsupported kind.
         RecipeError: an unknown built-in task.
     """
     rows = list(islice(readers.iter_rows(request.train), LOOKED_AT_ROWS))
@@ -47,27 +56,27 @@ def write_recipe(request: Request, output: Path) -> tuple[str, list[str]]:
     if request.task is not None:
         task = builtin_task(request.task)
         tasks.check_rows(task, rows)
-        section, notes, prompt = f"task: {request.task}\n", [], tasks.template_fields(task)
-        answer = task.label_field if task.kind == "classification" else task.target_field or ""
-        new_tokens = task.max_new_tokens if task.kind == "generation" else 0
+        section, notes = f"task: {request.task}\n", []
     else:
-        fields = fields_of(rows)
-        found = guess(
-            fields,
-            request.train,
-            text=request.text_fields,
-            label=request.label_field,
-            target=request.target_field,
-        )
+        text, label, target = request.text_fields, request.label_field, request.target_field
+        named = {name for name in (*text, label, target) if name is not None}
+        fields = fields_of(rows, request.train, named)
+        found = guess(fields, request.train, text=text, label=label, target=target)
         section, notes = _task_section(found, output), list(found.notes)
-        prompt, answer = list(found.text_fields), found.answer_field
-        new_tokens = NEW_TOKENS if found.kind == "generation" else 0
+        tree, _ = parse_yaml(section, "the new task")
+        task = parse_recipe(
+            {"name": "new", "model": {"path": request.model}, "data": {"train": request.train}, **tree},
+            "the new recipe",
+        ).task
         if twin := _builtin_twin(rows):
             notes.append(f"these rows also fit the built-in task {twin}: `task: {twin}`")
-    length = _max_length(fields_of(rows), prompt, answer, new_tokens)
-    text = _recipe_text(request, output, section, length, len(rows), generation=new_tokens > 0)
-    parse_yaml(text, "the new recipe")
-    return text, notes
+    needed = _tokens(task, rows, ModelSource(path=request.model))
+    length = _max_length(needed, _positions(request.model))
+    if needed > length:
+        notes.append(f"max_length is {length}: 1 row in 20 has about {needed:.0f} tokens or more and is cut")
+    written = _recipe_text(request, output, section, length, len(rows), generation=task.kind == "generation")
+    parse_yaml(written, "the new recipe")
+    return written, notes
 
 
 def _task_section(found: Guess, output: Path) -> str:
@@ -175,18 +184,51 @@ bitnet_sft:
 """
 
 
-def _max_length(fields: dict[str, Field], prompt: list[str], answer: str, new_tokens: int) -> int:
-    """95th percentile of the characters at 3 a token, rounded up to a power of two from 64 to 2048.
-
-    Args:
-        new_tokens: what no prompt may take, however short the answers are (generation).
-    """
-    of = {name: fields[name].p95_characters / 3 for name in (*prompt, answer) if name in fields}
-    tokens = sum(of[name] for name in prompt if name in of) + max(of.get(answer, 0.0), new_tokens) + 16
+def _max_length(tokens: float, positions: int | None) -> int:
+    """`tokens` rounded up to a power of two from 64 to MAX_LENGTH, and at most the model's positions."""
     length = 64
-    while length < min(tokens, 2048):
+    while length < min(tokens, MAX_LENGTH):
         length *= 2
-    return length
+    return length if positions is None else min(length, positions)
+
+
+def _tokens(task: Task, rows: list[readers.Row], model: ModelSource) -> float:
+    """95th percentile of a row's tokens: counted where the model's tokenizer is here, else 3 characters each.
+
+    Counting matters: a tokenizer may take three tokens for a character of a language it was not made for.
+    """
+    fields, render = tasks.template_fields(task), tasks.renderer(task)
+    rows = rows[:: -(-len(rows) // MEASURED_ROWS)]
+    prompts = [render({name: tasks.text_field(task, row, name) for name in fields}) for row in rows]
+    if task.kind == "classification":
+        answers = list(task.labels.values())
+    else:
+        answers = [task.answer_prefix + tasks.text_field(task, row, task.target_field or "") for row in rows]
+    # Books as rows: what is beyond the longest guess anyway only takes time.
+    prompts, answers = ([text[: 16 * MAX_LENGTH] for text in texts] for texts in (prompts, answers))
+    tokenizer = sources.find_tokenizer(model)
+    if tokenizer is None:
+        prompt, answer = [len(text) / 3 for text in prompts], [len(text) / 3 for text in answers]
+    else:
+        start = len(special_prefix(tokenizer))
+        prompt = [float(start + len(ids)) for ids in plain_ids(tokenizer, prompts)]
+        answer = [float(len(ids)) for ids in answer_encoder(tokenizer)(answers)]
+    if task.kind == "classification":
+        room = max(answer)
+    else:  # what no prompt may take, however short the answers are
+        room = max(_p95(answer), task.max_new_tokens)
+    return _p95(prompt) + room + 1  # the end of text
+
+
+def _p95(values: list[float]) -> float:
+    return sorted(values)[int(0.95 * (len(values) - 1))]
+
+
+def _positions(model: str) -> int | None:
+    """How many the model has; None for a hub model that is not on this machine."""
+    if not Path(model).expanduser().exists() and sources.cached_config(model, None) is None:
+        return None
+    return layout_of(*sources.find_config(ModelSource(path=model))).max_positions
 
 
 def _builtin_twin(rows: list[readers.Row]) -> str | None:
