@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +17,12 @@ from starlette.testclient import TestClient
 
 from bitdistill.engine import Engine
 from bitdistill.engine.batcher import Batcher
-from bitdistill.serve.app import MAX_BODY_BYTES, Settings, make_app
+from bitdistill.serve.app import MAX_BODY_BYTES, Settings, _LastWord, make_app
 from tests.serve.conftest import TEMPLATE
 
-CHAT = {"messages": [{"role": "user", "content": "How do I"}], "max_tokens": 12}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serve.md"
+ASKED = {"role": "user", "content": "How do I"}
+CHAT = {"messages": [ASKED], "max_tokens": 12}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,17 @@ def test_classify(client: TestClient, engine: Engine) -> None:
     refused(client.post("/v1/classify", json={"input": []}), 400, "input")
 
 
+def test_classify_says_what_it_cut(client: TestClient, engine: Engine) -> None:
+    long = "my card has not arrived " * 500
+    texts = [*["my card"] * 16, long, "my card"]  # the cut one in the second batch
+    data = client.post("/v1/classify", json={"input": texts}).json()["data"]
+    assert [item["truncated"] for item in data] == [False] * 16 + [True, False]
+    assert data[16]["label"] == engine.classify([long])[0].label
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["task"]["max_length"] == engine.classifier().max_length
+    refused(client.post("/v1/classify", json={"input": [*["x"] * 16, {"txt": "x"}]}), 400, "input 17")
+
+
 def test_models_health_and_page(client: TestClient) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["chat"], model["task"]["name"]) == ("tiny", True, "banking77")
@@ -156,6 +173,7 @@ def test_models_health_and_page(client: TestClient) -> None:
         ({**CHAT, "logprobs": True}, ("logprobs is not supported",)),
         ({**CHAT, "tools": [{}]}, ("tools is not supported",)),
         ({**CHAT, "response_format": {"type": "json_object"}}, ("response_format is not supported",)),
+        ({**CHAT, "messages": [{**ASKED, "tool_calls": [{}]}]}, ("messages.0: tool_calls is not supported",)),
         ([], ("object", "dictionary")),
     ],
 )
@@ -164,6 +182,55 @@ def test_mistakes_are_named(client: TestClient, body: Any, words: tuple[str, ...
     message = response.json()["error"]["message"]
     assert any(word in message for word in words), message
     refused(response, 400)
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "message"),
+    [
+        ("classify", {"input": []}, "input: is empty; give at least 1"),
+        ("classify", {"input": ["x"] * 257}, "input: has 257 items, at most 256 are taken; send fewer"),
+        (
+            "classify",
+            {"input": 5},
+            "input: Input should be a text, an object of fields, or a list of up to 256",
+        ),
+        ("completions", {"prompt": ["x"] * 17}, "prompt: has 17 items, at most 16 are taken; send fewer"),
+        ("completions", {"prompt": []}, "prompt: is empty; give at least 1"),
+        ("completions", {"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0, not -1"),
+        ("completions", {"prompt": None}, "prompt: Input should be a text, a list of token ids, or"),
+        ("completions", {"prompt": "x", "n": 17}, "n: Input should be less than or equal to 16, not 17"),
+        ("completions", {"prompt": "x", "logprobs": 0}, "logprobs is not supported; leave it out"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0: a part of type 'image_url'; the model reads text alone, send parts of type text",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content: Input should be a text or a list of text parts, not 5",
+        ),
+    ],
+)
+def test_mistakes_in_fields_of_several_types(
+    client: TestClient, route: str, body: dict[str, Any], message: str
+) -> None:
+    response = client.post(f"/v1/{route}", json=body)
+    refused(response, 400)
+    assert response.json()["error"]["message"].startswith(message)
+    assert "not supported" in message or response.json()["error"]["param"] == message.partition(":")[0]
+
+
+def test_more_choices_than_may_wait(client: TestClient) -> None:
+    before = client.get("/health").json()["requests"]
+    body = {"prompt": ["x", "y", "z"], "n": 3, "max_tokens": 2}
+    response = client.post("/v1/completions", json=body)
+    refused(response, 400, "prompt: 3 prompts with n 3", "9 choices", "at most 8", "--max-waiting")
+    assert response.json()["error"]["param"] == "prompt"
+    refused(client.post("/v1/chat/completions", json={**CHAT, "n": 9}), 400, "n: 1 prompt with n 9")
+    assert client.get("/health").json()["requests"] == before
+    whole = client.post("/v1/completions", json={**body, "prompt": ["x", "y", "z", "a"], "n": 2})
+    assert len(whole.json()["choices"]) == 8
 
 
 def test_neutral_and_harmless_fields_are_taken(client: TestClient) -> None:
@@ -176,6 +243,15 @@ def test_neutral_and_harmless_fields_are_taken(client: TestClient) -> None:
         "temperature": None,
     }
     answer = client.post("/v1/chat/completions", json={**CHAT, **more, "model": "tiny"})
+    assert answer.status_code == 200
+    unsaid: dict[str, Any] = {
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": None,
+    }
+    answer = client.post("/v1/chat/completions", json={**CHAT, "messages": [{**ASKED, **unsaid}]})
     assert answer.status_code == 200
     refused(client.post("/v1/chat/completions", json={**CHAT, "model": "gpt-4"}), 404, "'gpt-4'", "'tiny'")
 
@@ -239,6 +315,59 @@ def test_overload_and_shutdown(engine: Engine) -> None:
         refused(client.post("/v1/completions", json={"prompt": "y"}), 503, "shutting down")
 
 
+def test_a_cancelled_classification_is_answered_and_leaves_the_batcher_whole(engine: Engine) -> None:
+    """As uvicorn cancels it, while the batcher has not begun it."""
+    batcher = Batcher(engine)
+    release = threading.Event()
+    batcher.call(release.wait)
+    while batcher.counters().waiting:
+        time.sleep(0.001)
+    app = make_app(engine, batcher, Settings("tiny"))
+    scope = {"type": "http", "method": "POST", "path": "/v1/classify", "query_string": b"", "root_path": ""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"input": "my card"}'}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(app(scope, receive, send))
+        while not batcher._calls:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await task
+
+    asyncio.run(cancelled())
+    assert sent[0]["status"] == 503
+    assert "shutting down" in sent[1]["body"].decode()
+    (call,) = batcher._calls
+    assert not call.future.cancelled()  # which `close` would stumble over
+    release.set()
+    batcher.close()
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_stream_cancelled_at_its_end_is_not_ended_twice(more: bool) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": more})
+        raise asyncio.CancelledError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    asyncio.run(_LastWord(app)({"type": "http"}, receive, send))
+    assert [message.get("more_body", False) for message in sent[1:]] == [True, False][not more :]
+
+
 def test_bugs_are_logged_and_not_shown(
     client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,9 +388,25 @@ def test_a_model_without_template_or_task(
     with TestClient(make_app(engine, Batcher(engine), Settings("plain"))) as client:
         (model,) = client.get("/v1/models").json()["data"]
         assert (model["chat"], model["task"]) == (False, None)
-        refused(client.post("/v1/chat/completions", json=CHAT), 400, "chat template")
+        refused(client.post("/v1/chat/completions", json=CHAT), 400, "chat template", "/v1/completions")
         refused(client.post("/v1/classify", json={"input": "x"}), 400, "no classification task")
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+
+
+def test_the_documented_client_suits_the_demos_students(demo_student: Any) -> None:
+    snippet = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)[0]
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(snippet))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".create")
+    ]
+    resource = ast.unparse(call.func).removeprefix("client.").removesuffix(".create")
+    body = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+    engine = Engine(demo_student, threads=1, verify=False)
+    with TestClient(make_app(engine, Batcher(engine), Settings("packed"))) as client:
+        response = client.post("/v1/" + resource.replace(".", "/"), json=body)
+        assert response.status_code == 200, response.text
+        assert "".join(piece["choices"][0]["text"] for piece in events(response))
 
 
 def test_the_template_may_refuse(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

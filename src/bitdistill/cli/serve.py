@@ -81,9 +81,10 @@ def serve(
     from bitdistill.engine.batcher import Batcher
     from bitdistill.serve.app import Settings, make_app
 
-    if api_key == "":
-        message = "an empty key protects nothing; give one, or leave the option out"
-        raise typer.BadParameter(message, param_hint="--api-key")
+    # click takes an empty variable for none, which would open the server without a word.
+    if api_key == "" or (api_key is None and os.environ.get(KEY_VARIABLE) == ""):
+        place, remedy = ("--api-key", "leave the option out") if api_key == "" else (KEY_VARIABLE, "unset it")
+        raise typer.BadParameter(f"an empty key protects nothing; give one, or {remedy}", param_hint=place)
     listener = listen(host, port)
     with listener:
         engine = load_engine(model, threads, isa, layout, kv, head)

@@ -19,6 +19,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -26,15 +27,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitdistill.data.readers import no_constant
-from bitdistill.data.tasks import template_fields
+from bitdistill.data.tasks import Example, as_rows, renderer, template_fields, text_field
 from bitdistill.engine.batcher import Batcher, Closed, Overloaded, Ticket
 from bitdistill.engine.engine import Engine
 from bitdistill.engine.generation import Generation
+from bitdistill.engine.labels import Answer, Classifier
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError
 from bitdistill.serve.forms import Chat, Completion, Form
-from bitdistill.serve.schema import ChatRequest, ClassifyRequest, CompletionRequest, Sampling
+from bitdistill.serve.schema import TAKES, ChatRequest, ClassifyRequest, CompletionRequest, Fields, Sampling
 
 MAX_BODY_BYTES = 4 << 20
 CLASSIFY_BATCH = 16
@@ -101,6 +104,7 @@ def make_app(engine: Engine, batcher: Batcher, settings: Settings) -> Starlette:
                 allow_headers=["authorization", "content-type"],
             )
         )
+    middleware.append(Middleware(_LastWord))
     return Starlette(
         routes=[
             Route("/", routes.page),
@@ -115,6 +119,37 @@ def make_app(engine: Engine, batcher: Batcher, settings: Settings) -> Starlette:
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
+
+
+class _LastWord:
+    """Answers the requests that uvicorn cancels when their time to finish is over, in OpenAI's form too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = ended = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started, ended
+            started = True
+            await send(message)
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+        try:
+            await self.app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if ended:  # the batcher, closed meanwhile, failed it first, or it was done
+                return
+            status, message, kind = _status_of(Closed("the server is shutting down"))
+            with contextlib.suppress(asyncio.CancelledError):  # the client does not read: no word reaches it
+                if started:  # only a stream is written for long enough to be met here
+                    event = _event(_error_body(message, kind)).encode()
+                    await send({"type": "http.response.body", "body": event})
+                else:
+                    await _error(status, message, kind)(scope, receive, send)
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
@@ -133,14 +168,9 @@ class Routes:
         self.engine, self.batcher, self.settings = engine, batcher, settings
         self.started = int(time.time())
         self.page_text = resources.files("bitdistill.serve").joinpath("page.html").read_text("utf-8")
-        self.task: dict[str, Any] | None = None
+        self.classifier: Classifier | None = None
         with contextlib.suppress(ArtifactError, DataError):  # no task stored, or one of generation
-            task = engine.classifier().task
-            self.task = {
-                "name": task.name,
-                "fields": list(template_fields(task)),
-                "labels": list(task.labels),
-            }
+            self.classifier = engine.classifier()
 
     def guarded(self, handler: Handler) -> Handler:
         """Key and errors around a handler."""
@@ -193,7 +223,7 @@ class Routes:
             "owned_by": "bitdistill",
             "context": self.engine.facts["max_positions"] or None,
             "chat": self.engine.tokenizer.chat_template is not None,
-            "task": self.task,
+            "task": None if self.classifier is None else _task_facts(self.classifier),
         }
 
     async def models(self, _: Request) -> Response:
@@ -216,6 +246,8 @@ class Routes:
         """A conversation's next turn."""
         body = await read(request, ChatRequest)
         self._check_name(body.model)
+        if self.engine.tokenizer.chat_template is None:
+            raise Refused(400, "this model has no chat template, so it cannot chat; use /v1/completions")
         messages = [message.plain() for message in body.messages]
         ids = await asyncio.to_thread(self.engine.chat_ids, messages)
         limit = body.max_completion_tokens or body.max_tokens
@@ -236,6 +268,7 @@ class Routes:
         limit: int | None,
         form: Form,
     ) -> Response:
+        self._check_choices(len(prompts), body.n or 1)
         arrivals: Arrivals = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -273,6 +306,17 @@ class Routes:
                 ticket.cancel()
             raise
 
+    def _check_choices(self, prompts: int, n: int) -> None:
+        """More than may wait would be told to try again for ever, also by an idle server."""
+        choices, most = prompts * n, self.batcher.max_waiting
+        if choices > most:
+            place = "n" if prompts == 1 else "prompt"
+            message = (
+                f"{place}: {prompts} prompt{'s' * (prompts > 1)} with n {n} ask for {choices} choices, at most {most} "
+                "may wait; send several requests, or start the server with a larger --max-waiting"
+            )
+            raise Refused(400, message, param=place)
+
     @staticmethod
     async def _finished(request: Request, tickets: Sequence[Ticket]) -> list[Generation]:
         """All generations.
@@ -282,6 +326,8 @@ class Routes:
         """
         gone = asyncio.ensure_future(_gone(request))
         done = asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+        # Cancelled below, it holds an error that nobody awaits; asyncio logs those unless they were looked at.
+        done.add_done_callback(lambda ended: None if ended.cancelled() else ended.exception())
         both: set[asyncio.Future[Any]] = {gone, done}
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -327,24 +373,50 @@ class Routes:
         """Labels with probabilities, by the task that the student was made for."""
         body = await read(request, ClassifyRequest)
         self._check_name(body.model)
-        if self.task is None:
+        classifier = self.classifier
+        if classifier is None:
             raise Refused(400, "this model was made for no classification task; use /v1/completions")
-        inputs = body.inputs()
-        answers = []
-        for start in range(0, len(inputs), CLASSIFY_BATCH):
-            part = inputs[start : start + CLASSIFY_BATCH]
-            answers += await asyncio.wrap_future(self.batcher.call(partial(self.engine.classify, part)))
+        examples, truncated = await asyncio.to_thread(self._encode, classifier, body.inputs())
+        answers: list[Answer] = []
+        for start in range(0, len(examples), CLASSIFY_BATCH):
+            part = examples[start : start + CLASSIFY_BATCH]
+            call = self.batcher.call(partial(self.engine.predict, classifier.task, part))
+            # Shielded: the batcher ends its calls itself, and cannot end one that was cancelled.
+            predictions = await asyncio.shield(asyncio.wrap_future(call))
+            answers += classifier.answers(part, predictions)
         data = [
             {
                 "index": index,
                 "label": answer.label,
                 "word": answer.text,
                 "probabilities": answer.probabilities,
+                "truncated": cut,
             }
-            for index, answer in enumerate(answers)
+            for index, (answer, cut) in enumerate(zip(answers, truncated, strict=True))
         ]
-        facts = {"object": "list", "model": self.settings.name, "task": self.task["name"]}
+        facts = {"object": "list", "model": self.settings.name, "task": classifier.task.name}
         return JSONResponse({**facts, "data": data})
+
+    def _encode(
+        self, classifier: Classifier, inputs: Sequence[str | Fields]
+    ) -> tuple[list[Example], list[bool]]:
+        """Inputs as examples, and for each whether text was cut from it to fit the task's max_length."""
+        task = classifier.task
+        rows = as_rows(task, inputs)
+        examples = classifier.encode(rows, self.engine.facts["vocab_size"])
+        fields, render = template_fields(task), renderer(task)
+        whole = [render({name: text_field(task, row, name) for name in fields}) for row in rows]
+        return examples, [example.prompt != prompt for example, prompt in zip(examples, whole, strict=True)]
+
+
+def _task_facts(classifier: Classifier) -> dict[str, Any]:
+    task = classifier.task
+    return {
+        "name": task.name,
+        "fields": template_fields(task),
+        "labels": list(task.labels),
+        "max_length": classifier.max_length,
+    }
 
 
 async def _gone(request: Request) -> None:
@@ -397,10 +469,26 @@ async def read(request: Request, kind: type[Body]) -> Body:
 
 
 def _first_mistake(error: ValidationError) -> tuple[str, str]:
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False)
+    # Each branch of a union complains. One that has the right type says more than those that the type rules out.
+    telling = [each for each in errors if not each["type"].endswith("_type")]
+    first = (telling or errors)[0]
     # Names of a union's branches are pydantic's, not the sender's.
     names = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-    place = ".".join(name for name in names if name not in ("str", "ContentPart", "Fields"))
-    if first["type"] == "extra_forbidden":
-        return place, "unknown field; docs/serve.md lists those that are known"
-    return place, first["msg"].removeprefix("Value error, ")
+    names = [name for name in names if name not in ("str", "ContentPart", "Fields")]
+    return ".".join(names), _mistake(first, TAKES.get(names[-1]) if names and not telling else None)
+
+
+def _mistake(error: ErrorDetails, takes: str | None) -> str:
+    """What is wrong, with the value and what to do; `takes` is what a field of several types takes."""
+    kind, given, limits = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return "unknown field; docs/serve.md lists those that are known"
+    if kind == "too_short":
+        return f"is empty; give at least {limits['min_length']}"
+    if kind == "too_long":
+        return f"has {limits['actual_length']} items, at most {limits['max_length']} are taken; send fewer"
+    if kind in ("missing", "value_error"):
+        return error["msg"].removeprefix("Value error, ")
+    message = f"Input should be {takes}" if takes else error["msg"]
+    return f"{message}, not {given!r:.60}" if isinstance(given, str | int | float) else message

@@ -16,7 +16,7 @@ MAX_INPUTS = 256
 MAX_CHOICES = 16
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False, 0),
+    "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
     "presence_penalty": (None, 0),
@@ -32,6 +32,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "prediction": (None,),
 }
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("refusal", "annotations", "audio", "function_call", "tool_calls"), (None, "", [], {})
+)
+"""Of an answer that is sent back as a turn of the conversation."""
 _IGNORED = (
     "user",
     "metadata",
@@ -41,6 +45,29 @@ _IGNORED = (
     "prompt_cache_key",
     "safety_identifier",
 )
+TAKES = {
+    "prompt": f"a text, a list of token ids, or a list of up to {MAX_CHOICES} texts or lists of token ids",
+    "input": f"a text, an object of fields, or a list of up to {MAX_INPUTS} of them",
+    "content": "a text or a list of text parts",
+}
+"""Fields of several types, for errors."""
+
+
+def _without(data: dict[str, Any], neutral: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The fields that may say something.
+
+    Raises:
+        ValueError: one of the others does.
+    """
+    for name, values in neutral.items():
+        if name in data and not any(_same(data[name], value) for value in values):
+            raise ValueError(f"{name} is not supported; leave it out")
+    return {name: value for name, value in data.items() if name not in neutral}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, where false is not 0: `logprobs` 0 asks for something."""
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _as_list(value: Any) -> Any:
@@ -57,10 +84,7 @@ class _Request(BaseModel):
     def _set_aside(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        for name, neutral in _NEUTRAL.items():
-            if name in data and data[name] not in neutral:
-                raise ValueError(f"{name} is not supported; leave it out")
-        return {name: value for name, value in data.items() if name not in {*_NEUTRAL, *_IGNORED}}
+        return {name: value for name, value in _without(data, _NEUTRAL).items() if name not in _IGNORED}
 
 
 class StreamOptions(BaseModel):
@@ -101,6 +125,14 @@ class ContentPart(BaseModel):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("type", "text") != "text":
+            message = "the model reads text alone, send parts of type text"
+            raise ValueError(f"a part of type {data['type']!r:.60}; {message}")
+        return data
+
 
 class Message(BaseModel):
     """One turn of a conversation."""
@@ -110,6 +142,11 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_aside(cls, data: Any) -> Any:
+        return _without(data, _NEUTRAL_IN_MESSAGE) if isinstance(data, dict) else data
 
     def plain(self) -> dict[str, str]:
         """For the chat template, which knows `developer` as `system`."""
