@@ -67,6 +67,13 @@ def test_curve_notes_say_first_last_and_steps() -> None:
     assert figure is not None
     assert figure.note.startswith("4 → 1 nats in 2 steps.")
     assert "2 non-finite values are not drawn" in figure.note
+    late = [record | {"step": 10 * int(record["step"])} for record in log([4.0, 1.0]).records]
+    figure = figures.loss_curve(StageLog("sft", late), "Stage")
+    assert figure is not None
+    assert figure.note.startswith("4 (step 10) → 1 nats in 20 steps.")
+    figure = figures.loss_curve(StageLog("sft", late[-1:]), "Stage")  # a short stage logs its end alone
+    assert figure is not None
+    assert figure.note == "1 nats after 20 steps."
 
 
 @pytest.mark.parametrize("values", [[], [float("nan")]])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitdistill.errors import ArtifactError, StorageError
+from bitdistill.eval.row_scores import encode
 from bitdistill.report.html import write_report
 
 from .conftest import build_run
@@ -175,6 +176,16 @@ def test_generation_task(run_folder: Path) -> None:
     text = page_of(run_folder).text
     assert "reaches ROUGE-L" in text
     assert "Different answers" in text
+    assert "McNemar" not in text
+    assert "interval of the difference" not in text  # no scores of single rows
+    n = content["rows"][0]["n"]
+    for row in content["rows"]:
+        row["row_scores"] = encode([0.5 - 0.2 * (row["name"] == "bitdistill")] * (n - 1) + [0.9])
+    (run_folder / "results.json").write_text(json.dumps(content))
+    text = page_of(run_folder).text
+    assert re.search(r"95% interval of the difference −20\.0 to −\d\d\.\d", text)
+    assert "paired permutation" in text
+    assert "rows only the teacher answers" not in text
     assert "McNemar" not in text
     assert "Most confused labels" not in text
     assert "✓" not in text

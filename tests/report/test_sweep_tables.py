@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bitdistill.eval.metrics import wilson
 from bitdistill.eval.results import ResultRow
@@ -70,6 +72,19 @@ def test_lines_have_mean_spread_gap_and_cost() -> None:
     assert [x.against for x in referred] == ["", "teacher", "a"]
     assert referred[2].gap is not None
     assert referred[2].gap.points == pytest.approx(b.mean - a.mean)
+
+
+@pytest.mark.parametrize("reference", ["", "a"])
+def test_the_terminal_table_says_what_gaps_are_to(reference: str) -> None:
+    made = results(run("a", 0, 0.8), run("b", 0, 0.7), reference=reference)
+    out = io.StringIO()
+    sweep_tables.print_sweep(made, Console(file=out, width=140))
+    said = out.getvalue()
+    assert ("gap to cell a [95%]" in said) == bool(reference)
+    (first,) = [line for line in said.splitlines() if re.match(r"\s*r\s+a\s", line)]
+    (second,) = [line for line in said.splitlines() if re.match(r"\s*r\s+b\s", line)]
+    assert ("(teacher)" in first) == bool(reference)
+    assert "(teacher)" not in second
 
 
 def test_how_likely_references_are_has_a_column_where_some_line_has_it() -> None:

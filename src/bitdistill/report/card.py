@@ -161,9 +161,10 @@ def _find(value: Any, key: str) -> Any:
 
 def _sentences(run: RunFolder) -> list[str]:
     pairs = compare.pair(run.answers.get(headline.TEACHER, []), run.answers.get(headline.STUDENT, []))
-    found = compare.gap(pairs, run.bootstrap_seed)
+    rows = {row.name: row for row in run.rows}
+    found = compare.row_gap(rows, headline.STUDENT, pairs, run.bootstrap_seed)
     gaps = {headline.STUDENT: found} if found else {}
-    return headline.sentences({row.name: row for row in run.rows}, gaps, run.split)
+    return headline.sentences(rows, gaps, run.split)
 
 
 def _front_matter(

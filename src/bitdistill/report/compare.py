@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bitdistill.eval.results import ResultRow
+from bitdistill.report import headline
 from bitdistill.report.run_folder import Answer
 
 Pair = tuple[Answer, Answer]
@@ -13,7 +15,7 @@ Pair = tuple[Answer, Answer]
 
 @dataclass(frozen=True)
 class Gap:
-    """Accuracy of a row minus the teacher's on the rows both answered, in points (0..100)."""
+    """Score of a row minus the teacher's on the rows both answered, in points (0..100)."""
 
     n: int
     points: float
@@ -21,10 +23,12 @@ class Gap:
     high: float
     """95% paired bootstrap interval of `points`."""
     p_value: float
-    """Exact two-sided McNemar test."""
-    only_row: int
-    """Rows that only this model answers correctly."""
-    only_teacher: int
+    """Two-sided `test`."""
+    only_row: int | None
+    """Rows that only this model answers correctly; None where answers are scored."""
+    only_teacher: int | None
+    test: str = "McNemar"
+    """McNemar (exact), or paired permutation where answers are scored and not right or wrong."""
 
     @property
     def clear(self) -> bool:
@@ -66,6 +70,23 @@ def gap(pairs: Sequence[Pair], seed: int = 0) -> Gap | None:
         only_row=sum(b and not a for a, b in zip(teacher, other, strict=True)),
         only_teacher=sum(a and not b for a, b in zip(teacher, other, strict=True)),
     )
+
+
+def row_gap(rows: Mapping[str, ResultRow], name: str, pairs: Sequence[Pair], seed: int = 0) -> Gap | None:
+    """The gap of row `name` to the teacher: of answers that are right or wrong, else of the scores that are recorded
+    with the rows (ROUGE); None where there are neither."""
+    found = gap(pairs, seed)
+    row, teacher = rows.get(name), rows.get(headline.TEACHER)
+    if found is not None or row is None or teacher is None:
+        return found
+    if row.row_scores is None or teacher.row_scores is None or row.metric != teacher.metric:
+        return None
+    from bitdistill.report import paired
+
+    both = [paired.gather({0: (one, None)}, one.name, one.label) for one in (row, teacher)]
+    scored = paired.compare(*both, bootstrap_seed=seed)
+    (p_value,) = scored.p_by_seed
+    return Gap(scored.n, scored.points, scored.low, scored.high, p_value, None, None, "paired permutation")
 
 
 def agreement(pairs: Sequence[Pair]) -> float:

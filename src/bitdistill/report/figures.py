@@ -40,8 +40,12 @@ def loss_curve(log: StageLog, title: str, objective: str = "loss") -> Figure | N
         token_axis(axes, xs)
         tail = smooth(ys)[-1]
         svg = as_svg(axes, f"{title}: loss from {ys[0]:.3g} to {tail:.3g} over {text.si(xs[-1])} tokens")
-    steps = int(log.records[-1]["step"])
-    note = f"{ys[0]:.3g} → {tail:.3g} nats in {steps:,} steps. Pale: logged values; bold: moving average."
+    steps, first = int(log.records[-1]["step"]), int(log.records[0]["step"])
+    if len(ys) == 1:  # a short stage: the value of its end is no start
+        note = f"{ys[0]:.3g} nats after {steps:,} steps."
+    else:
+        start = f" (step {first:,})" if first > 1 else ""
+        note = f"{ys[0]:.3g}{start} → {tail:.3g} nats in {steps:,} steps. Pale: logged values; bold: moving average."
     if log.nonfinite:
         note += f" {log.nonfinite} non-finite values are not drawn."
     return Figure(title, note, svg)

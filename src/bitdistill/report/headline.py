@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from bitdistill.report import text
-from bitdistill.report.compare import Gap
 
 if TYPE_CHECKING:
     from bitdistill.eval.results import ResultRow
+    from bitdistill.report.compare import Gap
 
 TEACHER, BASELINE, STUDENT = "teacher", "bitnet_sft", "bitdistill"
 SHARES = frozenset({"accuracy", "exact_match", "final_number"})  # percent of rows answered correctly

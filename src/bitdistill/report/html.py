@@ -96,7 +96,11 @@ def view(run: RunFolder) -> dict[str, Any]:
         for name, answers in run.answers.items()
         if name != headline.TEACHER
     }
-    gaps = {name: found for name, both in pairs.items() if (found := compare.gap(both, run.bootstrap_seed))}
+    gaps = {
+        name: found
+        for name, both in pairs.items()
+        if (found := compare.row_gap(rows, name, both, run.bootstrap_seed))
+    }
     student_pairs = pairs.get(headline.STUDENT, [])
     return {
         "title": f"{_task(run, 'name')} · {_model_name(run)}",

@@ -216,7 +216,7 @@ def markdown(results: SweepResults) -> list[str]:
         found += [f"**{recipe}** ({first.task}, {first.n:,} {first.split} rows)", ""]
         found += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for line in group:
-            gap = gap_words(line.gap) + (" (teacher)" if line.gap and results.reference == line.cell else "")
+            gap = _marked_gap(line, results.reference)
             cells = [line.label, score(line), str(len(line.values)), gap, seeds_words(line.gap)]
             cells += [p_words(line.gap), "" if line.train_minutes is None else f"{line.train_minutes:.1f}"]
             cells += ["" if line.tokens is None else f"{line.tokens / 1e6:.1f}M"] if with_tokens else []
@@ -234,6 +234,11 @@ def markdown(results: SweepResults) -> list[str]:
     return found
 
 
+def _marked_gap(line: Line, reference: str) -> str:
+    """The gap; where gaps are to a cell, that one's own says that it is to its teacher."""
+    return gap_words(line.gap) + (" (teacher)" if line.gap and reference == line.cell else "")
+
+
 def print_sweep(results: SweepResults, console: Console) -> None:
     """The lines as a table, and the runs that failed."""
     from rich.box import SIMPLE_HEAD
@@ -243,7 +248,8 @@ def print_sweep(results: SweepResults, console: Console) -> None:
     table = Table(title=results.title or results.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("recipe", "model"):
         table.add_column(heading, overflow="fold")
-    for heading in ("score", "seeds", "gap [95%]", "min"):
+    gap_heading = f"gap to cell {results.reference} [95%]" if results.reference else "gap [95%]"
+    for heading in ("score", "seeds", gap_heading, "min"):
         table.add_column(heading, justify="right")
     for line in lines(results, tests=False):
         minutes = "" if line.train_minutes is None else f"{line.train_minutes:.1f}"
@@ -252,7 +258,7 @@ def print_sweep(results: SweepResults, console: Console) -> None:
             line.label,
             score(line),
             str(len(line.values)),
-            gap_words(line.gap),
+            _marked_gap(line, results.reference),
             minutes,
         )
         table.add_row(*(Text(cell) for cell in cells))
