@@ -187,6 +187,18 @@ def test_generation_task(run_folder: Path) -> None:
     assert "paired permutation" in text
     assert "rows only the teacher answers" not in text
     assert "McNemar" not in text
+    for row in content["rows"]:  # right or wrong by their scores, and the same but for one row
+        row["row_scores"] = encode([1.0] * (n - 1) + [float(row["name"] == "teacher")])
+    (run_folder / "results.json").write_text(json.dumps(content))
+    text = page_of(run_folder).text
+    assert "so these rows do not tell the two apart" in text
+    assert "McNemar, exact" not in text
+    assert "McNemar" in text
+    assert "permutation" not in text
+    content["rows"][0]["references_sha256"] = "0" * 64  # other rows: no gap, and a report all the same
+    content["rows"][-1]["references_sha256"] = "1" * 64
+    (run_folder / "results.json").write_text(json.dumps(content))
+    assert "interval of the difference" not in page_of(run_folder).text
     assert "Most confused labels" not in text
     assert "✓" not in text
 

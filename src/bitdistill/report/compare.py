@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bitdistill.errors import DataError
 from bitdistill.eval.results import ResultRow
 from bitdistill.report import headline
 from bitdistill.report.run_folder import Answer
@@ -84,9 +85,13 @@ def row_gap(rows: Mapping[str, ResultRow], name: str, pairs: Sequence[Pair], see
     from bitdistill.report import paired
 
     both = [paired.gather({0: (one, None)}, one.name, one.label) for one in (row, teacher)]
-    scored = paired.compare(*both, bootstrap_seed=seed)
+    try:
+        scored = paired.compare(*both, bootstrap_seed=seed)
+    except DataError:  # scored on other rows: nothing to pair
+        return None
     (p_value,) = scored.p_by_seed
-    return Gap(scored.n, scored.points, scored.low, scored.high, p_value, None, None, "paired permutation")
+    test = scored.test.partition(",")[0]
+    return Gap(scored.n, scored.points, scored.low, scored.high, p_value, None, None, test)
 
 
 def agreement(pairs: Sequence[Pair]) -> float:

@@ -235,8 +235,10 @@ def markdown(results: SweepResults) -> list[str]:
 
 
 def _marked_gap(line: Line, reference: str) -> str:
-    """The gap; where gaps are to a cell, that one's own says that it is to its teacher."""
-    return gap_words(line.gap) + (" (teacher)" if line.gap and reference == line.cell else "")
+    """The gap; where gaps are to a cell, one to the teacher says so."""
+    return gap_words(line.gap) + (
+        " (teacher)" if line.gap and reference and line.against == "teacher" else ""
+    )
 
 
 def print_sweep(results: SweepResults, console: Console) -> None:
@@ -248,7 +250,7 @@ def print_sweep(results: SweepResults, console: Console) -> None:
     table = Table(title=results.title or results.name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in ("recipe", "model"):
         table.add_column(heading, overflow="fold")
-    gap_heading = f"gap to cell {results.reference} [95%]" if results.reference else "gap [95%]"
+    gap_heading = f"gap to {f'cell {results.reference}' if results.reference else 'teacher'} [95%]"
     for heading in ("score", "seeds", gap_heading, "min"):
         table.add_column(heading, justify="right")
     for line in lines(results, tests=False):
