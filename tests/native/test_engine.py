@@ -234,7 +234,10 @@ def test_chat(folders: Path) -> None:
 TEMPLATES = {
     "break": "{% for m in messages %}{{ m.content }}{% if loop.first %}{% break %}{% endif %}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }} w7{% endgeneration %}{% endfor %}",
-    "strftime": "{{ strftime_now('%Y') }} {{ messages[0].content }}",
+    "continue": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "strftime": "{{ strftime_now('%Y') }} {{ strftime_now(format='%Y') }} {{ messages[0].content }}",
+    "tojson": "{{ {'b': 'é', 'a': 1} | tojson }} {{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True) }}",
+    "special": "{{ mask_token }}|{{ cls_token }}|{{ eos_token }}",
     "documents": "{% if documents is defined and tools is defined %}w8{% else %}w9{% endif %}",
     "named": [
         {"name": "other", "template": "w3"},
@@ -263,9 +266,10 @@ def test_a_template_that_refuses_the_messages(folders: Path, tmp_path: Path) -> 
     template.write_text("{{ raise_exception('roles must alternate') }}", "utf-8")
     with pytest.raises(ModelError, match=r"chat template: roles must alternate; change the messages"):
         FolderTokenizer(folder).render_chat([{"role": "user", "content": "w9"}])
-    template.write_text("{{ messages.nothing.there }}", "utf-8")
-    with pytest.raises(ModelError, match=r"chat template: .*; mend chat_template.jinja"):
-        FolderTokenizer(folder).render_chat([{"role": "user", "content": "w9"}])
+    for wrong in ("{{ messages.nothing.there }}", "{{ '%(a)s' % {} }}", "{% for m in messages %}"):
+        template.write_text(wrong, "utf-8")
+        with pytest.raises(ModelError, match=r"chat template: .*; mend chat_template.jinja"):
+            FolderTokenizer(folder).render_chat([{"role": "user", "content": "w9"}])
 
 
 def test_streamed_text_is_the_whole_text_also_inside_a_character() -> None:
@@ -282,6 +286,64 @@ def test_streamed_text_is_the_whole_text_also_inside_a_character() -> None:
     assert any("\ufffd" in tokenizer.decode(ids[:n]) for n in range(len(ids))), (
         "the test needs a broken character"
     )
+
+
+def byte_fallback(folder: Path) -> FolderTokenizer:
+    """As Llama's and Gemma's: what is no word is written in bytes."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581foo", "bar", "\u2581", "<s>"]
+    made = Tokenizer(
+        models.BPE({word: n for n, word in enumerate(words)}, [], unk_token="<s>", byte_fallback=True)
+    )
+    made.add_special_tokens(["<s>"])
+    steps = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
+    made.decoder = decoders.Sequence(steps)
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return FolderTokenizer(folder)
+
+
+def test_streamed_bytes(tmp_path: Path) -> None:
+    tokenizer = byte_fallback(tmp_path / "t")
+    euro = [0xE2, 0x82, 0xAC]
+
+    def said(ids: list[int], words: list[str], refuse_at: int = -1) -> str:
+        """The text of these ids, streamed (until a piece is refused) and not, which are the same."""
+        pieces: list[str] = []
+
+        def take(piece: str) -> bool:
+            pieces.append(piece)
+            return len(pieces) != refuse_at
+
+        texts = []
+        for stream in (take, None) if refuse_at < 0 else (take,):
+            text = NewText(tokenizer, words, frozenset(), len(ids), stream)
+            for token in ids:
+                if text.finish_reason is None:
+                    text.add(token)
+            texts.append(text.result(0, 0).text)
+        assert {*texts} == {"".join(pieces)}, (ids, refuse_at)
+        return texts[0]
+
+    for valid in ([256, 257, *euro, 256], [*euro, *euro, 258, 257], [258, 256, 0x41, *euro]):
+        assert said(valid, []) == tokenizer.decode(valid)
+    # A broken byte behind a finished character, of which a decoder of all ids makes broken bytes too
+    assert said([256, *euro, 256, 0xFF, 257], []) == "foo€ foo\ufffdbar"
+    assert said([256, *euro, 0xFF, 257], []).startswith("foo€")
+    assert said([256, *euro, *euro[:1]], []).startswith("foo€\ufffd")
+    assert said([256, 257, *euro, 257], ["€b"]) == "foobar"
+    assert said([256, *euro[:2]], ["\ufffd"]) == "foo"  # which only the end makes
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        ids = rng.choice([256, 257, 258, *euro, 0xFF, 0x41], 12).tolist()
+        for refuse_at in (-1, 1, 2, 3):
+            said(ids, ["bar foo", "€A"], refuse_at)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def augment(
         stderr(quiet).print(f"rows in {folder}", markup=False, soft_wrap=True)
         return
     assert loaded.augment is not None
-    count = stage.write_rows(stage.written_rows(run, loaded.augment), out)
+    with artifact.locked(run.run_dir):  # where the writer is trained
+        count = stage.write_rows(stage.written_rows(run, loaded.augment), out)
     stderr(quiet).print(
         f"{count} rows in {out}; name it in the recipe: data.unlabelled", markup=False, soft_wrap=True
     )

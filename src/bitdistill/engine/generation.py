@@ -44,14 +44,12 @@ class NewText:
         room: int,
         stream: Callable[[str], bool | None] | None,
     ) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self.tokenizer, self.words, self.ends, self.room = tokenizer, words, ends, room
         self.stream = stream
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None if room > 0 else "length"
-        self._decoder = DecodeStream(skip_special_tokens=True)
         self._text, self._sent, self._cut = "", 0, -1
+        self._start, self._read, self._seen = 0, 0, ""  # ids[_start:_read] are in the text, as _seen
 
     def add(self, token: int) -> None:
         """Take one new token."""
@@ -59,16 +57,26 @@ class NewText:
             self.finish_reason = "stop"
         else:
             self.ids.append(token)
-            self._text += self._decoder.step(self.tokenizer.backend, token) or ""
-            self._look_for_stop()
-            if self.finish_reason is None and len(self.ids) >= self.room:
+            if len(self.ids) >= self.room:
                 self.finish_reason = "length"
-        if self.finish_reason is not None and self._cut < 0:
-            # The decoder keeps back an unfinished character; the whole text has it as a replacement character
-            whole = self.tokenizer.decode(self.ids)
-            if whole.startswith(self._text[: self._sent]):
-                self._text = whole
+        self._decode()
+        self._look_for_stop()
         self._send()
+
+    def _decode(self) -> None:
+        """Lengthen the text by the new tokens, which wait for the rest of a character unless none comes.
+
+        They are decoded behind a few earlier ones, on which spaces depend, and not all anew: where a tokenizer falls
+        back to bytes, a broken one changes the text of those before it, which may have been sent. (`DecodeStream` of
+        tokenizers fails there, and keeps an unfinished character for itself.)
+        """
+        text = self.tokenizer.decode(self.ids[self._start :])
+        waits = len(text) <= len(self._seen) or text.endswith("\ufffd")
+        if waits and self.finish_reason is None:
+            return
+        self._text += text[len(self._seen) :]
+        self._start, self._read = self._read, len(self.ids)
+        self._seen = self.tokenizer.decode(self.ids[self._start :])
 
     def _look_for_stop(self) -> None:
         found = [at for at in (self._text.find(word) for word in self.words) if at >= 0]
@@ -76,15 +84,14 @@ class NewText:
             self._cut, self.finish_reason = min(found), "stop"
 
     def _send(self) -> None:
-        """Stream the text that can no longer be part of a stop string."""
-        if self.stream is None:
-            return
+        """Settle the text that can no longer be part of a stop string, and stream it."""
         end = self._cut if self._cut >= 0 else len(self._text)
         if self.finish_reason is None:
             end -= max((_overlap(self._text, word) for word in self.words), default=0)
         if end > self._sent:
             new, self._sent = self._text[self._sent : end], end
-            if self.stream(new) is False and self.finish_reason is None:
+            refused = self.stream is not None and self.stream(new) is False
+            if refused and self.finish_reason is None:
                 self.finish_reason = "callback"
 
     def stop(self) -> None:
@@ -93,10 +100,11 @@ class NewText:
             self.finish_reason = "callback"
 
     def result(self, prompt_tokens: int, reused_tokens: int) -> Generation:
-        """The finished generation."""
-        text = self._text[: self._cut] if self._cut >= 0 else self.tokenizer.decode(self.ids)
+        """The finished generation; its text is what was streamed, or would have been."""
         assert self.finish_reason is not None
-        return Generation(text, tuple(self.ids), prompt_tokens, reused_tokens, self.finish_reason)
+        return Generation(
+            self._text[: self._sent], tuple(self.ids), prompt_tokens, reused_tokens, self.finish_reason
+        )
 
 
 def _overlap(text: str, word: str) -> int:

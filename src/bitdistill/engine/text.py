@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from jinja2.ext import Extension
 
 
+SPECIAL_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""What chat templates know by name."""
+
+
 class FolderTokenizer:
     """A folder's tokenizer.json with the special tokens of its tokenizer_config.json.
 
@@ -93,14 +97,12 @@ class FolderTokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
+        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        environment.filters["tojson"] = _to_json
         special = {
             name: value.get("content") if isinstance(value, Mapping) else value
             for name, value in self.config.items()
-            if name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if name in SPECIAL_TOKENS and value is not None
         }
         try:
             return environment.from_string(self.chat_template).render(
@@ -115,8 +117,21 @@ class FolderTokenizer:
             )
         except Refused as error:
             raise ModelError(f"chat template: {str(error)[:200]}; change the messages") from error
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except Exception as error:  # a template is a program, which may fail in any way
             raise ModelError(f"chat template: {str(error)[:200]}; mend chat_template.jinja") from error
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' filter: jinja's own escapes HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bitdistill.errors import MissingDependencyError, ModelError
 from bitdistill.models.families import Layout, layout_of
 from bitdistill.models.gguf_header import I2_S, GgufHeader, type_sizes
+from bitdistill.models.tokenizer import quiet_on_length
 
 if TYPE_CHECKING:
     import torch
@@ -281,4 +282,4 @@ def load_tokenizer(header: GgufHeader) -> Any:
     template = header.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         tokenizer.chat_template = template
-    return tokenizer
+    return quiet_on_length(tokenizer)

@@ -43,9 +43,14 @@ def read_tokenizer(folder: Path) -> Any:
         found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     else:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    # Its warning of a text longer than the model's context, as if given before: we cut or refuse such texts ourselves
-    found.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    return found
+    return quiet_on_length(found)
+
+
+def quiet_on_length(tokenizer: Any) -> Any:
+    """The tokenizer, as if it had warned already of a text longer than the model's context: we cut or refuse such texts
+    ourselves."""
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def check_tokenizer(config: Mapping[str, Any], tokenizer: Any, where: str) -> None:
