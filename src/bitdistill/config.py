@@ -408,19 +408,24 @@ class EvalConfig(Strict):
     references more. It tells models apart that ROUGE cannot."""
 
 
+ExportFormat = Literal["packed", "hf", "gguf", "ollama"]
+GgufWeights = Literal["tq1_0", "tq2_0", "i2_s"]
+GgufTable = Literal["f16", "q8_0", "q6_k", "q4_k"]
+
+
 class GgufConfig(Strict):
     """Formats gguf and ollama."""
 
-    weights: Literal["tq1_0", "tq2_0", "i2_s"] = "tq2_0"
+    weights: GgufWeights = "tq2_0"
     """Type of the ternary tensors; i2_s is read by bitnet.cpp only."""
-    table: Literal["f16", "q8_0", "q6_k", "q4_k"] = "f16"
+    table: GgufTable = "f16"
     """Type of embedding and output head."""
 
 
 class ExportConfig(Strict):
     """The packed student."""
 
-    formats: tuple[Literal["packed", "hf", "gguf", "ollama"], ...] = ("packed",)
+    formats: tuple[ExportFormat, ...] = ("packed",)
     """packed is always written; hf adds a folder that plain transformers loads, gguf a file for llama.cpp, ollama
     the same with a Modelfile: each where the tool can compute the student."""
     gguf: GgufConfig = GgufConfig()

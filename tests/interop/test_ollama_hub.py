@@ -184,9 +184,11 @@ def test_commands(packed: Path, tmp_path: Path) -> None:
     [
         (["--dry-run"], UsageError, "go with --push"),
         (["--push", "a/b", "--format", "gguf", "--format", "hf"], UsageError, "one --format, or none"),
-        (["--format", "onnx"], RecipeError, "export"),
+        (["--format", "onnx"], UsageError, "--format onnx: expected packed, hf, gguf, ollama"),
+        (["--format", "gguf", "--gguf-weights", "q4_0"], UsageError, "--gguf-weights q4_0: expected tq1_0, "),
+        (["--format", "gguf", "--gguf-table", "q2_k"], UsageError, "--gguf-table q2_k: expected f16, q8_0, "),
         (["--set", "seed=3"], RecipeError, "only export.* applies"),
-        (["--gguf-weights", "q2_k"], RecipeError, "export"),
+        (["--set", "export.gguf.weights=q2_k"], RecipeError, "export"),
     ],
 )
 def test_commands_that_cannot_be(packed: Path, args: list[str], kind: type[Exception], words: str) -> None:

@@ -18,7 +18,7 @@ from bitdistill.errors import ArtifactError, Interrupted, RecipeError
 from bitdistill.stages import evaluate, sft
 from bitdistill.stages.reuse import Reuse
 from bitdistill.train import loop
-from tests.stages.conftest import recipe
+from tests.stages.conftest import recipe, write_rows
 
 PLAIN = ("bitnet_sft=null", "pretrain=null")
 AUGMENT = ("augment={rows: 6, temperature: 2.0}", *PLAIN)
@@ -237,6 +237,31 @@ def test_a_refused_command_leaves_records_and_marks_alone(work: Path, training: 
     go(recipe(work, *PLAIN, "report.samples=2"), until=None)
     assert training.take() == {}
     assert "samples: 2" in (run / "recipe.yaml").read_text("utf-8")  # every stage was accepted
+
+
+def test_a_change_of_the_rows_names_every_stage_that_was_made_from_them(
+    work: Path, training: Training
+) -> None:
+    def options(*more: str) -> Recipe:
+        return recipe(work, "augment={rows: 6, temperature: 2.0}", "pretrain=null", *more)
+
+    run = go(options())
+    write_rows(work / "train.jsonl", 24, 5)
+    with pytest.raises(ArtifactError, match="made with other settings") as refused:
+        go(options())
+    remedy = str(refused.value).rpartition("; use ")[2].partition(",")[0].replace("--redo ", "").split()
+    # Stage 1 is calibrated on the rows, as there is no corpus; a writer is trained on them
+    assert remedy == ["sft", "augment", "bitnet_sft", "distill", "refine"]
+    training.take()
+    go(options(), *remedy)
+    assert training.take().keys() == {"sft", "writer", "distill", "bitnet_sft"}
+    before = stamp(run / "bitnet_sft")
+    # What a change does not touch is not named
+    with pytest.raises(ArtifactError, match=r"teacher: made .*; use --redo sft --redo augment, or another"):
+        go(options("sft.epochs=2"))
+    with pytest.raises(ArtifactError, match=r"student: made .*; use --redo distill, or another name"):
+        go(options("distill.lambda=1"))
+    assert stamp(run / "bitnet_sft") == before
 
 
 def test_an_interrupted_first_stage_leaves_its_record(work: Path, training: Training) -> None:

@@ -146,6 +146,31 @@ def test_a_run_that_fails_does_not_stop_the_others(work: Path) -> None:  # noqa:
     assert "outside the model's 3 layers" in done.output
 
 
+def test_rows_that_are_read_last_are_checked_before_the_first_run(work: Path) -> None:  # noqa: F811
+    rows = (work / "test.jsonl").read_text("utf-8").splitlines()
+    late = [*rows * 10, '{"text": "w40", "label": "c"}']  # behind what a plan looks at
+    (work / "late.jsonl").write_text("\n".join(late) + "\n", "utf-8")
+    text = SWEEP.replace("cells:", "cells:\n  - {name: late, set: {data.test: late.jsonl}}")
+    trained, out = [], work / "out.json"
+
+    def noted(made: Any, **options: Any) -> pipeline.RunResult:
+        status = [r.status for r in sweep_results.read(out).runs]
+        assert status == ["failed", "failed"] + ["done"] * len(trained)
+        trained.append(Path(made.data.test).name)
+        return pipeline.run(made, **options)
+
+    found = go(spec(work, text), out, run=noted)
+    assert trained == ["test.jsonl"] * 3
+    assert [(r.cell, r.status) for r in found.runs] == [
+        ("late", "failed"), ("late", "failed"), ("both", "done"), ("both", "done"), ("ce", "done"),
+    ]  # fmt: skip
+    assert "late.jsonl:121: " in found.runs[0].error
+    # Mended, the same command makes what is left
+    (work / "late.jsonl").write_text("\n".join(rows * 10) + "\n", "utf-8")
+    again = go(spec(work, text), out)
+    assert [r.status for r in again.runs] == ["done"] * 5
+
+
 def test_rows_decide_the_stages(work: Path) -> None:  # noqa: F811
     text = SWEEP.replace("curves:", "rows: [teacher]\ncurves:").replace("reference: both\n", "")
     found = go(spec(work, text.replace("seeds: [0, 1]", "seeds: [0]")), work / "out.json")

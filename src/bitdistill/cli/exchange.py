@@ -61,6 +61,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write the packed student (2-bit codes, scales, tokenizer), and further formats beside it."""
+    _check_choices(format_ or [], gguf_weights, gguf_table)
     if push is None and (dry_run or private):
         raise UsageError("--dry-run and --private go with --push OWNER/NAME")
     if push is not None and len(format_ or []) > 1:
@@ -95,6 +96,22 @@ def export(
             )
     if push is not None:
         _push(packed if not format_ else made.get(format_[0], packed), packed, push, private, dry_run, json_)
+
+
+def _check_choices(formats: list[str], weights: str | None, table: str | None) -> None:
+    """Refuse what the recipe's keys would refuse by the option's own name."""
+    from typing import get_args
+
+    from bitdistill.config import ExportFormat, GgufTable, GgufWeights
+
+    for option, given, known in (
+        ("--format", formats, ExportFormat),
+        ("--gguf-weights", [weights], GgufWeights),
+        ("--gguf-table", [table], GgufTable),
+    ):
+        for value in given:
+            if value is not None and value not in get_args(known):
+                raise UsageError(f"{option} {value}: expected {', '.join(get_args(known))}")
 
 
 def _from_folder(packed: Path, overrides: list[str], quiet: bool) -> tuple[Path, dict[str, Path]]:

@@ -170,8 +170,10 @@ class Run:
             return True
         redo = self.redo.wants(stage)
         if there and not redo:
-            old = manifest.get("inputs", {})
-            changed = ", ".join(_differences(old, json.loads(json.dumps(dict(inputs))))[:3]) or "inputs"
+            old, new = manifest.get("inputs", {}), json.loads(json.dumps(dict(inputs)))
+            changed = ", ".join(_differences(old, new)[:3]) or "inputs"
+            also = "".join(f" --redo {name}" for name in self._made_from_the_same(stage, old, new))
+            remedy = remedy.replace(",", f"{also},", 1)
             raise ArtifactError(f"{folder}: made with other settings ({changed}); {remedy}")
         drop_link(folder)  # a link to another run's artifact, which may be gone
         if not redo and self.reuse is not None and self.reuse.link(key, folder):
@@ -184,6 +186,21 @@ class Run:
             raise ArtifactError(f"{checkpoints}: begun with other settings, data or model; {remedy}")
         self.record()
         return False
+
+    def _made_from_the_same(self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+        """Stages that are finished here and that would be refused next, for the same change: the rows or model that
+        `stage` was made from and is not any more are inputs of theirs too, wherever these hold them."""
+        shared = {"model", "sft", *self.train_inputs()}
+        gone = {key: old[key] for key in sorted(shared & old.keys()) if old[key] != new.get(key)}
+        found = set()
+        for folder in self.run_dir.iterdir():
+            if not artifact.exists(folder):
+                continue
+            manifest = artifact.read_manifest(folder)
+            inputs, other = manifest.get("inputs"), manifest.get("stage", "")
+            if isinstance(inputs, dict) and any(_holds(inputs, key, value) for key, value in gone.items()):
+                found.add(PART_OF.get(other, other))
+        return sorted(found - {PART_OF.get(stage, stage)})
 
     def meta(self, stage: str, inputs: Mapping[str, Any], fit: FitResult | None = None) -> dict[str, Any]:
         """Manifest entries of a stage's artifact: its key, its inputs and what it cost."""
@@ -310,6 +327,13 @@ def draw_per_label(rows: list[readers.Row], field: str, count: int, seed: int) -
         if left[label] >= 0:
             chosen.append(index)
     return [rows[index] for index in sorted(chosen)]
+
+
+def _holds(tree: Any, key: str, value: Any) -> bool:
+    """Whether a JSON value has `key` with that value, at any depth."""
+    if not isinstance(tree, dict):
+        return False
+    return (key in tree and tree[key] == value) or any(_holds(t, key, value) for t in tree.values())
 
 
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:

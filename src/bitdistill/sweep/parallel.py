@@ -27,7 +27,7 @@ from bitdistill.config import Recipe
 from bitdistill.errors import ArtifactError, Interrupted
 from bitdistill.report import sweep_results as store
 from bitdistill.report.sweep_results import RunResult, SweepResults
-from bitdistill.sweep.run import failed_result, is_done, open_results, run_sweep
+from bitdistill.sweep.run import check_units, failed_result, open_results, run_sweep, unfinished
 from bitdistill.sweep.spec import Sweep, Unit, expand, load_sweep, only_rows, read_local
 from bitdistill.train.loop import Signals
 
@@ -259,13 +259,10 @@ def run_parallel(
         StorageError, ArtifactError: as `run_sweep`.
     """
     found = open_results(sweep, out, command)
-    todo = []
-    for unit in units:
-        before = found.find(unit.recipe_name, unit.cell, unit.seed)
-        if before is None or again or not is_done(before, unit):
-            todo.append(unit)
-        else:
-            log.info("sweep: %s is done", unit.id)
+    todo, bad = check_units(unfinished(found, units, again))
+    for result in bad:
+        found = store.with_run(found, result, order)
+        store.write(out, found)
     if not todo:
         return found
     folder = Path(todo[0].recipe.output_dir).expanduser() / f"sweep-{sweep.name}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitdistill import artifact, pipeline
 from bitdistill.errors import ArtifactError, BitDistillError, Interrupted, StorageError
+from bitdistill.planning.check import check_data
 from bitdistill.report import sweep_results as store
 from bitdistill.report.run_folder import read_run
 from bitdistill.report.sweep_results import RunResult, SweepResults
@@ -34,7 +35,8 @@ def run_sweep(
     """Run `units` in order and collect their results in `out`, which is written after every run.
 
     Runs that `out` holds as done, made from the same recipe, are left out; those that are not finished go on
-    from their checkpoints. A run that fails is recorded with its error, and the next one starts.
+    from their checkpoints. A run that fails is recorded with its error, and the next one starts. Every run's data are
+    read first: those whose rows would make them fail are recorded as failed before anything is trained.
 
     Args:
         units: from `spec.expand`.
@@ -50,12 +52,13 @@ def run_sweep(
     """
     found = open_results(sweep, out, command)
     reuse: dict[Path, Reuse] = {}
-    for number, unit in enumerate(units, start=1):
-        before = found.find(unit.recipe_name, unit.cell, unit.seed)
-        if before is not None and not again and is_done(before, unit):
-            log.info("sweep: %s is done (%d of %d)", unit.id, number, len(units))
-            continue
-        log.info("sweep: %s (%d of %d)", unit.id, number, len(units))
+    todo = unfinished(found, units, again)
+    good, bad = check_units(todo)
+    for result in bad:
+        found = store.with_run(found, result, order)
+        store.write(out, found)
+    for unit in good:
+        log.info("sweep: %s (%d of %d)", unit.id, units.index(unit) + 1, len(units))
         folder = Path(unit.recipe.output_dir).expanduser()
         known = reuse.setdefault(folder, Reuse.of_runs(folder))
         result = _run_one(sweep, unit, known, command, quiet, run)
@@ -63,6 +66,46 @@ def run_sweep(
         store.write(out, found)
         _release_memory()
     return found
+
+
+def unfinished(found: SweepResults, units: Sequence[Unit], again: bool) -> list[Unit]:
+    """The runs that are to be made: all with `again`, otherwise those that the results do not hold as done."""
+    todo = []
+    for unit in units:
+        before = found.find(unit.recipe_name, unit.cell, unit.seed)
+        if before is not None and not again and is_done(before, unit):
+            log.info("sweep: %s is done", unit.id)
+        else:
+            todo.append(unit)
+    return todo
+
+
+def check_units(units: Sequence[Unit]) -> tuple[list[Unit], list[RunResult]]:
+    """Runs whose data are as they should be, and the records of the others.
+
+    Rows that no stage reads before a model is trained are all read here (planning/check.py), so that a bad one is found
+    before the sweep's first step and not after its last. Runs with the same data are checked once.
+    """
+    said: dict[str, str | None] = {}
+    good, bad = [], []
+    for unit in units:
+        tree = unit.recipe.model_dump(mode="json", by_alias=True)
+        kept = artifact.hash_json({key: tree[key] for key in ("task", "data", "eval", "augment", "pretrain")})
+        if kept not in said:
+            try:
+                check_data(unit.recipe, whole=True)
+                said[kept] = None
+            except StorageError:
+                raise
+            except BitDistillError as error:
+                said[kept] = str(error)
+        message = said[kept]
+        if message is None:
+            good.append(unit)
+            continue
+        log.error("sweep: %s failed: %s", unit.id, message)
+        bad.append(failed_result(unit, message))
+    return good, bad
 
 
 def open_results(sweep: Sweep, out: Path, command: str) -> SweepResults:
