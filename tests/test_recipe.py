@@ -71,6 +71,21 @@ def test_method_as_a_flag_goes_over_the_file_and_under_other_flags(write):
         load_recipe(path, ["method=papr"])
 
 
+def test_the_paper_method_covers_every_choice_of_its_losses(write):
+    departed = (
+        "distill: {tau_squared: true, distilled_tokens: all, ce_weight: 0.3, relation: {alpha_v: 0}}\n"
+        "refine: {quantize_activations: false}\n"
+    )
+    recipe = load_recipe(write(MINIMAL + departed), ["method=paper"])
+    assert (recipe.distill, recipe.refine) == (
+        load_recipe(write(MINIMAL), ["method=paper"]).distill,
+        load_recipe(write(MINIMAL), ["method=paper"]).refine,
+    )
+    # Keys of a file that names the method itself lie over it
+    own = load_recipe(write(MINIMAL + departed + "method: paper\n"))
+    assert own.distill.tau_squared
+
+
 def test_the_shipped_recipes_become_the_papers_by_one_flag():
     for path in sorted((Path(__file__).parents[1] / "recipes").glob("*-smollm2-135m.yaml")):
         recipe = load_recipe(path, ["method=paper"])
@@ -180,6 +195,16 @@ def test_task_file_errors_name_the_task_file(write):
         ("device: gpu", 'got "gpu", expected "auto" or "cpu" or "cuda"; did you mean "cuda"?'),
         ("method: papr", 'got "papr", expected "bitdistill" or "paper"; did you mean "paper"?'),
         ("distill: {relation: {layer: [1, x]}}", "distill.relation.layer"),
+        ("distill: {relation: {layer: []}}", "distill.relation.layer"),
+        ("distill: {gamma: true}", "distill.gamma: got true, expected a number"),
+        ("distill: {lambda: true}", "distill.lambda: got true, expected a number"),
+        ("sft: {epochs: true}", "sft.epochs: got true, expected a number"),
+        ("seed: true", "seed: got true, expected a number"),
+        ("pretrain: {sequence_length: 1}", "pretrain.sequence_length: got 1, expected a whole number >= 2"),
+        (
+            "distill: {ce_weight: 0, lambda: 0, gamma: 0, hidden_weight: 0}",
+            "ce_weight, lambda, gamma, hidden_weight and prompt_weight are all 0",
+        ),
         ("track: {wandb: true}", "track.wandb: unknown key; valid keys: tensorboard, trackio"),
     ],
 )

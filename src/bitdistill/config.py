@@ -38,13 +38,22 @@ MOST_TEACHERS = 16
 MOST_COUNT = 10**15
 """More of anything is a slip of the pen, and would overflow where counts meet floats and C integers."""
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
-Epochs = Annotated[float, Field(gt=0.0, le=MOST_COUNT)]
+
+def _no_truth(value: Any) -> Any:
+    """Pydantic takes true for 1; `gamma: true` is a slip of the pen."""
+    if isinstance(value, bool):
+        raise ValueError(f"got {str(value).lower()}, expected a number")
+    return value
+
+
+Number = BeforeValidator(_no_truth)
+Fraction = Annotated[float, Number, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Number, Field(gt=0.0)]
+NonNegative = Annotated[float, Number, Field(ge=0.0)]
+Count = Annotated[int, Number, Field(ge=1, le=MOST_COUNT)]
+Epochs = Annotated[float, Number, Field(gt=0.0, le=MOST_COUNT)]
 Text = Annotated[str, Field(min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Number, Field(ge=0, lt=2**63)]
 
 
 class ModelSource(Strict):
@@ -283,7 +292,7 @@ class PretrainConfig(Strict):
     """How an output differs (losses/hidden.py). normed: after the norm that comes next, for models in which a few
     channels are most of the norm. What it was worth: docs/method.md."""
     budget_tokens: Count = 50_000_000
-    sequence_length: Count = 1024
+    sequence_length: Annotated[int, Field(ge=2, le=MOST_COUNT)] = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="linear", weight_decay=0.0)
     """linear: 5 to 10 % less KL on held-out text than wsd with 30 % of decay (docs/log.md, run 20), whose budgets
     share a stable phase (`branch_steps`)."""
@@ -320,9 +329,11 @@ class RelationConfig(Strict):
     """Divides the cosine relations (ignored by scaled_dot)."""
     heads: Count | None = None
     """Relation heads A_r: states are re-split into this many heads; None: the model's own heads of Q, K and V."""
-    layer: int | Literal["auto", "auto:divergence", "auto:alignment", "auto:entropy"] | tuple[int, ...] = (
-        "auto"
-    )
+    layer: (
+        int
+        | Literal["auto", "auto:divergence", "auto:alignment", "auto:entropy"]
+        | Annotated[tuple[int, ...], Field(min_length=1)]
+    ) = "auto"
     """Layer index (negative counts from the end), a list (losses are averaged), or auto: by a figure taken on a few
     batches before stage 3 (stages/layer_probe.py; auto alone is auto:divergence)."""
     alpha_q: NonNegative = 1.0
@@ -366,6 +377,16 @@ class DistillConfig(Strict):
     relation: RelationConfig = RelationConfig()
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DistillConfig:
+        weights = (self.ce_weight, self.lambda_, self.hidden_weight, self.prompt_weight)
+        if not any(weights) and self.gamma != "auto" and not self.gamma:
+            raise ValueError(
+                "ce_weight, lambda, gamma, hidden_weight and prompt_weight are all 0, so nothing would be learnt; "
+                "set one above 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _teachers_have_a_loss(self) -> DistillConfig:
@@ -521,17 +542,20 @@ class Recipe(Strict):
 METHODS: dict[str, dict[str, object]] = {
     "bitdistill": {},
     "paper": {
-        "refine": {"subln": "paper", "gains": "ones"},
+        "refine": {"subln": "paper", "gains": "ones", "quantize_activations": True},
         "pretrain": {"objective": "lm", "hidden_weight": 0.0},
         "augment": None,
         "distill": {
             "hidden_weight": 0.0,
             "prompt_weight": 0.0,
             "teachers": 1,
+            "ce_weight": 1.0,
             "lambda": 10.0,
             "temperature": 5.0,
+            "tau_squared": False,
+            "distilled_tokens": "answer",
             "gamma": 1e5,
-            "relation": {"form": "scaled_dot", "heads": None},
+            "relation": {"form": "scaled_dot", "heads": None, "alpha_q": 1.0, "alpha_k": 1.0, "alpha_v": 1.0},
         },
     },
 }

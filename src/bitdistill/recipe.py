@@ -24,7 +24,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from bitdistill import recipe_errors
 from bitdistill.artifact import hash_json
 from bitdistill.config import METHODS, ExportConfig, Recipe, Task
-from bitdistill.errors import RecipeError
+from bitdistill.errors import ArtifactError, RecipeError
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
@@ -76,6 +76,50 @@ def parse_recipe(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         places = recipe_errors.Places(where, {})
         raise RecipeError(recipe_errors.one_line(error, dict(tree), Recipe, places)) from None
+
+
+def check_base(recipe: Recipe, manifest: Mapping[str, Any], key: str, folder: Path) -> None:
+    """Whether a ternary base is what the recipe's own stages 1 and 2 would make, as far as the recipe says it.
+
+    A base brings SubLN, gains and losses of its own, which `refine` and `pretrain` would only seem to set.
+
+    Args:
+        key: `base`, which is taken as it is, or `start`, which stage 2 trains further, by its own objective.
+
+    Raises:
+        ArtifactError: it was made with other settings. What a manifest does not hold is not compared.
+    """
+    assert recipe.pretrain is not None
+    plan = manifest.get("plan") or {}
+    made = {f"refine.{name}": plan.get(name) for name in ("subln", "quantize_activations")}
+    if plan.get("subln") != "none":
+        made["refine.gains"] = ((manifest.get("recipe") or {}).get("refine") or {}).get("gains")
+    if key == "base":
+        stage = (manifest.get("inputs") or {}).get("pretrain") or {}
+        made["pretrain.objective"] = stage.get("objective")
+        if stage.get("objective") != "lm":
+            made["pretrain.hidden_weight"] = stage.get("hidden_weight")
+    for name, value in made.items():
+        section, _, field = name.partition(".")
+        own = getattr(getattr(recipe, section), field)
+        if value is not None and value != own:
+            raise ArtifactError(
+                f"pretrain.{key}: {folder}: made with {name}: {recipe_errors.show(value)}, where the recipe says "
+                f"{recipe_errors.show(own)}; set {name} to the base's, or train one "
+                f"(pretrain.{key}: null, and a corpus)"
+            )
+
+
+def resolved_value(key: str, value: Any, folder: Path) -> Any:
+    """The value of a dotted key, or of a whole section, with its relative paths made absolute against `folder`."""
+    *sections, last = key.split(".")
+    tree: Tree = {}
+    leaf = tree
+    for name in sections:
+        leaf = leaf.setdefault(name, {})
+    leaf[last] = copy.deepcopy(value)
+    _resolve_paths(tree, folder)
+    return (leaf if sections else tree)[last]
 
 
 def export_options(overrides: Sequence[str]) -> ExportConfig:

@@ -40,8 +40,13 @@ class Places:
 def one_line(error: ValidationError, tree: Mapping[str, Any], model: type[BaseModel], places: Places) -> str:
     """The first error in full, and how many more there are."""
     messages: dict[tuple[str, ...], str] = {}
+    found = error.errors()
     # Unknown keys first: a misspelt key is often the cause of the others.
-    for details in sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden"):
+    for details in sorted(found, key=lambda e: e["type"] != "extra_forbidden"):
+        here = details["loc"]
+        # A list with a bad entry is called too short as well
+        if details["type"] == "too_short" and any(e["loc"][: len(here)] == here != e["loc"] for e in found):
+            continue
         keys = _keys(details, tree)
         messages.setdefault(keys, f"{places.of(keys)}: {_message(details, keys, tree, model)}")
     first = next(iter(messages.values())).replace("\n", " ")
@@ -110,6 +115,8 @@ def _message(
     expected = _expected(keys, model)
     if kind == "finite_number":
         expected = "a finite number"
+    elif kind == "too_short":
+        expected = "a list of one entry at least"
     elif kind == "string_too_short":
         expected = "a text that is not empty"
     elif kind in ("less_than", "less_than_equal"):
@@ -161,6 +168,11 @@ def _field(keys: tuple[str, ...], model: type[BaseModel]) -> tuple[Any, list[Any
     section: type[BaseModel] | None = model
     found = None
     for key in keys:
+        if key.isdigit() and found is not None:  # an entry of a list
+            item = _item(found[0])
+            inner = [] if item is None else _models(item)
+            found, section = None if item is None else (item, []), inner[0] if inner else None
+            continue
         if section is None:
             return None
         for name, info in section.model_fields.items():
@@ -172,6 +184,13 @@ def _field(keys: tuple[str, ...], model: type[BaseModel]) -> tuple[Any, list[Any
         else:
             return None
     return found
+
+
+def _item(annotation: Any) -> Any:
+    """What a list's entries are; None where the annotation has no list."""
+    if get_origin(annotation) in (tuple, list):
+        return get_args(annotation)[0]
+    return next((item for part in get_args(annotation) if (item := _item(part)) is not None), None)
 
 
 def _expected(keys: tuple[str, ...], model: type[BaseModel]) -> str:

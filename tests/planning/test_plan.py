@@ -14,7 +14,7 @@ from bitdistill import artifact
 from bitdistill.cli.main import app
 from bitdistill.errors import ArtifactError, BitDistillError, DataError, ModelError, RecipeError, UsageError
 from bitdistill.planning import check
-from bitdistill.planning.plan import make_plan
+from bitdistill.planning.plan import check_model, make_plan
 from bitdistill.recipe import load_recipe
 from bitdistill.stages import branch
 from bitdistill.sweep.spec import expand, load_sweep
@@ -237,6 +237,13 @@ def test_a_held_out_share_must_be_a_row(write):
 def test_what_does_not_fit_is_said(write, replaced, kind, expected):
     with pytest.raises(kind, match=expected):
         make_plan(load_recipe(write(**replaced)))
+
+
+def test_a_student_is_no_model_to_distil(write):
+    student = Path(bitdistill.__file__).parent / "assets/demo/base"
+    for refuse in (make_plan, check_model):
+        with pytest.raises(ModelError, match="this model is a student; give the full-precision model"):
+            refuse(load_recipe(write(), [f"model.path={student}"]))
 
 
 @pytest.mark.parametrize(

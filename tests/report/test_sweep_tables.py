@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -258,3 +259,16 @@ def test_the_readmes_table_comes_from_the_headline_results(tmp_path: Path) -> No
     line = next(line for line in readme.read_text("utf-8").splitlines() if line.startswith("| r, "))
     assert f"| {student:.2f} (2 seeds) | " in line
     assert line.endswith(f"| {direct.value:.2f} (1 seed) | {literal.rows[1].value:.2f} (1 seed) |")
+
+
+def test_a_gap_over_fewer_seeds_than_the_row_says_so() -> None:
+    results = sweep_results.read(Path(__file__).parents[2] / "results/sweeps/headline-gemma3-270m.json")
+    line = next(x for x in sweep_tables.lines(results) if x.gap is not None)
+    assert line.gap is not None
+    assert "seed" not in sweep_tables.gap_words(line.gap)
+    fewer = dataclasses.replace(line, values={**line.values, 99: 1.0})
+    assert (
+        sweep_tables.marked_gap(fewer, "")
+        == f"{sweep_tables.gap_words(line.gap)} ({len(line.gap.seeds)} seeds)"
+    )
+    assert sweep_tables.marked_gap(line, "") == sweep_tables.gap_words(line.gap)

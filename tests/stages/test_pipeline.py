@@ -30,6 +30,7 @@ from bitdistill.errors import (
 from bitdistill.losses.logits import language_model_chunk
 from bitdistill.models.load import load_tokenizer
 from bitdistill.models.student import load_student, pack
+from bitdistill.planning.check import check_data
 from bitdistill.quant.linear import BitLinear, PackedBitLinear
 from bitdistill.report.run_folder import read_run
 from bitdistill.report.sweep_results import costs
@@ -292,6 +293,44 @@ def test_given_base_of_another_model_is_refused(work: Path) -> None:
         pipeline.run(recipe(work, "name=b", f"pretrain.base={base}"), until="pretrain", quiet=True)
     with pytest.raises(ArtifactError, match="no artifact here"):
         pipeline.run(recipe(work, "name=c", f"pretrain.base={work}/model"), until="pretrain", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("refine.subln=none", 'refine.subln: "paper", where the recipe says "none"'),
+        (
+            "refine.quantize_activations=false",
+            "refine.quantize_activations: true, where the recipe says false",
+        ),
+        ("refine.gains=ones", 'refine.gains: "calibrated", where the recipe says "ones"'),
+        ("pretrain.objective=lm", 'pretrain.objective: "kl", where the recipe says "lm"'),
+        ("pretrain.hidden_weight=0", "pretrain.hidden_weight: 1.0, where the recipe says 0.0"),
+        ("method=paper", 'refine.gains: "calibrated", where the recipe says "ones"'),
+    ],
+)
+def test_a_base_that_is_not_the_recipes_is_refused(work: Path, override: str, message: str) -> None:
+    result = pipeline.run(recipe(work), until="pretrain", quiet=True)
+    other = recipe(work, "name=b", f"pretrain.base={result.base}", override)
+    for check in (lambda: check_data(other), lambda: pipeline.run(other, until="pretrain", quiet=True)):
+        with pytest.raises(ArtifactError, match=f"made with {message}"):
+            check()
+    if override.startswith("refine"):  # which a start brings as well
+        with pytest.raises(ArtifactError, match=f"pretrain.start: .*made with {message}"):
+            check_data(recipe(work, "name=c", f"pretrain.start={result.base}", override))
+
+
+def test_the_losses_of_stage_3_add_up(work: Path) -> None:
+    weights = ("distill.ce_weight=0.5", "distill.lambda=7", "distill.gamma=3", "distill.hidden_weight=0.25")
+    result = pipeline.run(
+        recipe(work, *weights, "distill.prompt_weight=2", "bitnet_sft=null"), until="distill", quiet=True
+    )
+    log = [json.loads(line) for line in (result.run_dir / "logs/distill.jsonl").read_text().splitlines()]
+    assert log
+    for entry in log:
+        assert min(entry[name] for name in ("ce", "ld", "ad", "hidden", "prompt")) > 0
+        terms = (0.5, "ce"), (7, "ld"), (3, "ad"), (0.25, "hidden"), (2, "prompt")
+        assert entry["loss"] == pytest.approx(sum(w * entry[name] for w, name in terms), rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from bitdistill import artifact, pipeline
 from bitdistill.cli.main import app
-from bitdistill.errors import ArtifactError, Interrupted, RecipeError, UsageError
+from bitdistill.errors import ArtifactError, Interrupted, RecipeError, StorageError, UsageError
 from bitdistill.report import paired, sweep_results, sweep_tables
 from bitdistill.report.inspect import read_stats
-from bitdistill.sweep.run import run_sweep
+from bitdistill.sweep.run import failed_result, run_sweep, warn_of_others
 from bitdistill.sweep.spec import expand, load_sweep, only_rows
 from tests.stages.conftest import _one_thread, work  # noqa: F401
 
@@ -90,8 +90,13 @@ def test_a_sweep_shares_teachers_bases_and_scores(work: Path) -> None:  # noqa: 
 
     models = paired.read_models(out)
     assert set(models) == {"both", "both/teacher", "ce", "ce/teacher"}
-    done = CliRunner().invoke(app, ["compare", f"{out}:both", f"{out}:both/teacher", "--json"])
-    assert json.loads(done.output)["comparisons"][0]["seeds"] == [0, 1]
+    for student in ("both", "both/bitdistill"):
+        done = CliRunner().invoke(app, ["compare", f"{out}:{student}", f"{out}:both/teacher", "--json"])
+        assert json.loads(done.output)["comparisons"][0]["seeds"] == [0, 1]
+    for command in ("results", "report"):
+        done = CliRunner().invoke(app, [command, str(out)])
+        assert isinstance(done.exception, ArtifactError)
+        assert "a file of results; give the run's folder" in str(done.exception)
 
 
 def test_a_sweep_can_measure_the_weights(work: Path) -> None:  # noqa: F811
@@ -143,7 +148,7 @@ def test_a_run_that_fails_does_not_stop_the_others(work: Path) -> None:  # noqa:
     assert isinstance(done.exception, ArtifactError)
     assert "1 of 3 runs failed, first tiny/far/0: " in str(done.exception)
     assert [r.status for r in sweep_results.read(out).runs] == ["failed", "done", "done"]
-    assert "outside the model's 3 layers" in done.output
+    assert "the model has 3 layers" in done.output
 
 
 def test_rows_that_are_read_last_are_checked_before_the_first_run(work: Path) -> None:  # noqa: F811
@@ -285,12 +290,93 @@ def test_the_papers_recipe_has_one_teacher(work: Path) -> None:  # noqa: F811
             "cell x: recipes: z: .* has tiny",
         ),
         ("name: a\nrecipes: [gone.yaml]\n", "gone.yaml: no such file"),
+        ("name: a\nrecipes: [recipe.yaml]\nseeds: []\n", "seeds"),
+        ("name: a\nrecipes: [recipe.yaml]\nseeds: [1, 1]\n", "seeds: 1, 1: one is there twice"),
+        (
+            "name: a\nrecipes: [recipe.yaml]\ncells: []\n",
+            r"cells: got \[\], expected a list of one entry at least",
+        ),
+        ("name: a\nrecipes: [recipe.yaml]\nset: {seed: 3}\n", "set: seed: not here; use seeds"),
+        (
+            "name: a\nrecipes: [recipe.yaml]\ncells: [{name: x, set: {seed: 3}}]\n",
+            "cell x: set: seed: not here",
+        ),
+        ("name: a\nrecipes: [recipe.yaml]\ngrid: [{key: seed, values: [1]}]\n", "grid: seed: not here"),
+        ("name: a\nrecipes: [recipe.yaml, ./recipe.yaml]\n", "two have the name tiny"),
+        (
+            "name: a\nrecipes: [recipe.yaml]\nset: {bitnet_sft: null}\nrows: [bitnet_sft]\n",
+            "only bitnet_sft, but tiny has bitnet_sft: null",
+        ),
+        (
+            "name: a\nrecipes: [recipe.yaml]\ncells: [{name: x, rows: [student]}]\n",
+            'cells.0.rows.0: got "student", expected "teacher" or "bitnet_sft" or "bitdistill"$',
+        ),
+        ("name: a\nrecipes: [recipe.yaml]\ncells: [{name: x, rows: []}]\n", "cells.0.rows"),
     ],
 )
 def test_bad_sweeps_are_named(work: Path, text: str, message: str) -> None:  # noqa: F811
     with pytest.raises(RecipeError, match=message) as caught:
         expand(load_sweep(spec(work, text)), work)
     assert "\n" not in str(caught.value)
+
+
+def test_paths_of_whole_sections_are_the_sweeps(
+    work: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    elsewhere = work / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "train.jsonl").write_text("", "utf-8")
+    (work / "task.yaml").write_text(
+        'name: other\nkind: classification\ntemplate: "{text} w8"\nlabels: {a: " w90", b: " w91"}\n', "utf-8"
+    )
+    text = "name: a\nrecipes: [recipe.yaml]\nset: {task: task.yaml, data: {train: train.jsonl, test: test.jsonl}}\n"
+    monkeypatch.chdir(elsewhere)
+    (unit,) = expand(load_sweep(spec(work, text)), work)
+    assert unit.recipe.data.train == str(work / "train.jsonl")
+    assert unit.recipe.task.template == "{text} w8"
+    with pytest.raises(UsageError, match="--set seed=3: a sweep's runs have the seeds"):
+        expand(load_sweep(spec(work, text)), work, overrides=["seed=3"])
+
+
+def test_results_that_do_not_belong_together_are_named(
+    work: Path,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, out = spec(work), work / "out.json"
+    every = expand(load_sweep(path), work)
+    found = sweep_results.SweepResults(name="losses")
+    for unit in every:
+        found = sweep_results.with_run(found, failed_result(unit, "x"), [])
+    with caplog.at_level("WARNING", logger="bitdistill"):
+        warn_of_others(found, every, every[:1], out)
+        assert not caplog.messages
+        other = expand(load_sweep(path), work, overrides=["sft.epochs=3"])
+        warn_of_others(found, other, other[2:], out)
+        renamed = expand(load_sweep(spec(work, SWEEP.replace("name: ce", "name: labels"))), work)
+        warn_of_others(found, renamed, renamed, out)
+    assert "tiny/both/0, tiny/both/1 were made with other settings" in caplog.messages[0]
+    assert "tiny/ce/0 are no runs of this sweep any more" in caplog.messages[1]
+    assert len(caplog.messages) == 2
+
+
+def test_places_of_results_are_tried_before_the_first_run(work: Path) -> None:  # noqa: F811
+    def never(*_: Any, **__: Any) -> pipeline.RunResult:
+        raise AssertionError
+
+    with pytest.raises(
+        ArtifactError, match=r"a folder; --out takes the results file, for example .*losses.json"
+    ):
+        go(spec(work), work, run=never)
+    with pytest.raises(StorageError, match=r"train\.jsonl"):
+        go(spec(work), work / "train.jsonl" / "out.json", run=never)
+
+
+def test_a_dry_run_refuses_what_the_model_cannot_have(work: Path) -> None:  # noqa: F811
+    text = SWEEP.replace("distill.gamma: 0}", "distill.relation.layer: 9}")
+    done = CliRunner().invoke(app, ["sweep", str(spec(work, text)), "--dry-run"])
+    assert isinstance(done.exception, RecipeError)
+    assert "distill.relation.layer: 9, the model has 3 layers" in str(done.exception)
 
 
 def test_results_of_another_sweep_are_kept(work: Path) -> None:  # noqa: F811

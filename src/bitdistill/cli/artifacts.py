@@ -27,6 +27,11 @@ def run_folder(path: Path) -> Path:
         return path
     if not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise ArtifactError(f"{path}: no such folder; give a run's folder or its recipe")
+    if path.suffix == ".json":
+        raise ArtifactError(
+            f"{path}: a file of results; give the run's folder or its recipe (a sweep's table: the same "
+            "`bitdistill sweep` again, which makes nothing anew; two of its rows: `bitdistill compare`)"
+        )
     from bitdistill.recipe import load_recipe, run_dir
 
     folder = run_dir(load_recipe(path))

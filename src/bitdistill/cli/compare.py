@@ -70,6 +70,10 @@ def _models(text: str, seeds: bool) -> tuple[dict[str, Scored], str | None]:
 def _pairs(
     first: tuple[dict[str, Scored], str | None], second: tuple[dict[str, Scored], str | None], a: str, b: str
 ) -> list[tuple[Scored, Scored]]:
+    first, second = (
+        (models, row if row is None or row in models else row.removesuffix("/bitdistill"))
+        for models, row in (first, second)
+    )
     for (models, row), text in ((first, a), (second, b)):
         if row is not None and row not in models:
             raise ArtifactError(f"{text}: no row {row!r} here; rows: {', '.join(models)}")

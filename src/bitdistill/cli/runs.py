@@ -166,11 +166,13 @@ def run_until(
 ) -> RunResult:
     """Run a recipe up to a stage and print what came out."""
     from bitdistill.planning.check import check_data
+    from bitdistill.planning.plan import check_model
     from bitdistill.recipe import load_recipe
 
     set_up_logging(quiet)
     recipe = load_recipe(path, set_ or [])
     # Before torch is even imported: what would otherwise be found after minutes or hours.
+    check_model(recipe)
     check_data(recipe, scoring=until in (None, StageName.eval, StageName.report), whole=True)
     return _go(recipe, redo, json_, quiet, until=until)
 

@@ -86,11 +86,16 @@ def sweep(
     target = out or Path("results/sweeps") / f"{loaded.name}.json"
     if dry_run:
         from bitdistill.planning.check import check_data
+        from bitdistill.planning.plan import check_model
 
         for unit in units:
+            check_model(unit.recipe)
             check_data(unit.recipe, scoring=True)
         _show_units(units, target, json_, quiet)
         return
+    from bitdistill.sweep.run import open_results, warn_of_others
+
+    warn_of_others(open_results(loaded, target, ""), every, units, target)
     common: dict[str, Any] = {
         "order": [unit.id for unit in every], "command": command_line(), "again": again
     }  # fmt: skip

@@ -125,6 +125,20 @@ def _inside(folder: Path, name: str, where: Path) -> Path:
     return path
 
 
+def check_full_precision(config: Mapping[str, Any], where: str) -> None:
+    """Refuse the config of a model that is quantized already.
+
+    Raises:
+        ModelError: it has a `quantization_config`, as students have.
+    """
+    section = config.get("quantization_config")
+    if section is None:
+        return
+    method = section.get("quant_method") if isinstance(section, dict) else section
+    hint = "a student; give the full-precision model" if method == "bitdistill" else "already quantized"
+    raise ModelError(f"{where}: quantization_config {method!r}: this model is {hint}; choose full precision")
+
+
 def check_headers(files: Iterable[Path], expected: Expected) -> None:
     """Compare the tensors of `files` with `expected`, both ways.
 

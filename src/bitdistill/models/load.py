@@ -80,13 +80,7 @@ def config_dict(source: ModelSource) -> dict[str, Any]:
     if kind == "hub":
         path = _from_hub(source.path, source.revision, ["config.json"])
     config = contents.read_config(path)
-    section = config.get("quantization_config")
-    if section is not None:
-        method = section.get("quant_method") if isinstance(section, dict) else section
-        hint = "a student; give the full-precision model" if method == "bitdistill" else "already quantized"
-        raise ModelError(
-            f"{path}: quantization_config {method!r}: this model is {hint}; choose full precision"
-        )
+    contents.check_full_precision(config, str(path))
     return config
 
 

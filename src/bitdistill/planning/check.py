@@ -14,6 +14,7 @@ from bitdistill.data.tokenizer import plain_ids, special_prefix
 from bitdistill.errors import ArtifactError, DataError
 from bitdistill.eval.metrics import task_metrics
 from bitdistill.planning.estimate import Work
+from bitdistill.recipe import check_base
 
 CHECKED_ROWS = 100
 COUNTED_BYTES = 16 << 20
@@ -116,8 +117,11 @@ def check_data(recipe: Recipe, *, scoring: bool = True, whole: bool = False) -> 
         )
     if recipe.pretrain is not None:
         if recipe.pretrain.start is not None:
-            _check_base(Path(recipe.pretrain.start).expanduser(), "start")
-        _check_corpus(recipe.pretrain.corpus, recipe.pretrain.base)
+            _check_base(recipe, Path(recipe.pretrain.start).expanduser(), "start")
+        if recipe.pretrain.base is not None:
+            _check_base(recipe, Path(recipe.pretrain.base).expanduser(), "base")
+        else:
+            _check_corpus(recipe.pretrain.corpus)
     return found
 
 
@@ -252,11 +256,8 @@ def _decoded(raw: Any, path: Path) -> Any:
     return raw
 
 
-def _check_corpus(corpus: str | None, base: str | None) -> None:
+def _check_corpus(corpus: str | None) -> None:
     """What stage 2 reads: its first document, or what kind of artifact it is."""
-    if base is not None:
-        _check_base(Path(base).expanduser(), "base")
-        return
     if corpus is None:
         raise DataError(
             "pretrain: neither corpus nor base is set; name one, or leave stage 2 out with `pretrain: null`"
@@ -278,11 +279,13 @@ def _check_corpus(corpus: str | None, base: str | None) -> None:
         raise DataError(f"pretrain.corpus: {error}") from None
 
 
-def _check_base(folder: Path, key: str) -> None:
+def _check_base(recipe: Recipe, folder: Path, key: str) -> None:
     if not folder.is_dir():
         raise DataError(f"pretrain.{key}: {folder}: no such folder; give a ternary base, or remove the key")
-    kind = artifact.read_manifest(folder).get("kind")
+    manifest = artifact.read_manifest(folder)
+    kind = manifest.get("kind")
     if kind != "base":
         raise ArtifactError(
             f"pretrain.{key}: {folder}: kind {kind!r}, a ternary base is needed; run `bitdistill pretrain`"
         )
+    check_base(recipe, manifest, key, folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitdistill.config import Recipe
 from bitdistill.errors import DataError, RecipeError, UsageError
+from bitdistill.models import contents
 from bitdistill.models.families import Layout, layout_of
 from bitdistill.planning import check, estimate, sources
 
@@ -118,8 +119,7 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
         device = "cpu" if recipe.device == "cpu" else estimate.detect_device()
     if device not in estimate.DEVICES:
         raise UsageError(f"--on {device}: unknown; choose from {', '.join(estimate.DEVICES)}")
-    config, where = sources.find_config(recipe.model)
-    layout = layout_of(config, where)
+    layout, where = _layout(recipe)
     _check_fit(recipe, layout)
     teacher = _teacher_layout(recipe)
     last = ORDER.index(until) if until else len(ORDER) - 1
@@ -146,6 +146,26 @@ def make_plan(recipe: Recipe, device: str | None = None, *, until: str | None = 
     stages = [stage for stage in stages if ORDER.index(stage.name) <= last]
     packed = estimate.packed_bytes(layout, recipe.refine.subln, recipe.export.float_dtype)
     return Plan(recipe, where, layout, packed, data, stages, device, teacher)
+
+
+def check_model(recipe: Recipe) -> None:
+    """The model's kind and what must fit its shapes, as `make_plan` checks them, where its config is at hand.
+
+    Raises:
+        RecipeError, ModelError: see `make_plan`; not for a model that has to be downloaded first.
+    """
+    if not sources.is_at_hand(recipe.model):
+        return
+    layout, _ = _layout(recipe)
+    _check_fit(recipe, layout)
+    if recipe.teacher is not None and sources.is_at_hand(recipe.teacher):
+        _teacher_layout(recipe)
+
+
+def _layout(recipe: Recipe) -> tuple[Layout, str]:
+    config, where = sources.find_config(recipe.model)
+    contents.check_full_precision(config, where)
+    return layout_of(config, where), where
 
 
 def _check_fit(recipe: Recipe, layout: Layout) -> None:

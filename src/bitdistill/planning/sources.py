@@ -49,6 +49,13 @@ def find_config(source: ModelSource, key: str = "model.path") -> tuple[dict[str,
     )
 
 
+def is_at_hand(source: ModelSource) -> bool:
+    """Whether `find_config` need not wait for a download."""
+    if source.path.endswith(".gguf") or Path(source.path).expanduser().is_dir():
+        return True
+    return not _is_hub_name(source.path) or cached_config(source.path, source.revision) is not None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json.
 

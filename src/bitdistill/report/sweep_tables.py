@@ -216,7 +216,7 @@ def markdown(results: SweepResults) -> list[str]:
         found += [f"**{recipe}** ({first.task}, {first.n:,} {first.split} rows)", ""]
         found += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for line in group:
-            gap = _marked_gap(line, results.reference)
+            gap = marked_gap(line, results.reference)
             cells = [line.label, score(line), str(len(line.values)), gap, seeds_words(line.gap)]
             cells += [p_words(line.gap), "" if line.train_minutes is None else f"{line.train_minutes:.1f}"]
             cells += ["" if line.tokens is None else f"{line.tokens / 1e6:.1f}M"] if with_tokens else []
@@ -234,11 +234,14 @@ def markdown(results: SweepResults) -> list[str]:
     return found
 
 
-def _marked_gap(line: Line, reference: str) -> str:
-    """The gap; where gaps are to a cell, one to the teacher says so."""
-    return gap_words(line.gap) + (
-        " (teacher)" if line.gap and reference and line.against == "teacher" else ""
-    )
+def marked_gap(line: Line, reference: str) -> str:
+    """The gap; one to the teacher where gaps are to a cell, and one over fewer seeds than the row has, say so."""
+    marks = []
+    if line.gap and reference and line.against == "teacher":
+        marks.append("teacher")
+    if line.gap and len(line.gap.seeds) < len(line.values):
+        marks.append(f"{len(line.gap.seeds)} seed{'s' if len(line.gap.seeds) > 1 else ''}")
+    return gap_words(line.gap) + (f" ({', '.join(marks)})" if marks else "")
 
 
 def print_sweep(results: SweepResults, console: Console) -> None:
@@ -260,7 +263,7 @@ def print_sweep(results: SweepResults, console: Console) -> None:
             line.label,
             score(line),
             str(len(line.values)),
-            _marked_gap(line, results.reference),
+            marked_gap(line, results.reference),
             minutes,
         )
         table.add_row(*(Text(cell) for cell in cells))

@@ -27,6 +27,7 @@ from bitdistill.models.load import load_source, source_fingerprint
 from bitdistill.models.norms import gains_after_blocks
 from bitdistill.models.student import load_student
 from bitdistill.quant.linear import BitLinear
+from bitdistill.recipe import check_base
 from bitdistill.stages import branch, kernels
 from bitdistill.stages.common import Run, log
 from bitdistill.stages.refine import open_corpus
@@ -318,7 +319,7 @@ def _verified_base(run: Run, folder: Path, key: str) -> dict[str, Any]:
     """Manifest of a base that the recipe names by `pretrain.<key>`.
 
     Raises:
-        ArtifactError: it is no ternary base, or of another model.
+        ArtifactError: it is no ternary base, or of another model, or made with other settings than the recipe's.
     """
     manifest = artifact.verify(folder)
     if manifest.get("kind") != "base":
@@ -332,6 +333,7 @@ def _verified_base(run: Run, folder: Path, key: str) -> dict[str, Any]:
             f"pretrain.{key}: {folder}: this ternary base was made from another model than {run.recipe.model.path} "
             f"(fingerprint {str(made_from)[:12]}, not {own[:12]}); make one with `bitdistill pretrain`"
         )
+    check_base(run.recipe, manifest, key, folder)
     return manifest
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from bitdistill import artifact, pipeline
 from bitdistill.errors import ArtifactError, BitDistillError, Interrupted, StorageError
 from bitdistill.planning.check import check_data
+from bitdistill.planning.plan import check_model
 from bitdistill.report import sweep_results as store
 from bitdistill.report.run_folder import read_run
 from bitdistill.report.sweep_results import RunResult, SweepResults
@@ -68,6 +69,34 @@ def run_sweep(
     return found
 
 
+def warn_of_others(found: SweepResults, every: Sequence[Unit], units: Sequence[Unit], out: Path) -> None:
+    """Say which results stay in the file though they are not of the sweep as it now stands, or not of its settings.
+
+    Args:
+        every: all the sweep's runs.
+        units: those that are to be made now, whose results are replaced.
+    """
+    made = {unit.id for unit in units}
+    now = {unit.id: unit.digest for unit in every}
+    gone, other = [], []
+    for result in found.runs:
+        name = f"{result.recipe}/{result.cell}/{result.seed}"
+        if name not in now:
+            gone.append(name)
+        elif name not in made and result.digest != now[name]:
+            other.append(name)
+    for names, why in (
+        (gone, "are no runs of this sweep any more"),
+        (other, "were made with other settings"),
+    ):
+        if names:
+            log.warning(
+                "sweep: %s: %s %s; they stay in its table, beside rows that they do not compare with. "
+                "Another --out begins a file of its own",
+                out, ", ".join(names[:6]) + (" and more" if len(names) > 6 else ""), why,
+            )  # fmt: skip
+
+
 def unfinished(found: SweepResults, units: Sequence[Unit], again: bool) -> list[Unit]:
     """The runs that are to be made: all with `again`, otherwise those that the results do not hold as done."""
     todo = []
@@ -90,9 +119,11 @@ def check_units(units: Sequence[Unit]) -> tuple[list[Unit], list[RunResult]]:
     good, bad = [], []
     for unit in units:
         tree = unit.recipe.model_dump(mode="json", by_alias=True)
-        kept = artifact.hash_json({key: tree[key] for key in ("task", "data", "eval", "augment", "pretrain")})
+        read = ("model", "teacher", "task", "data", "eval", "augment", "refine", "pretrain", "distill")
+        kept = artifact.hash_json({key: tree.get(key) for key in read})
         if kept not in said:
             try:
+                check_model(unit.recipe)
                 check_data(unit.recipe, whole=True)
                 said[kept] = None
             except StorageError:
@@ -115,7 +146,13 @@ def open_results(sweep: Sweep, out: Path, command: str) -> SweepResults:
         ArtifactError: `out` is there and is no sweep's results, or another sweep's.
     """
     head = {key: getattr(sweep, key) for key in ("name", "title", "note", "figure", "x_label", "reference")}
+    if out.is_dir():
+        raise ArtifactError(
+            f"{out}: a folder; --out takes the results file, for example {out / sweep.name}.json"
+        )
     if not out.is_file():
+        with artifact.storage_errors(out.parent):  # now, and not after the first run
+            out.parent.mkdir(parents=True, exist_ok=True)
         return SweepResults(**head, command=command)
     before = store.read(out)
     if before.name != sweep.name:

@@ -27,9 +27,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from bitdistill import recipe_errors
 from bitdistill.artifact import hash_json
-from bitdistill.config import Recipe, Strict
+from bitdistill.config import Recipe, Seed, Strict
 from bitdistill.errors import RecipeError, UsageError
-from bitdistill.recipe import absolute_source, load_recipe, read_yaml
+from bitdistill.recipe import absolute_source, load_recipe, read_yaml, resolved_value
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 RowName = Literal["teacher", "bitnet_sft", "bitdistill"]
@@ -50,9 +50,9 @@ class Cell(Strict):
     """Place on the figure's axis (tokens, a layer, parameters)."""
     line: str = ""
     """Curve of the figure that this cell belongs to."""
-    rows: tuple[RowName, ...] | None = None
+    rows: Annotated[tuple[RowName, ...], Field(min_length=1)] | None = None
     """Models that are made and scored; default: the sweep's."""
-    seeds: tuple[int, ...] | None = None
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None
     """Default: the sweep's."""
     recipes: tuple[str, ...] | None = None
     """Names of the recipes that it is for (`*` and `?` stand for others); default: all of the sweep's."""
@@ -76,15 +76,15 @@ class Sweep(Strict):
     """How docs/results.md shows it, besides the table."""
     x_label: str = ""
     recipes: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     settings: dict[str, Any] = Field(default={}, alias="set")
     """Recipe keys and values of every cell."""
-    cells: tuple[Cell, ...] = (Cell(name="run"),)
+    cells: tuple[Cell, ...] = Field(default=(Cell(name="run"),), min_length=1)
     grid: tuple[Axis, ...] = ()
     """Every cell is taken with every combination of these."""
     reference: str = ""
     """Cell that the others' students are compared with; empty: each with its own teacher."""
-    rows: tuple[RowName, ...] = ("teacher", "bitdistill")
+    rows: tuple[RowName, ...] = Field(default=("teacher", "bitdistill"), min_length=1)
     curves: tuple[StageLogName, ...] = ()
     """Stages whose training curves are kept in the results."""
     stats: bool = False
@@ -92,6 +92,17 @@ class Sweep(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
+        for place, keys in (
+            ("set", self.settings),
+            *((f"cell {cell.name}: set", cell.settings) for cell in self.cells),
+            ("grid", [axis.key for axis in self.grid]),
+        ):
+            for key, instead in (("seed", "use seeds"), ("name", "runs are named by recipe and cell")):
+                if key in keys:
+                    raise ValueError(f"{place}: {key}: not here; {instead}")
+        for seeds in (self.seeds, *(cell.seeds or () for cell in self.cells)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds: {', '.join(map(str, seeds))}: one is there twice; give each once")
         names = [cell.name for cell in self.cells]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -161,6 +172,11 @@ def expand(
         UsageError: nothing matches `only`.
         RecipeError: a recipe, key or value is not valid, or more than MAX_RUNS runs.
     """
+    for text in overrides:
+        if text.partition("=")[0].strip() in ("seed", "name"):
+            raise UsageError(
+                f"--set {text}: a sweep's runs have the seeds and names of its file; change these there"
+            )
     units: list[Unit] = []
     names = _recipe_names(sweep, folder)
     for recipe_path in sweep.recipes:
@@ -197,6 +213,7 @@ def expand(
                         digest=digest,
                     )
                 )
+    _check_units(sweep, units)
     if only:
         for pattern in only:
             if not any(_matches(unit, pattern) for unit in units):
@@ -204,6 +221,23 @@ def expand(
                 raise UsageError(f"--only {pattern}: no run matches; runs: {known[:300]}")
         units = [unit for unit in units if any(_matches(unit, pattern) for pattern in only)]
     return units
+
+
+def _check_units(sweep: Sweep, units: Sequence[Unit]) -> None:
+    """Runs that could not be told apart, and runs that would make nothing."""
+    seen: set[str] = set()
+    for unit in units:
+        if unit.id in seen:
+            raise RecipeError(
+                f"{sweep.name}: recipes: two have the name {unit.recipe_name}, by which their results are kept; "
+                "give each its own (name: in the recipe)"
+            )
+        seen.add(unit.id)
+        if set(unit.rows) == {"bitnet_sft"} and unit.recipe.bitnet_sft is None:
+            raise RecipeError(
+                f"{sweep.name}: cell {unit.cell}: rows: only bitnet_sft, but {unit.recipe_name} has bitnet_sft: null; "
+                "name another row"
+            )
 
 
 def _recipe_names(sweep: Sweep, folder: Path) -> dict[str, str]:
@@ -257,13 +291,7 @@ def _word(key: str, value: Any) -> str:
 
 def _override(key: str, value: Any, folder: Path) -> str:
     """A `KEY=VALUE` for load_recipe, whose values are YAML: JSON is. Paths are the sweep file's."""
-    sources = ("data.train", "data.validation", "data.test", *(f"pretrain.{k}" for k in PRETRAIN_SOURCES))
-    models = ("model.path", "model.tokenizer", "teacher.path", "teacher.tokenizer")
-    if isinstance(value, str) and key in (*sources, *models):
-        value = absolute_source(value, folder, hub=key in models)
-    if key in ("data.unlabelled", "augment.texts"):
-        value = [absolute_source(source, folder) for source in ([value] if isinstance(value, str) else value)]
-    return f"{key}={json.dumps(value, allow_nan=False)}"
+    return f"{key}={json.dumps(resolved_value(key, value, folder), allow_nan=False)}"
 
 
 def _localised(recipe: Recipe, local: Mapping[str, str]) -> Recipe:
