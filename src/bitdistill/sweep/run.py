@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistill import artifact, pipeline
+from bitdistill.config import Recipe
 from bitdistill.errors import ArtifactError, BitDistillError, Interrupted, StorageError
 from bitdistill.planning.check import check_data
 from bitdistill.planning.plan import check_model
@@ -87,7 +88,7 @@ def warn_of_others(found: SweepResults, every: Sequence[Unit], units: Sequence[U
             other.append(name)
     for names, why in (
         (gone, "are no runs of this sweep any more"),
-        (other, "were made with other settings"),
+        (other, "were made with other settings or places of model and data"),
     ):
         if names:
             log.warning(
@@ -110,7 +111,7 @@ def unfinished(found: SweepResults, units: Sequence[Unit], again: bool) -> list[
 
 
 def check_units(units: Sequence[Unit]) -> tuple[list[Unit], list[RunResult]]:
-    """Runs whose data are as they should be, and the records of the others.
+    """Runs that can be made as far as their recipe, model's config and data say, and the records of the others.
 
     Rows that no stage reads before a model is trained are all read here (planning/check.py), so that a bad one is found
     before the sweep's first step and not after its last. Runs with the same data are checked once.
@@ -119,24 +120,25 @@ def check_units(units: Sequence[Unit]) -> tuple[list[Unit], list[RunResult]]:
     good, bad = [], []
     for unit in units:
         tree = unit.recipe.model_dump(mode="json", by_alias=True)
-        read = ("model", "teacher", "task", "data", "eval", "augment", "refine", "pretrain", "distill")
-        kept = artifact.hash_json({key: tree.get(key) for key in read})
+        read = ("task", "data", "eval", "augment", "refine", "pretrain")
+        kept = artifact.hash_json({key: tree[key] for key in read})
         if kept not in said:
-            try:
-                check_model(unit.recipe)
-                check_data(unit.recipe, whole=True)
-                said[kept] = None
-            except StorageError:
-                raise
-            except BitDistillError as error:
-                said[kept] = str(error)
-        message = said[kept]
+            said[kept] = _refusal(lambda recipe: check_data(recipe, whole=True), unit)
+        message = _refusal(check_model, unit) or said[kept]
         if message is None:
             good.append(unit)
             continue
         log.error("sweep: %s failed: %s", unit.id, message)
         bad.append(failed_result(unit, message))
     return good, bad
+
+
+def _refusal(check: Callable[[Recipe], object], unit: Unit) -> str | None:
+    try:
+        check(unit.recipe)
+    except BitDistillError as error:
+        return str(error)
+    return None
 
 
 def open_results(sweep: Sweep, out: Path, command: str) -> SweepResults:
