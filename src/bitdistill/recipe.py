@@ -99,15 +99,17 @@ def check_base(recipe: Recipe, manifest: Mapping[str, Any], key: str, folder: Pa
         made["pretrain.objective"] = stage.get("objective")
         if stage.get("objective") != "lm":
             made["pretrain.hidden_weight"] = stage.get("hidden_weight")
+    differing = []
     for name, value in made.items():
         section, _, field = name.partition(".")
         own = getattr(getattr(recipe, section), field)
         if value is not None and value != own:
-            raise ArtifactError(
-                f"pretrain.{key}: {folder}: made with {name}: {recipe_errors.show(value)}, where the recipe says "
-                f"{recipe_errors.show(own)}; set {name} to the base's, or train one "
-                f"(pretrain.{key}: null, and a corpus)"
-            )
+            differing.append(f"{name}: {recipe_errors.show(value)} (the recipe: {recipe_errors.show(own)})")
+    if differing:
+        raise ArtifactError(
+            f"pretrain.{key}: {folder}: made with {', '.join(differing)}; take the base's values, or train another "
+            f"(pretrain.{key}: null, and a corpus)"
+        )
 
 
 def resolved_value(key: str, value: Any, folder: Path) -> Any:

@@ -376,7 +376,7 @@ def test_a_dry_run_refuses_what_the_model_cannot_have(work: Path) -> None:  # no
     text = SWEEP.replace("distill.gamma: 0}", "distill.relation.layer: 9}")
     done = CliRunner().invoke(app, ["sweep", str(spec(work, text)), "--dry-run"])
     assert isinstance(done.exception, RecipeError)
-    assert "distill.relation.layer: 9, the model has 3 layers" in str(done.exception)
+    assert str(done.exception).startswith("tiny/ce/0: distill.relation.layer: 9, the model has 3 layers")
 
 
 def test_results_of_another_sweep_are_kept(work: Path) -> None:  # noqa: F811

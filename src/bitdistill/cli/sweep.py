@@ -17,7 +17,7 @@ from bitdistill.cli.options import (
     stderr,
     stdout,
 )
-from bitdistill.errors import ArtifactError
+from bitdistill.errors import ArtifactError, BitDistillError
 
 if TYPE_CHECKING:
     from bitdistill.report.sweep_results import RunResult
@@ -89,8 +89,11 @@ def sweep(
         from bitdistill.planning.plan import check_model
 
         for unit in units:
-            check_model(unit.recipe)
-            check_data(unit.recipe, scoring=True)
+            try:
+                check_model(unit.recipe)
+                check_data(unit.recipe, scoring=True)
+            except BitDistillError as error:
+                raise type(error)(f"{unit.id}: {error}") from None
         _show_units(units, target, json_, quiet)
         return
     from bitdistill.sweep.run import open_results, warn_of_others
