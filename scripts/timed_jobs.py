@@ -32,9 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 POLL_S = 0.2
 LINES = 2
 """Of each running job's log, that `status` prints."""
@@ -67,6 +64,9 @@ def read_plan(path: Path) -> list[Job]:
     Raises:
         SystemExit: the file is no plan, or a job needs one that does not stand before it.
     """
+    from ruamel.yaml import YAML  # `status` is asked where only the jobs have bitdistill's packages
+    from ruamel.yaml.error import YAMLError
+
     try:
         rows = YAML(typ="safe").load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
