@@ -79,7 +79,9 @@ def read_plan(path: Path) -> list[Job]:
         if not isinstance(row, dict) or not {"name", "seconds", "command"} <= row.keys():
             fail(f"{place}: expected name, seconds and command")
         if unknown := row.keys() - {"name", "seconds", "command", "needs"}:
-            fail(f"{place}: unknown key {', '.join(sorted(map(str, unknown)))}; name, seconds, command, needs")
+            fail(
+                f"{place}: unknown key {', '.join(sorted(map(str, unknown)))}; name, seconds, command, needs"
+            )
         name, seconds, needs = str(row["name"]), row["seconds"], row.get("needs", [])
         if not name.replace("-", "").replace("_", "").isalnum():
             fail(f"{place}: name {name!r} names a log file; letters, digits, - and _")
@@ -120,7 +122,9 @@ class Runner:
     def start(self, job: Job, gpu: int) -> None:
         environment = dict(os.environ)
         devices = max(1, len(self.gpus))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (self.slots * devices))))
+        environment.setdefault(
+            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (self.slots * devices)))
+        )
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[gpu]
         with (self.work / f"{job.name}.log").open("ab") as log:
