@@ -14,6 +14,10 @@ There, with bundle/start copied; the pieces may come later, in any order, each m
     python3 start/offline_bundle.py status WORK --wait 300     # ends early, with exit status 1, if the work has failed
     python3 start/offline_bundle.py results WORK --into .      # logs, results and predictions, no weights
 
+or, where the machine is there for a limited time, a list of commands instead of one (see timed_jobs.py):
+
+    python3 start/offline_bundle.py start WORK --plan plan.yaml --seconds 1700 --slots 3
+
 `start` installs the wheels in WORK/site and ends with an error if a package is missing or the pipeline cannot be
 imported; then a process of its own waits for the pieces, puts the files together in WORK/files, checks their hashes and
 runs the command in WORK/source. If no further piece comes for `--patience` seconds, the work has failed: transfers that
@@ -51,6 +55,8 @@ LARGEST_RESULT = 8 << 20
 LINES = 15
 """Of the log, that `status` prints."""
 POLL_S = 0.2
+PLAN = "plan:"
+"""In place of bitdistill's command: the end of the machine (time.time()) and the jobs at a time on a GPU follow."""
 CHECK = """
 import importlib.metadata as metadata, json, sys
 def absent(name):
@@ -317,6 +323,10 @@ def state_of(work: Path) -> dict[str, Any]:
 def start(args: argparse.Namespace) -> None:
     """Install, check, and leave a process behind that waits for the pieces and runs the command."""
     here, work = Path(__file__).resolve().parent, args.work.resolve()
+    if (args.plan is None) != bool(args.command) or (args.plan is None) != (args.seconds is None):
+        fail("give a command after --, or --plan and --seconds")
+    if args.plan is not None and not args.plan.is_file():
+        fail(f"--plan {args.plan}: no such file")
     if not (here / "bundle.json").is_file():
         fail(f"{here} is no bundle; `pack` writes one, and its start/ has the script to run")
     if (work / "state.json").exists() and state_of(work)["state"] != "failed":
@@ -345,7 +355,7 @@ def start(args: argparse.Namespace) -> None:
     if not Path(place).resolve().is_relative_to(work):
         fail(f"another bitdistill comes first: {place}; uninstall it here, or take a Python without it")
     own = [str(Path(__file__).resolve()), "work", "--patience", str(args.patience), str(work)]
-    words = [sys.executable, *own, "--", *args.command]
+    words = [sys.executable, *own, "--", *(args.command if args.plan is None else _plan(args, work))]
     with (work / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -356,6 +366,22 @@ def start(args: argparse.Namespace) -> None:
             fail(f"the process that waits for the pieces did not start; see {work / 'log.txt'}")
         time.sleep(POLL_S)
     print(f"{versions}\n{work}: started, process {process.pid}")
+
+
+def _plan(args: argparse.Namespace, work: Path) -> list[str]:
+    """Copy the plan and have it read; returns the words of its start, whose clock runs from now.
+
+    Raises:
+        SystemExit: it is no plan.
+    """
+    shutil.copyfile(args.plan, work / "plan.yaml")
+    command = [sys.executable, "scripts/timed_jobs.py", "check", str(work / "plan.yaml")]
+    checked = subprocess.run(
+        command, cwd=work / "source", env=environment(work), capture_output=True, text=True
+    )
+    if checked.returncode != 0:
+        fail(f"nothing was started: {checked.stderr.strip().removeprefix('error: ')}")
+    return [PLAN, str(time.time() + args.seconds), str(args.slots)]
 
 
 def unpack(work: Path, told: dict[str, Any], patience: float) -> None:
@@ -433,7 +459,12 @@ def work_on(args: argparse.Namespace) -> None:
         raise
     note(work, state="running")
     print(f"[{time.strftime('%X')}] files are there", flush=True)
-    done = subprocess.run(bitdistill(args.command), cwd=work / "source", env=environment(work))
+    command = bitdistill(args.command)
+    if args.command[0] == PLAN:
+        end, slots = args.command[1:]
+        jobs = ["run", str(work / "plan.yaml"), str(work / "jobs"), "--slots", slots]
+        command = [sys.executable, "scripts/timed_jobs.py", *jobs, "--seconds", str(float(end) - time.time())]
+    done = subprocess.run(command, cwd=work / "source", env=environment(work))
     note(work, state="done" if done.returncode == 0 else "failed", why=f"exit status {done.returncode}")
 
 
@@ -446,6 +477,15 @@ def status(args: argparse.Namespace) -> int:
     if log.exists():
         text = log.read_bytes()[-8192:].decode("utf-8", "replace").replace("\r", "\n")
         print("\n".join(text.splitlines()[-LINES:]))
+    if (args.work / "jobs/plan.json").exists():
+        subprocess.run(
+            [
+                sys.executable,
+                str(args.work / "source/scripts/timed_jobs.py"),
+                "status",
+                str(args.work / "jobs"),
+            ]
+        )
     print(f"{state['state']}: {state['why']}" if "why" in state else state["state"])
     return int(state["state"] == "failed")
 
@@ -455,7 +495,10 @@ def results(args: argparse.Namespace) -> None:
     args.into.mkdir(parents=True, exist_ok=True)
     target = args.into / "results.tar.xz"
     with tarfile.open(target, "w:xz") as archive:
-        for base in (args.work / "log.txt", args.work / "source/runs", args.work / "source/results"):
+        for base in (
+            args.work / "log.txt",
+            *(args.work / name for name in ("jobs", "source/runs", "source/results")),
+        ):
             for path in [base] if base.is_file() else sorted(base.rglob("*")):
                 if not path.is_file() or path.suffix not in KEPT:
                     continue
@@ -494,8 +537,15 @@ def parser() -> argparse.ArgumentParser:
         )
         takes_command.add_argument("work", type=Path, metavar="WORK")
         takes_command.add_argument(
-            "command", nargs="+", metavar="COMMAND", help="after --: bitdistill's command and options"
+            "command", nargs="*", metavar="COMMAND", help="after --: bitdistill's command and options"
         )
+    verb.add_argument("--plan", type=Path, metavar="YAML", help="a list of commands instead (timed_jobs.py)")
+    verb.add_argument(
+        "--seconds", type=float, metavar="S", help="with --plan: until the machine goes, from now"
+    )
+    verb.add_argument(
+        "--slots", type=int, default=3, help="with --plan: jobs at a time on each GPU (default 3)"
+    )
     verb = verbs.add_parser("status", help="state and last lines, there")
     verb.add_argument("work", type=Path, metavar="WORK")
     verb.add_argument("--wait", type=float, default=0.0, metavar="S", help="wait so long for the work to end")

@@ -1,5 +1,6 @@
 """Run a list of bitdistill commands on a machine that is there for a limited time, the most wanted first.
 
+    python scripts/timed_jobs.py check PLAN.yaml
     python scripts/timed_jobs.py run PLAN.yaml WORK --seconds 1600 --slots 3    # returns when the last job has ended
     python scripts/timed_jobs.py status WORK [--wait 300]                       # returns at once when all is over
 
@@ -168,6 +169,14 @@ class Runner:
         new.replace(self.work / "plan.json")
 
 
+def check(args: argparse.Namespace) -> int:
+    """Print a plan's jobs."""
+    for job in read_plan(args.plan):
+        needs = f", after {', '.join(job.needs)}" if job.needs else ""
+        print(f"{job.name}, {job.seconds:.0f} s{needs}: {shlex.join(job.command)}")
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the plan; see the module for its exit status."""
     jobs = read_plan(args.plan)
@@ -217,6 +226,9 @@ def status(args: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = found.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser("check", help="read a plan and print it")
+    verb.add_argument("plan", type=Path, metavar="PLAN", help="YAML file")
+    verb.set_defaults(do=check)
     verb = verbs.add_parser("run", help="run a plan")
     verb.add_argument("plan", type=Path, metavar="PLAN", help="YAML file")
     verb.add_argument("work", type=Path, metavar="WORK", help="folder of logs and state")

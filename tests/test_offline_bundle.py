@@ -313,8 +313,50 @@ def test_this_checkout_packs_and_runs(tmp_path: Path, files: dict[str, bytes]) -
     )
     assert begun.returncode == 0, begun.stderr
     for piece in (tmp_path / "out/pieces").iterdir():
-        piece.rename(work / "pieces" / piece.name)
+        (work / "pieces" / piece.name).write_bytes(piece.read_bytes())
     told = subprocess.run([*script, "status", str(work), "--wait", "50"], capture_output=True, text=True)
     assert told.stdout.splitlines()[-1] == "done: exit status 0", told.stdout
     assert "sentence" in told.stdout
     assert time.time() - json.loads((work / "state.json").read_text())["time"] < 60
+
+    # A list of commands instead of one
+    other, plan = tmp_path / "other", tmp_path / "plan.yaml"
+    starting = [*script, "start", str(other), "--plan", str(plan), "--seconds", "100"]
+    for text, said in (
+        (None, "plan.yaml: no such file"),
+        ("- {name: good}", "nothing was started: "),
+        ("- {name: good}", "plan.yaml, job 1: expected name, seconds and command"),
+    ):
+        if text is not None:
+            plan.write_text(text)
+        refused = subprocess.run(starting, capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert said in refused.stderr
+    plan.write_text(
+        "- {name: good, seconds: 5, command: tasks sst2}\n"
+        "- {name: bad, seconds: 5, command: run nothing.yaml}\n"
+        "- {name: long, seconds: 500, command: tasks sst2}\n"
+    )
+    begun = subprocess.run(starting, capture_output=True, text=True)
+    assert begun.returncode == 0, begun.stderr
+    for piece in (tmp_path / "out/pieces").iterdir():
+        piece.rename(other / "pieces" / piece.name)
+    told = subprocess.run([*script, "status", str(other), "--wait", "50"], capture_output=True, text=True)
+    assert told.returncode == 1
+    lines = [line.split(",")[0] for line in told.stdout.splitlines()]
+    assert {"done    good", "failed  bad", "late    long", "failed: exit status 1"} <= set(lines)
+    assert "nothing.yaml" in told.stdout
+    subprocess.run([*script, "results", str(other), "--into", str(tmp_path / "back")], check=True)
+    with tarfile.open(tmp_path / "back/results.tar.xz") as archive:
+        assert {"log.txt", "jobs/good.log", "jobs/bad.log", "jobs/plan.json"} <= set(archive.getnames())
+
+
+@pytest.mark.parametrize(
+    "words", ["w", "w --plan p", "--seconds 9 w -- run", "--plan p --seconds 9 w -- run", "--plan p w -- run"]
+)
+def test_either_a_command_or_a_plan_and_its_time(words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "start", *words.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: give a command after --, or --plan and --seconds\n"

@@ -75,11 +75,14 @@ def test_the_paper_method_covers_every_choice_of_its_losses(write):
     departed = (
         "distill: {tau_squared: true, distilled_tokens: all, ce_weight: 0.3, relation: {alpha_v: 0}}\n"
         "refine: {quantize_activations: false}\n"
+        "pretrain: {sampled_words: 100000}\n"
     )
     recipe = load_recipe(write(MINIMAL + departed), ["method=paper"])
-    assert (recipe.distill, recipe.refine) == (
-        load_recipe(write(MINIMAL), ["method=paper"]).distill,
-        load_recipe(write(MINIMAL), ["method=paper"]).refine,
+    literal = load_recipe(write(MINIMAL), ["method=paper"])
+    assert (recipe.distill, recipe.refine, recipe.pretrain) == (
+        literal.distill,
+        literal.refine,
+        literal.pretrain,
     )
     # Keys of a file that names the method itself lie over it
     own = load_recipe(write(MINIMAL + departed + "method: paper\n"))
@@ -408,3 +411,12 @@ def test_rows_at_a_time():
     ]
     assert Loop(batch_rows=48, micro_batch_rows=12, micro_batch_tokens=1000).rows_at_a_time(20) == 12
     assert Loop(batch_rows=8, micro_batch_rows=12).rows_at_a_time(10**6) == 8
+
+
+def test_sampled_words_hold_all_words_of_a_step(write):
+    settings = ["pretrain.loop.batch_rows=4", "pretrain.sequence_length=64"]
+    assert (
+        load_recipe(write(MINIMAL), [*settings, "pretrain.sampled_words=256"]).pretrain.sampled_words == 256
+    )
+    with pytest.raises(RecipeError, match=r"sampled_words: 255, but a step has 256 tokens"):
+        load_recipe(write(MINIMAL), [*settings, "pretrain.sampled_words=255"])

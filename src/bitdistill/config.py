@@ -271,7 +271,7 @@ class RefineConfig(Strict):
 class PretrainConfig(Strict):
     """Stage 2 (paper, sec. 3.2): continued pre-training on a general corpus."""
 
-    LATER: ClassVar[Mapping[str, Any]] = {"start": None, "hidden_error": "relative"}
+    LATER: ClassVar[Mapping[str, Any]] = {"start": None, "hidden_error": "relative", "sampled_words": None}
 
     corpus: Text | None = None
     """Folder of token shards (`bitdistill tokenize`) or a text/jsonl/parquet file or folder, tokenized on first use."""
@@ -291,6 +291,10 @@ class PretrainConfig(Strict):
     hidden_error: Literal["relative", "normed"] = "relative"
     """How an output differs (losses/hidden.py). normed: after the norm that comes next, for models in which a few
     channels are most of the norm. What it was worth: docs/method.md."""
+    sampled_words: Count | None = None
+    """Next-token loss and KL over so many words of the vocabulary in each step (sampled softmax): its own, the corpus's
+    most frequent, and others drawn anew for each step. None: all. For vocabularies whose output head is much of a
+    step. What it costs and saves: docs/method.md."""
     budget_tokens: Count = 50_000_000
     sequence_length: Annotated[int, Field(ge=2, le=MOST_COUNT)] = 1024
     optim: Optim = Optim(learning_rate=1e-3, schedule="linear", weight_decay=0.0)
@@ -316,6 +320,16 @@ class PretrainConfig(Strict):
         if self.base is not None and self.start is not None:
             raise ValueError(
                 "base and start are both set: base is taken as it is, start is trained further; keep one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _words_of_a_step(self) -> PretrainConfig:
+        tokens = self.loop.batch_rows * self.sequence_length
+        if self.sampled_words is not None and self.sampled_words < tokens:
+            raise ValueError(
+                f"sampled_words: {self.sampled_words}, but a step has {tokens} tokens (loop.batch_rows x "
+                "sequence_length), all of whose words are among them; at least as many, or null for all words"
             )
         return self
 
@@ -543,7 +557,7 @@ METHODS: dict[str, dict[str, object]] = {
     "bitdistill": {},
     "paper": {
         "refine": {"subln": "paper", "gains": "ones", "quantize_activations": True},
-        "pretrain": {"objective": "lm", "hidden_weight": 0.0},
+        "pretrain": {"objective": "lm", "hidden_weight": 0.0, "sampled_words": None},
         "augment": None,
         "distill": {
             "hidden_weight": 0.0,

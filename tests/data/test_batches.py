@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitdistill.data.batches import Batch, PackedBatches, TaskBatches, padded_lengths
+from bitdistill.data.batches import Batch, PackedBatches, SampledWords, TaskBatches, padded_lengths
 from bitdistill.data.tasks import Example
 from bitdistill.errors import DataError
 
@@ -282,6 +282,77 @@ def test_packed_batches_larger_than_the_corpus() -> None:
     batches = packed(16 * 3, batch_rows=8)
     counts = Counter(i for step in range(3) for b in batches.micro_batches(step) for i in b.indices)
     assert counts == {0: 8, 1: 8, 2: 8}
+
+
+class Rare:
+    """Words 0 to 19 often, any of 20 to 899 now and then; 900 to 999 never."""
+
+    n_tokens = 64 * 400
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        often, seldom = rng.integers(0, 20, self.n_tokens), rng.integers(20, 900, self.n_tokens)
+        self.ids = np.where(rng.random(self.n_tokens) < 0.9, often, seldom)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return self.ids[start : start + count]
+
+
+def sampled(count: int = 200, micro: int | None = None, seed: int = 0) -> PackedBatches:
+    words = SampledWords(count, 1000, Rare(), seed)
+    return PackedBatches(
+        Rare(), sequence_length=16, batch_rows=4, micro_batch_rows=micro, seed=seed, words=words
+    )
+
+
+def test_sampled_words_are_the_steps_own_the_frequent_and_others() -> None:
+    batches = sampled()
+    drawn: Counter[int] = Counter()
+    for step in range(300):
+        (batch,) = batches.micro_batches(step)
+        assert batch.words_S is not None
+        words = batch.words_S.tolist()
+        assert len(words) == 200
+        assert words == sorted(set(words))
+        assert set(batch.input_ids_BT.flatten().tolist()) <= set(words)
+        assert set(range(20)) <= set(words)
+        drawn.update(word for word in words if word >= 900)
+    assert set(drawn) == set(range(900, 1000)), "words that the corpus never has come up too"
+    # 50 of some 850 others a step: 18 each in 300 steps
+    assert min(drawn.values()) > 4
+    assert max(drawn.values()) < 40
+
+
+def test_places_are_those_of_the_next_tokens() -> None:
+    for batch in sampled(micro=3).micro_batches(7):
+        assert batch.words_S is not None
+        assert batch.places_BT is not None
+        assert torch.equal(batch.words_S[batch.places_BT[:, :-1]], batch.input_ids_BT[:, 1:])
+        assert batch.places_BT[:, -1].tolist() == [-1] * len(batch.indices)
+        moved = batch.to("cpu")
+        assert moved.words_S is not None
+        assert moved.places_BT is not None
+
+
+def test_sampled_words_are_a_function_of_seed_and_step_alone() -> None:
+    def words(batches: PackedBatches, step: int) -> list[list[int]]:
+        return [b.words_S.tolist() for b in batches.micro_batches(step) if b.words_S is not None]
+
+    whole = sampled()
+    for step in (5, 0, 5):
+        (chosen,) = words(whole, step)
+        assert words(sampled(micro=1), step) == [chosen] * 4
+        assert words(sampled(micro=3), step) == [chosen] * 2
+    assert words(whole, 0) != words(whole, 1)
+    assert words(whole, 0) != words(sampled(seed=1), 0)
+
+
+def test_more_sampled_words_than_there_are_are_refused() -> None:
+    (batch,) = sampled(1000).micro_batches(0)
+    assert batch.words_S is not None
+    assert batch.words_S.tolist() == list(range(1000))
+    with pytest.raises(DataError, match=r"pretrain.sampled_words: 1001 of a vocabulary of 1000"):
+        sampled(1001)
 
 
 def test_corpus_smaller_than_a_window() -> None:

@@ -112,7 +112,10 @@ def test_two_processes_train_what_one_does(work: Path) -> None:
 
 @pytest.mark.distributed
 def test_rows_that_do_not_divide_train_alike(work: Path) -> None:
-    options = ("pretrain.loop.batch_rows=5", "pretrain.loop.micro_batch_rows=2", "pretrain.budget_tokens=800")
+    options = (
+        "pretrain.loop.batch_rows=5", "pretrain.loop.micro_batch_rows=2", "pretrain.budget_tokens=800",
+        "pretrain.sampled_words=90",
+    )  # fmt: skip
     alone, _, _ = base(work, "alone", *options)
     shared, _, _ = base(work, "shared", "pretrain.processes=3", *options)
     assert_close(alone, shared)

@@ -58,6 +58,11 @@ class Batch:
     """float32, with another model's teacher only: its log-likelihood of each label word."""
     answer_start_B: Tensor | None = None
     """int64, likewise: b * T + t of each row's first answer token."""
+    words_S: Tensor | None = None
+    """int64, sampled softmax only: the words of the vocabulary that the step's loss is over, the same for all of its
+    micro-batches."""
+    places_BT: Tensor | None = None
+    """int64, likewise: where among them the next token is; -1 at a row's last."""
 
     @property
     def rows(self) -> int:
@@ -90,6 +95,8 @@ class Batch:
             starts_R=_moved(self.starts_R, device, non_blocking),
             label_scores_BC=_moved(self.label_scores_BC, device, non_blocking),
             answer_start_B=_moved(self.answer_start_B, device, non_blocking),
+            words_S=_moved(self.words_S, device, non_blocking),
+            places_BT=_moved(self.places_BT, device, non_blocking),
         )
 
     def with_filled_index(self, multiple: int) -> Batch:
@@ -362,12 +369,65 @@ class TaskBatches:
         )
 
 
+class SampledWords:
+    """The words of the vocabulary that a step of stage 2 compares: sampled softmax (Jean et al. 2015), without their
+    correction of the sum.
+
+    First the step's own words, then the corpus's most frequent up to three quarters, then others, drawn anew for each
+    step: these hold down what hardly ever occurs. A function of (seed, step) and the step's tokens, however its rows
+    are split among micro-batches and processes.
+
+    Args:
+        count: words of a step.
+        vocabulary: rows of the output head.
+        tokens: the corpus; at most COUNTED_TOKENS of it, evenly spread, say what is frequent.
+
+    Raises:
+        DataError: count is more than the vocabulary.
+    """
+
+    def __init__(self, count: int, vocabulary: int, tokens: TokenStream, seed: int) -> None:
+        if count > vocabulary:
+            raise DataError(
+                f"pretrain.sampled_words: {count} of a vocabulary of {vocabulary}; fewer, or null for all of them"
+            )
+        self.count, self.vocabulary, self.seed = count, vocabulary, seed
+        self._by_frequency = np.argsort(-_frequencies(tokens, vocabulary), kind="stable")
+
+    def of_step(self, step: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [count], ascending; all of ids are among them if these are no more than `count` different words."""
+        taken = np.zeros(self.vocabulary, dtype=bool)
+        taken[ids.ravel()] = True
+        frequent = max(0, self.count * 3 // 4 - int(taken.sum()))
+        taken[self._by_frequency[~taken[self._by_frequency]][:frequent]] = True
+        rest = np.flatnonzero(~taken)
+        drawn = _generator(self.seed, step).choice(rest, self.count - int(taken.sum()), replace=False)
+        taken[drawn] = True
+        return np.flatnonzero(taken)
+
+
+COUNTED_TOKENS = 1 << 24
+
+
+def _frequencies(tokens: TokenStream, vocabulary: int) -> NDArray[np.int64]:
+    """How often each word occurs in a part of the corpus."""
+    part = min(tokens.n_tokens, COUNTED_TOKENS) // 64
+    found = np.zeros(vocabulary, dtype=np.int64)
+    for n in range(64):
+        read = tokens.read(tokens.n_tokens // 64 * n, part)
+        found += np.bincount(read.astype(np.int64), minlength=vocabulary)
+    return found
+
+
 class PackedBatches:
     """Fixed windows of a token stream; their order is a permutation by (seed, epoch).
 
     Window w of an epoch holds tokens [offset + w * sequence_length, ...), where offset (also by seed and
     epoch) spreads the tokens that do not fill a window. A step may reach into the next epoch, so all have
     batch_rows rows.
+
+    Args:
+        words: draws the words of each step's loss; None: all.
 
     Raises:
         DataError: the corpus does not fill one window.
@@ -381,7 +441,9 @@ class PackedBatches:
         batch_rows: int,
         micro_batch_rows: int | None = None,
         seed: int,
+        words: SampledWords | None = None,
     ) -> None:
+        self.words = words
         self.n_windows = tokens.n_tokens // sequence_length
         if self.n_windows == 0 or sequence_length < 2:
             raise DataError(
@@ -406,7 +468,20 @@ class PackedBatches:
         """The micro-batches of an optimizer step; their weights sum to 1."""
         size = self.micro_batch_rows
         first, last = step * self.batch_rows, (step + 1) * self.batch_rows
-        return [self._assemble(range(start, min(start + size, last))) for start in range(first, last, size)]
+        found = [self._assemble(range(start, min(start + size, last))) for start in range(first, last, size)]
+        return found if self.words is None else self._sampled(found, step, self.words)
+
+    def _sampled(self, batches: list[Batch], step: int, words: SampledWords) -> list[Batch]:
+        ids = np.concatenate([batch.input_ids_BT.numpy() for batch in batches])
+        chosen = words.of_step(step, ids)
+        place = np.full(words.vocabulary, -1, dtype=np.int64)
+        place[chosen] = np.arange(len(chosen))
+        found = []
+        for batch in batches:
+            places = np.full(batch.input_ids_BT.shape, -1, dtype=np.int64)
+            places[:, :-1] = place[batch.input_ids_BT.numpy()[:, 1:]]
+            found.append(replace(batch, words_S=torch.from_numpy(chosen), places_BT=torch.from_numpy(places)))
+        return found
 
     def _order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
         """(offset, permutation of windows) of an epoch."""

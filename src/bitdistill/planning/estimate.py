@@ -236,13 +236,12 @@ class _Context:
         assert config is not None
         teacher = config.objective != "lm"
         tokens = config.loop.rows_at_a_time(config.sequence_length) * config.sequence_length
-        head = 6 * self.layout.hidden * self.layout.vocab
+        words = config.sampled_words or self.layout.vocab
+        head = 6 * self.layout.hidden * words
         flops = (self.flops_per_token(config.sequence_length, train=True) + head) * self.slowdown(True)
         flops += self.flops_per_token(config.sequence_length, train=False) + head / 3 if teacher else 0.0
         chunk = min(tokens, HEAD_CHUNK_TOKENS)
-        logits = (
-            chunk * self.layout.vocab * 4 * (6 if teacher else 4) + self.layout.hidden * self.layout.vocab * 4
-        )
+        logits = chunk * words * 4 * (6 if teacher else 4) + self.layout.hidden * self.layout.vocab * 4
         memory = self.memory(
             config.loop, tokens, ternary=True, teacher=teacher, subln=self.recipe.refine.subln
         )

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitdistill import artifact
 from bitdistill.config import PretrainConfig
-from bitdistill.data.batches import Batch, PackedBatches
+from bitdistill.data.batches import Batch, PackedBatches, SampledWords
 from bitdistill.data.corpus import TokenShards
 from bitdistill.errors import ArtifactError, RecipeError
 from bitdistill.losses.hidden import ERRORS, block_errors_sum
@@ -69,11 +70,12 @@ class LanguageModelStep:
             with torch.no_grad():
                 teacher_hidden, teacher_outputs = hidden_states(self.teacher, batch.input_ids_BT, every=every)
                 teacher_hidden = teacher_hidden.flatten(0, 1)
-            teacher_head = head_weight(self.teacher)
+            teacher_head = _head(self.teacher, batch.words_S)
+        targets_BT = next_tokens(batch.input_ids_BT) if batch.places_BT is None else batch.places_BT
         loss, lm_sum, kl_sum = chunked_language_model_loss(
             hidden.flatten(0, 1),
-            head_weight(self.student),
-            next_tokens(batch.input_ids_BT).flatten(),
+            _head(self.student, batch.words_S),
+            targets_BT.flatten(),
             teacher_hidden_NH=teacher_hidden,
             teacher_head_VH=teacher_head,
             lm_weight=self.lm_weight,
@@ -90,6 +92,12 @@ class LanguageModelStep:
             metrics["hidden"] = error.detach()
             loss = loss + self.hidden_weight * error
         return StepOutput(loss, metrics)
+
+
+def _head(model: Any, words_S: Tensor | None) -> Tensor:
+    """Weight of the output head, [V, H], or its rows of these words."""
+    weight: Tensor = head_weight(model)
+    return weight if words_S is None else weight.index_select(0, words_S)
 
 
 def ternary_warmup(model: Any, total_steps: int, fraction: float) -> Callable[[int], None]:
@@ -267,12 +275,16 @@ def _fit(
     assert config is not None
     loop, total_steps = config.loop, _total_steps(config)
     rows = replicas.rows_at_a_time(loop.batch_rows, loop.rows_at_a_time(config.sequence_length), group.size)
+    words = None
+    if config.sampled_words is not None:
+        words = SampledWords(config.sampled_words, head_weight(student).shape[0], shards, _order_seed(run))
     batches = PackedBatches(
         shards,
         sequence_length=config.sequence_length,
         batch_rows=loop.batch_rows,
         micro_batch_rows=rows,
         seed=_order_seed(run),
+        words=words,
     )
     compiling = run.compiling(loop)
     fused = kernels.usable(loop, run.device, student)
