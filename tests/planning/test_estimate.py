@@ -156,6 +156,24 @@ def test_short_rows_on_a_gpu_are_bound_by_launches():
     assert "eval" not in made
 
 
+def test_a_part_of_the_vocabulary_takes_its_part_of_the_head():
+    """Stage 2, kl: the student's product and its two gradients, the teacher's product."""
+    work = Work(rows=100, tokens_per_row=10.0, max_length=16)
+    vocab = layout().vocab
+    settings = {"corpus": "c", "sequence_length": 16, "loop": {"batch_rows": 1}}
+
+    def stage(words):
+        made = recipe(pretrain={**settings, "sampled_words": words}, threads=1)
+        return next(s for s in estimate.stages(made, layout(), work, None, "h200") if s.name == "pretrain")
+
+    whole, half, quarter = stage(None), stage(vocab // 2), stage(vocab // 4)
+    assert stage(vocab).seconds == whole.seconds
+    assert whole.seconds - half.seconds == pytest.approx(2 * (half.seconds - quarter.seconds))
+    assert whole.seconds > half.seconds
+    kept = 4 * layout().hidden * vocab  # the gradient of the whole head
+    assert half.memory["logits"] - kept == pytest.approx((whole.memory["logits"] - kept) / 2)
+
+
 def test_memory_by_hand():
     work = Work(rows=100, tokens_per_row=10.0, max_length=16)
     sft = estimate.stages(recipe(pretrain=None), layout(), work, None, "h200")[0]

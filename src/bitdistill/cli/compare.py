@@ -96,6 +96,8 @@ def _pairs(
 
 def _lines(one: Comparison) -> str:
     """Three or four lines for people."""
+    from bitdistill.report import text
+
     many = len(one.seeds) > 1
     lines = [
         f"{one.task}, {one.metric}, {one.n:,} rows, seed{'s' if many else ''} {', '.join(map(str, one.seeds))}",
@@ -103,7 +105,7 @@ def _lines(one: Comparison) -> str:
         f"  over rows   95% [{one.low:+.2f}, {one.high:+.2f}] (paired bootstrap"
         + (", mean of the seeds)" if many else ")"),
     ]
-    tests = ", ".join(f"{p:.3g}" for p in one.p_by_seed)
+    tests = ", ".join(text.exact_p(p, 3) for p in one.p_by_seed)
     lines.append(f"  p {tests} ({one.test}{', by seed' if many else ''})")
     if many and one.seeds_low is not None:
         by_seed = ", ".join(f"{points:+.2f}" for points in one.by_seed)

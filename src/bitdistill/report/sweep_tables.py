@@ -183,7 +183,7 @@ def gap_words(gap: Comparison | None) -> str:
 
 def p_words(gap: Comparison | None) -> str:
     """McNemar's p of each seed (or of the permutation test)."""
-    return "" if gap is None else ", ".join(f"{p:.2g}" for p in gap.p_by_seed)
+    return "" if gap is None else ", ".join(map(text.exact_p, gap.p_by_seed))
 
 
 def seeds_words(gap: Comparison | None) -> str:

@@ -72,6 +72,11 @@ def p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
+def exact_p(value: float, digits: int = 2) -> str:
+    """`0.03`, `7.3e-190`; below 1e-300, where doubles lose their digits, only that."""
+    return "< 1e-300" if value < 1e-300 else f"{value:.{digits}g}"
+
+
 def clean(text: Any, limit: int | None = None) -> str:
     """Text from data, safe to write: no control characters or lone surrogates, at most `limit` characters.
 
