@@ -177,3 +177,13 @@ def test_status_tells_what_runs_what_is_over_and_what_is_gone(
     code, said = status("--wait", "60")
     assert code == 1, "a waiting call ends at once when the process is gone"
     assert "gone" in said
+
+
+def test_the_shipped_plans_name_files_of_this_checkout(script: ModuleType) -> None:
+    root = SCRIPT.parents[1]
+    plans = sorted((root / "recipes/plans").glob("*.yaml"))
+    assert plans
+    for path in plans:
+        for job in script.read_plan(path):
+            assert (root / job.command[1]).is_file(), job.name
+            assert all(word.startswith("--") for word in job.command[2::2]), job.command

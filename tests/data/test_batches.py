@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitdistill.data import batches as batches_module
 from bitdistill.data.batches import Batch, PackedBatches, SampledWords, TaskBatches, padded_lengths
 from bitdistill.data.tasks import Example
 from bitdistill.errors import DataError
@@ -345,6 +346,23 @@ def test_sampled_words_are_a_function_of_seed_and_step_alone() -> None:
         assert words(sampled(micro=3), step) == [chosen] * 2
     assert words(whole, 0) != words(whole, 1)
     assert words(whole, 0) != words(sampled(seed=1), 0)
+
+
+@pytest.mark.parametrize("length", [5, 63, 64, 200, 1000])
+def test_frequent_words_of_short_and_long_streams(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Falling:
+        """Word w makes up a share of 1 / 2^(w + 1) of any long enough part; the rest is word 9."""
+
+        n_tokens = length
+
+        def read(self, start: int, count: int) -> np.ndarray:
+            place = np.arange(start, start + count) + 1
+            return np.where(place % 2, 0, np.where(place % 4, 1, np.where(place % 8, 2, 9)))
+
+    monkeypatch.setattr(batches_module, "COUNTED_TOKENS", 320)
+    words = SampledWords(4, 10, Falling(), 0)
+    for step in range(5):
+        assert set(words.of_step(step, np.array([[9]]))) > {9, 0, 1}
 
 
 def test_more_sampled_words_than_there_are_are_refused() -> None:

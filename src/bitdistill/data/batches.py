@@ -20,6 +20,8 @@ from bitdistill.errors import DataError
 
 WINDOW_BATCHES = 32
 """Rows are sorted by length among this many batches: little padding, and still nearly random batches."""
+COUNTED_TOKENS = 1 << 24
+"""So many tokens of a corpus say which words are frequent (`SampledWords`)."""
 PACKED_MULTIPLE = 256
 """Packed batches are filled up to a multiple of this many tokens, so that few shapes occur."""
 
@@ -406,15 +408,13 @@ class SampledWords:
         return np.flatnonzero(taken)
 
 
-COUNTED_TOKENS = 1 << 24
-
-
 def _frequencies(tokens: TokenStream, vocabulary: int) -> NDArray[np.int64]:
     """How often each word occurs in a part of the corpus."""
-    part = min(tokens.n_tokens, COUNTED_TOKENS) // 64
+    parts = min(64, tokens.n_tokens)
+    length = min(tokens.n_tokens, COUNTED_TOKENS) // parts
     found = np.zeros(vocabulary, dtype=np.int64)
-    for n in range(64):
-        read = tokens.read(tokens.n_tokens // 64 * n, part)
+    for n in range(parts):
+        read = tokens.read(tokens.n_tokens // parts * n, length)
         found += np.bincount(read.astype(np.int64), minlength=vocabulary)
     return found
 
