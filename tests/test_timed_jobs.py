@@ -12,6 +12,9 @@ from types import ModuleType
 
 import pytest
 
+from bitdistill.recipe import load_recipe
+from bitdistill.sweep.spec import expand, load_sweep, only_rows
+
 SCRIPT = Path(__file__).parents[1] / "scripts/timed_jobs.py"
 STAND_IN = """
 import os, pathlib, sys, time
@@ -179,11 +182,34 @@ def test_status_tells_what_runs_what_is_over_and_what_is_gone(
     assert "gone" in said
 
 
-def test_the_shipped_plans_name_files_of_this_checkout(script: ModuleType) -> None:
+def values(command: list[str], option: str) -> list[str]:
+    return [value for name, value in zip(command[2::2], command[3::2], strict=True) if name == option]
+
+
+def test_the_shipped_plans_find_what_they_share(script: ModuleType) -> None:
+    """Each sweep command is one run, and its base is the one that the plan makes: same model, surgery, stage 2."""
     root = SCRIPT.parents[1]
     plans = sorted((root / "recipes/plans").glob("*.yaml"))
     assert plans
     for path in plans:
-        for job in script.read_plan(path):
+        jobs = script.read_plan(path)
+        bases = [
+            load_recipe(root / j.command[1], values(j.command, "--set")) for j in jobs if j.name == "base"
+        ]
+        for job in jobs:
             assert (root / job.command[1]).is_file(), job.name
-            assert all(word.startswith("--") for word in job.command[2::2]), job.command
+            if job.command[0] != "sweep":
+                continue
+            file = root / job.command[1]
+            options = {"overrides": values(job.command, "--set"), "only": values(job.command, "--only")}
+            found = expand(load_sweep(file), file.parent, **options)
+            (unit,) = only_rows(found, values(job.command, "--row"))
+            if "bitdistill" not in unit.rows:
+                continue
+            assert "base" in job.needs
+            (base,) = bases
+            assert base.refine == unit.recipe.refine, job.name
+            assert base.pretrain is not None
+            assert unit.recipe.pretrain is not None
+            corpus = {"corpus": None}
+            assert base.pretrain.model_copy(update=corpus) == unit.recipe.pretrain.model_copy(update=corpus)
