@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 POLL_S = 0.2
+STOP_S = 120.0
+"""How long jobs may take to save their checkpoints when the plan is stopped."""
 LINES = 2
 """Of each running job's log, that `status` prints."""
 RUN = "from bitdistill.cli.main import main; main()"
@@ -91,9 +94,16 @@ def read_plan(path: Path) -> list[Job]:
         before = {job.name for job in jobs}
         if name in before:
             fail(f"{place}: a second job named {name}; every name once")
-        if not isinstance(needs, list) or (missing := [n for n in needs if n not in before]):
-            fail(f"{place}: needs {missing if isinstance(needs, list) else needs!r}; a list of jobs above it")
-        jobs.append(Job(name, shlex.split(str(row["command"])), float(seconds), tuple(needs)))
+        wanted = tuple(map(str, needs)) if isinstance(needs, list) else (str(needs),)
+        if not isinstance(needs, list) or not before.issuperset(wanted):
+            fail(f"{place}: needs {', '.join(n for n in wanted if n not in before)}; a list of jobs above it")
+        try:
+            command = shlex.split(str(row["command"] or ""))
+        except ValueError as error:
+            fail(f"{place}: command: {error}; close every quote")
+        if not command:
+            fail(f"{place}: command is empty; bitdistill's command and options")
+        jobs.append(Job(name, command, float(seconds), wanted))
     return jobs
 
 
@@ -158,6 +168,18 @@ class Runner:
         self.note()
         return any(job.state in ("waiting", "running") for job in self.jobs)
 
+    def stop(self) -> None:
+        """Tell what runs to stop, and wait for its checkpoints."""
+        running = [job.process for job in self.jobs if job.process is not None and job.state == "running"]
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
     def note(self) -> None:
         """Write WORK/plan.json: process, end, and each job's state and seconds."""
         told = [
@@ -182,8 +204,12 @@ def run(args: argparse.Namespace) -> int:
     jobs = read_plan(args.plan)
     args.work.mkdir(parents=True, exist_ok=True)
     runner = Runner(jobs, args.work.resolve(), gpus_here(), args.slots, time.time() + args.seconds)
-    while runner.step():
-        time.sleep(POLL_S)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        while runner.step():
+            time.sleep(POLL_S)
+    finally:  # also when it is stopped: no job is left behind
+        runner.stop()
     states = [job.state for job in jobs]
     return 1 if "failed" in states else 3 if "late" in states else 0
 

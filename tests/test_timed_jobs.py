@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -133,8 +134,11 @@ def test_what_no_longer_fits_is_not_started_and_shorter_jobs_are(
         ("- {name: a/b, seconds: 1, command: version}", "letters, digits"),
         ("- {name: a, seconds: true, command: version}", "seconds True"),
         ("- {name: a, seconds: -1, command: version}", "seconds -1"),
-        ("- {name: a, seconds: 1, command: version, needs: [b]}", "needs ['b']; a list of jobs above it"),
-        ("- {name: a, seconds: 1, command: version, needs: b}", "needs 'b'"),
+        ("- {name: a, seconds: 1, command: version, needs: [b]}", "needs b; a list of jobs above it"),
+        ("- {name: a, seconds: 1, command: version, needs: b}", "needs b; a list of jobs"),
+        ("- {name: a, seconds: 1, command: version, needs: [{b: c}]}", "needs {'b': 'c'}"),
+        ("- {name: a, seconds: 1, command: }", "command is empty"),
+        ('- {name: a, seconds: 1, command: "run \'x"}', "No closing quotation; close every quote"),
         ("- &a {name: a, seconds: 1, command: version}\n- *a", "a second job named a"),
         ("- [", "plan.yaml"),
     ],
@@ -180,6 +184,32 @@ def test_status_tells_what_runs_what_is_over_and_what_is_gone(
     code, said = status("--wait", "60")
     assert code == 1, "a waiting call ends at once when the process is gone"
     assert "gone" in said
+
+
+def test_a_plan_that_is_stopped_leaves_no_job_behind(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runner = script.Runner(script.read_plan(plan(tmp_path, "long - 60 0")), tmp_path, [], 1, time.time() + 99)
+    assert runner.step()
+    (job,) = runner.jobs
+    assert job.process.poll() is None
+    runner.stop()
+    assert job.process.poll() is not None
+
+    path = plan(tmp_path, "long - 60 0")
+    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import timed_jobs; timed_jobs.RUN = {STAND_IN!r}"
+    words = ["run", str(path), str(tmp_path / "work"), "--seconds", "99"]
+    command = [sys.executable, "-c", f"{code}; sys.exit(timed_jobs.main())", *words]
+    process = subprocess.Popen(command)
+    log = tmp_path / "work/long.log"
+    deadline = time.monotonic() + 30
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + 15
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"{tmp_path} long 60 0" not in lines
 
 
 def values(command: list[str], option: str) -> list[str]:
