@@ -32,11 +32,12 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from bitdistill.sweep.parallel import Place
 
 POLL_S = 0.2
-STOP_S = 120.0
-"""How long jobs may take to save their checkpoints when the plan is stopped."""
 LINES = 2
 """Of each running job's log, that `status` prints."""
 RUN = "from bitdistill.cli.main import main; main()"
@@ -107,41 +108,23 @@ def read_plan(path: Path) -> list[Job]:
     return jobs
 
 
-def gpus_here() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them; without PyTorch, which each job imports for itself."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [name for name in told.split(",") if name and name != "-1"]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return []
-    return [str(n) for n, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
-
-
 @dataclass
 class Runner:
     """Starts jobs in their order as needs are met, a GPU has room, and their time suffices."""
 
     jobs: list[Job]
     work: Path
-    gpus: list[str]
-    slots: int
+    place: Place
     end: float
     """time.time() at which the machine goes."""
 
     def start(self, job: Job, gpu: int) -> None:
-        environment = dict(os.environ)
-        devices = max(1, len(self.gpus))
-        environment.setdefault(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (self.slots * devices)))
-        )
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[gpu]
+        from bitdistill.sweep.parallel import environment_of
+
         with (self.work / f"{job.name}.log").open("ab") as log:
             job.process = subprocess.Popen(
                 [sys.executable, "-c", RUN, *job.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=environment, start_new_session=True,
+                env=environment_of(self.place, (gpu,)), start_new_session=True,
             )  # fmt: skip
         job.state, job.gpu, job.started = "running", gpu, time.time()
 
@@ -161,8 +144,8 @@ class Runner:
                 job.state = "late"
             elif all(states[name] == "done" for name in job.needs):
                 running = [other.gpu for other in self.jobs if other.state == "running"]
-                gpu = min(range(max(1, len(self.gpus))), key=running.count)
-                if running.count(gpu) < self.slots:
+                gpu = min(range(self.place.devices), key=running.count)
+                if running.count(gpu) < self.place.slots:
                     self.start(job, gpu)
             states[job.name] = job.state
         self.note()
@@ -170,15 +153,9 @@ class Runner:
 
     def stop(self) -> None:
         """Tell what runs to stop, and wait for its checkpoints."""
-        running = [job.process for job in self.jobs if job.process is not None and job.state == "running"]
-        for process in running:
-            process.terminate()
-        deadline = time.monotonic() + STOP_S
-        for process in running:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+        from bitdistill.sweep.parallel import stop_processes
+
+        stop_processes([j.process for j in self.jobs if j.process is not None and j.state == "running"])
 
     def note(self) -> None:
         """Write WORK/plan.json: process, end, and each job's state and seconds."""
@@ -201,9 +178,14 @@ def check(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the plan; see the module for its exit status."""
+    from bitdistill.sweep.parallel import Place
+    from bitdistill.train import replicas
+
     jobs = read_plan(args.plan)
     args.work.mkdir(parents=True, exist_ok=True)
-    runner = Runner(jobs, args.work.resolve(), gpus_here(), args.slots, time.time() + args.seconds)
+    runner = Runner(
+        jobs, args.work.resolve(), Place(replicas.visible_gpus(), args.slots), time.time() + args.seconds
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while runner.step():

@@ -14,7 +14,9 @@ from types import ModuleType
 import pytest
 
 from bitdistill.recipe import load_recipe
+from bitdistill.sweep.parallel import Place
 from bitdistill.sweep.spec import expand, load_sweep, only_rows
+from bitdistill.train import replicas
 
 SCRIPT = Path(__file__).parents[1] / "scripts/timed_jobs.py"
 STAND_IN = """
@@ -63,7 +65,8 @@ def run(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *words: str, gpus: str = ""
 ) -> tuple[int, dict[str, str], list[list[str]]]:
     """(exit status, state of each job, events in their order)."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(replicas, "visible_gpus", lambda: tuple(gpus.split(",")) if gpus else ())
     work = path.parent / "work"
     monkeypatch.setattr(sys, "argv", ["timed_jobs", "run", str(path), str(work), *words])
     status = script.main()
@@ -189,7 +192,8 @@ def test_status_tells_what_runs_what_is_over_and_what_is_gone(
 def test_a_plan_that_is_stopped_leaves_no_job_behind(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    runner = script.Runner(script.read_plan(plan(tmp_path, "long - 60 0")), tmp_path, [], 1, time.time() + 99)
+    jobs = script.read_plan(plan(tmp_path, "long - 60 0"))
+    runner = script.Runner(jobs, tmp_path, Place((), 1), time.time() + 99)
     assert runner.step()
     (job,) = runner.jobs
     assert job.process.poll() is None

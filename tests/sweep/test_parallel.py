@@ -270,10 +270,10 @@ def test_no_process_is_left_when_results_cannot_be_written(
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    environment = parallel._environment(Place(("3", "5"), 2), (1,))
+    environment = parallel.environment_of(Place(("3", "5"), 2), (1,))
     assert (environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]) == ("5", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert parallel._environment(Place((), 2), (0,))["OMP_NUM_THREADS"] == "1"
+    assert parallel.environment_of(Place((), 2), (0,))["OMP_NUM_THREADS"] == "1"
 
 
 def test_memory_errors_are_told_from_others(tmp_path: Path) -> None:

@@ -209,15 +209,19 @@ class Scheduler:
         return any(job.state in ("waiting", "running") for job in self.jobs)
 
     def stop(self) -> None:
-        """Tell all jobs to stop, wait for their checkpoints, and kill what does not end."""
-        for process in self.running.values():
-            process.terminate()
-        deadline = time.monotonic() + STOP_S
-        while any(p.poll() is None for p in self.running.values()) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        for process in self.running.values():
-            if process.poll() is None:
-                process.kill()
+        stop_processes(list(self.running.values()))
+
+
+def stop_processes(processes: Sequence[Process]) -> None:
+    """Tell all to stop, wait for their checkpoints, and kill what does not end."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + STOP_S
+    while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,7 @@ def run_parallel(
         with (folder / f"{job.name}.log").open("ab") as lines:
             return subprocess.Popen(
                 [sys.executable, "-m", "bitdistill.sweep.parallel", str(orders)],
-                stdin=subprocess.DEVNULL, stdout=lines, stderr=lines, env=_environment(place, devices),
+                stdin=subprocess.DEVNULL, stdout=lines, stderr=lines, env=environment_of(place, devices),
                 start_new_session=True,
             )  # fmt: skip
 
@@ -328,7 +332,8 @@ def _named(job: Job) -> str:
     return job.unit.id if job.until is None else f"{job.unit.id}, {job.until}"
 
 
-def _environment(place: Place, devices: tuple[int, ...]) -> dict[str, str]:
+def environment_of(place: Place, devices: tuple[int, ...]) -> dict[str, str]:
+    """Of a job's process on these devices."""
     environment = dict(os.environ)
     if place.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus[d] for d in devices)
